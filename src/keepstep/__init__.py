@@ -1,0 +1,52 @@
+"""keepstep: train PyTorch models so that progress is never lost.
+
+Public names are imported on first use, so `import keepstep` costs milliseconds and looking at
+checkpoints never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keepstep.checkpoint.retention import Retention as Retention
+    from keepstep.checkpoint.store import Checkpoint as Checkpoint
+    from keepstep.checkpoint.store import PendingSave as PendingSave
+    from keepstep.checkpoint.store import Store as Store
+    from keepstep.checkpoint.store import save_directory as save_directory
+    from keepstep.train.accelerator import Accelerator as Accelerator
+    from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
+    from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
+    from keepstep.train.loader import skip_first_batches as skip_first_batches
+    from keepstep.tree import register_codec as register_codec
+
+__version__ = "0.1.0"
+
+_HOME_OF_NAME = {
+    "Accelerator": "keepstep.train.accelerator",
+    "Checkpoint": "keepstep.checkpoint.store",
+    "CheckpointPolicy": "keepstep.train.config",
+    "PendingSave": "keepstep.checkpoint.store",
+    "ProjectConfiguration": "keepstep.train.config",
+    "Retention": "keepstep.checkpoint.retention",
+    "Store": "keepstep.checkpoint.store",
+    "register_codec": "keepstep.tree",
+    "save_directory": "keepstep.checkpoint.store",
+    "skip_first_batches": "keepstep.train.loader",
+}
+
+__all__ = ["__version__", *sorted(_HOME_OF_NAME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF_NAME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'keepstep' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

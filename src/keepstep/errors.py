@@ -1,0 +1,207 @@
+"""Every exception that keepstep raises on purpose.
+
+Each message says what happened, the value, what is allowed and what to do next.
+
+    KeepstepError
+    ├── StateError                 a state that cannot be saved as it is
+    │   ├── UnsupportedTypeError   a leaf whose type has no codec (also a TypeError)
+    │   ├── StateStructureError    cycles, nesting too deep, keys that cannot be kept
+    │   └── TensorNotSavableError  meta, sparse, quantized or otherwise without plain bytes
+    ├── StoreError                 the place where checkpoints live refuses
+    │   ├── DirectoryNotOursError  a directory that holds something else (also a FileExistsError)
+    │   ├── StoreBusyError         another process writes to this store
+    │   ├── StoreReadOnlyError     no permission to write (also a PermissionError)
+    │   ├── NoSpaceError           the disk is full (also an OSError with ENOSPC)
+    │   └── CheckpointNotFoundError  no checkpoint of that name (also a FileNotFoundError)
+    ├── DamagedCheckpointError     bytes on disk are not what was committed
+    │   ├── ManifestError          manifest.json is missing, mangled or hostile
+    │   │   └── SchemaVersionError   written by a newer keepstep
+    │   ├── MissingFileError       a file that the manifest names is not there
+    │   ├── FileSizeError          a file is shorter or longer than committed
+    │   └── DigestError            a digest differs: flipped bits
+    ├── NoValidCheckpointError     there are checkpoints, and every one of them is damaged
+    ├── MismatchError              a sound checkpoint that does not fit the live objects
+    ├── RestoreError               an object's own load_state_dict raised
+    ├── BackgroundSaveError        a save in the background failed; raised at the next call
+    └── UsageError                 a call or configuration that cannot work (also a ValueError)
+        └── NotPreparedError       an object that has to go through prepare() first
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "BackgroundSaveError",
+    "CheckpointNotFoundError",
+    "DamagedCheckpointError",
+    "DigestError",
+    "DirectoryNotOursError",
+    "FileSizeError",
+    "KeepstepError",
+    "ManifestError",
+    "MismatchError",
+    "MissingFileError",
+    "NoSpaceError",
+    "NoValidCheckpointError",
+    "NotPreparedError",
+    "RestoreError",
+    "SchemaVersionError",
+    "StateError",
+    "StateStructureError",
+    "StoreBusyError",
+    "StoreError",
+    "StoreReadOnlyError",
+    "TensorNotSavableError",
+    "UnsupportedTypeError",
+    "UsageError",
+]
+
+
+class KeepstepError(Exception):
+    """Base class of everything that keepstep raises on purpose."""
+
+
+class StateError(KeepstepError):
+    """A state cannot be saved as it is; nothing was written."""
+
+
+class UnsupportedTypeError(StateError, TypeError):
+    """A leaf has a type that keepstep does not store (it never pickles)."""
+
+
+class StateStructureError(StateError, ValueError):
+    """A state contains itself, is nested too deep, or has keys that cannot be kept apart."""
+
+
+class TensorNotSavableError(StateError, ValueError):
+    """A tensor has no plain bytes to write: meta, sparse, quantized, or a subclass with hidden parts."""
+
+
+class StoreError(KeepstepError):
+    """The place where checkpoints live refuses; checkpoints already there are untouched."""
+
+
+class DirectoryNotOursError(StoreError, FileExistsError):
+    """A target directory holds files that keepstep did not write; none of them is touched."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing to this store."""
+
+
+class StoreReadOnlyError(StoreError, PermissionError):
+    """The store's directory cannot be written to."""
+
+
+class NoSpaceError(StoreError, OSError):
+    """The disk is full; the unfinished checkpoint was removed and older ones are whole."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ENOSPC, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class CheckpointNotFoundError(StoreError, FileNotFoundError):
+    """There is no checkpoint of that name or at that path."""
+
+
+class DamagedCheckpointError(KeepstepError):
+    """What lies on disk is not what was committed.
+
+    Attributes:
+        path: the checkpoint's directory.
+        overwritten: names of live objects' leaves that had already been overwritten when the
+            damage was met; empty if nothing was changed. Load another checkpoint before you go on.
+    """
+
+    def __init__(self, path: str | Path, message: str, *, overwritten: Sequence[str] = ()) -> None:
+        self.path = Path(path)
+        self.message = message
+        self.overwritten = tuple(overwritten)
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.message}"
+        if self.overwritten:
+            shown = ", ".join(self.overwritten[:20])
+            more = f" and {len(self.overwritten) - 20} more" if len(self.overwritten) > 20 else ""
+            text += (
+                f". Already overwritten with its contents: {shown}{more}. "
+                "The live objects are in a mixed state: load another checkpoint into them before you go on"
+            )
+        return text
+
+
+class ManifestError(DamagedCheckpointError):
+    """manifest.json or state.json is missing, mangled or hostile."""
+
+
+class SchemaVersionError(ManifestError):
+    """The checkpoint was written by a newer keepstep."""
+
+
+class MissingFileError(DamagedCheckpointError):
+    """A file that the manifest names is not there."""
+
+
+class FileSizeError(DamagedCheckpointError):
+    """A file is shorter or longer than when it was committed."""
+
+
+class DigestError(DamagedCheckpointError):
+    """A digest differs from the one committed: bits flipped or bytes were replaced."""
+
+
+class NoValidCheckpointError(KeepstepError):
+    """There are checkpoints, and every one of them is damaged.
+
+    Starting over in silence would hide the loss, so this is an error and not "no checkpoint".
+    """
+
+
+class MismatchError(KeepstepError, ValueError):
+    """A sound checkpoint does not fit the live objects; nothing was changed.
+
+    Attributes:
+        missing: leaves that the live objects have and the checkpoint lacks.
+        unexpected: leaves that the checkpoint has and the live objects lack.
+        different: one sentence for each leaf of another shape, dtype or kind.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        different: Sequence[str] = (),
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.different = tuple(different)
+        lines = [message]
+        lines += [f"  missing from the checkpoint: {name}" for name in self.missing]
+        lines += [f"  unexpected in the checkpoint: {name}" for name in self.unexpected]
+        lines += [f"  different: {text}" for text in self.different]
+        super().__init__("\n".join(lines))
+
+
+class RestoreError(KeepstepError):
+    """An object's own load_state_dict raised; the cause is chained."""
+
+
+class BackgroundSaveError(KeepstepError):
+    """A save in the background failed; the cause is chained. Older checkpoints are whole."""
+
+
+class UsageError(KeepstepError, ValueError):
+    """A call or a configuration that cannot work."""
+
+
+class NotPreparedError(UsageError):
+    """An object has to go through `Accelerator.prepare()` first."""
