@@ -1,0 +1,39 @@
+"""What every test gets: one thread, known seeds, and a directory of its own when it asks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported, here and in every process that a test starts: several processes share the cores,
+# and a sum over one thread comes out the same everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+# Two processes on two cores stall now and then: a slow example is no failure, an irreproducible one is.
+hypothesis.settings.register_profile("keepstep", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("keepstep")
+
+
+@pytest.fixture(autouse=True)
+def known_seeds() -> None:
+    """Every test starts from the same random numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global generator is part of what keepstep captures
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh directory that is also the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,119 @@
+"""What lint-imports and ruff cannot see: what a fresh process loads, and who may use which banned name."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import keepstep
+
+PACKAGE = Path(keepstep.__file__).parent
+
+TORCH_FREE = [
+    "keepstep",
+    "keepstep.errors",
+    "keepstep.files",
+    "keepstep.checkpoint.manifest",
+    "keepstep.checkpoint.catalog",
+    "keepstep.checkpoint.retention",
+    "keepstep.checkpoint.verify",
+    "keepstep.cli.main",
+]
+
+# ruff can lift its ban on names (TID251) for a whole file only, so here is who may use what.
+ALLOWED_IN = {
+    "torch.distributed": {"world.py", "train/parallel.py", "checkpoint/dcp.py"},
+    "os.environ": {"train/build.py", "train/launch.py"},
+    "os.getenv": {"train/build.py", "train/launch.py"},
+    "os.putenv": set(),
+    "pickle": {"checkpoint/convert/"},
+    "torch.load": {"checkpoint/convert/"},
+    "torch.save": set(),
+}
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_looking_at_checkpoints_never_imports_torch(module: str) -> None:
+    """A static check misses what a parent package's `__init__` pulls in; a fresh process does not."""
+    code = f"import sys, {module}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not {"torch", "safetensors", "accelerate", "keepstep.train"} & set(done.stdout.split())
+
+
+def dotted(node: ast.expr) -> str | None:
+    """`a.b.c` as text, None for what is no chain of names."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (left := dotted(node.value)) is not None:
+        return f"{left}.{node.attr}"
+    return None
+
+
+def names_used(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Each dotted name that a module imports or reads from one it imports, with its line."""
+    origins: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+                origins[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+                origins[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (name := dotted(node)) is not None:
+            head, _, rest = name.partition(".")
+            if head in origins:
+                yield node.lineno, f"{origins[head]}.{rest}"
+
+
+def misuses(source: str, file: str) -> list[str]:
+    """Banned names that `file` uses without being allowed to."""
+    found = []
+    for line, name in names_used(ast.parse(source)):
+        for banned, allowed in ALLOWED_IN.items():
+            if (name == banned or name.startswith(f"{banned}.")) and not file.startswith(tuple(allowed)):
+                found.append(f"{file}:{line}: {name}")
+        if name.startswith("keepstep.") and name.count(".") == 1 and name.split(".")[1] in keepstep.__all__:
+            lazily = name != "keepstep.__version__" and file != "__init__.py"
+            found += [f"{file}:{line}: {name} (import it from its own module)"] if lazily else []
+    return sorted(set(found))
+
+
+def test_banned_names_stay_where_they_are_allowed() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 5
+    found = [m for path in files for m in misuses(path.read_text(), path.relative_to(PACKAGE).as_posix())]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "is_misuse"),
+    [
+        ("import torch.distributed as dist", "train/state.py", True),
+        ("import torch.distributed as dist\ndist.barrier()", "world.py", False),
+        ("import torch\ntorch.distributed.barrier()", "train/state.py", True),
+        ("from torch import distributed", "checkpoint/store.py", True),
+        ("import os\nos.environ['A'] = '1'", "world.py", True),
+        ("import os\nos.environ.get('A')", "train/build.py", False),
+        ("from os import environ as e", "files.py", True),
+        ("from pickle import loads", "train/build.py", True),
+        ("import torch as t\nt.load('x')", "checkpoint/convert/torch_save.py", False),
+        ("import torch as t\nt.load('x')", "checkpoint/reader.py", True),
+        ("from keepstep import Store", "cli/main.py", True),
+        ("from keepstep import __version__", "cli/main.py", False),
+    ],
+)
+def test_the_check_itself_sees_misuse(source: str, file: str, is_misuse: bool) -> None:
+    assert bool(misuses(source, file)) is is_misuse

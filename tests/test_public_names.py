@@ -1,0 +1,92 @@
+"""The public surface, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import keepstep
+
+PUBLIC_NAMES = [
+    "Accelerator",
+    "Checkpoint",
+    "CheckpointPolicy",
+    "PendingSave",
+    "ProjectConfiguration",
+    "Retention",
+    "Store",
+    "__version__",
+    "register_codec",
+    "save_directory",
+    "skip_first_batches",
+]
+
+MAX_IMPORT_S = 0.050
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(keepstep.__all__) == sorted(PUBLIC_NAMES)
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_each_public_name_is_there_and_documented(name: str) -> None:
+    value = getattr(keepstep, name)
+    assert name in dir(keepstep)
+    if name != "__version__":
+        assert value.__doc__
+        assert value.__module__.startswith("keepstep.")
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'Accelerater'; it has: .*Accelerator"):
+        keepstep.Accelerater  # noqa: B018
+
+
+def test_star_import_brings_exactly_the_public_names() -> None:
+    names = run_python(
+        "before = set(dir())\nfrom keepstep import *\nprint(*sorted(set(dir()) - before - {'before'}))"
+    )
+    assert names.split() == sorted(PUBLIC_NAMES)
+
+
+def test_importing_keepstep_loads_nothing_heavy() -> None:
+    loaded = run_python("import sys, keepstep\nprint(*sys.modules)").split()
+    assert not {"torch", "numpy", "safetensors", "rich", "click"} & set(loaded)
+
+
+def test_importing_keepstep_leaves_the_process_as_it_was() -> None:
+    run_python(
+        "import os, signal, sys, threading\n"
+        "import torch.distributed\n"
+        "def snapshot():\n"
+        "    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]\n"
+        "    rng = torch.default_generator.get_state().tolist()\n"
+        "    return dict(os.environ), handlers, threading.active_count(), sys.excepthook, rng, "
+        "torch.distributed.is_initialized(), torch.save, torch.load\n"
+        "before = snapshot()\n"
+        "import keepstep\n"
+        "for name in keepstep.__all__: getattr(keepstep, name)\n"
+        "assert snapshot() == before\n"
+    )
+
+
+def test_importing_keepstep_is_quick() -> None:
+    code = "from time import perf_counter as now\nt = now()\nimport keepstep\nprint(now() - t)"
+    times_s = []
+    for _ in range(8):
+        times_s.append(float(run_python(code)))
+        if times_s[-1] < MAX_IMPORT_S:
+            return
+    pytest.fail(
+        f"`import keepstep` took {min(times_s):.3f} s at best of {len(times_s)}; allowed: {MAX_IMPORT_S} s"
+    )
