@@ -7,7 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+# A terminal sees the download's progress; a log does not fill with it.
+PIP := $(RUN) -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 TEST_PROCESSES ?= 2
