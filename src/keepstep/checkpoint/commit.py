@@ -1,0 +1,236 @@
+"""The one commit point, and the unfinished directory that leads to it.
+
+A checkpoint is built in `checkpoint_12.tmp-<token>/`, beside its final place. Everything in it is made
+durable, then the manifest is written and made durable, then one rename publishes the directory. A
+reader sees a whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from keepstep.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from keepstep.errors import (
+    DamagedCheckpointError,
+    DirectoryNotOursError,
+    KeepstepError,
+    NoSpaceError,
+    StoreError,
+    StoreReadOnlyError,
+)
+from keepstep.files import DirectoryLock, Files
+
+__all__ = [
+    "Workspace",
+    "check_target",
+    "delete_checkpoint",
+    "empty_trash",
+    "explained",
+    "replaced_path",
+    "sweep",
+]
+
+_TMP = ".tmp-"
+_REPLACED = ".replaced"
+
+log = logging.getLogger(__name__)
+
+
+def replaced_path(directory: Path) -> Path:
+    """Where a replaced checkpoint waits for the new one, on systems that can't swap two names at once."""
+    return directory.with_name(directory.name + _REPLACED)
+
+
+@contextlib.contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into keepstep's errors.
+
+    Raises:
+        NoSpaceError, StoreReadOnlyError, StoreError: with the directory and the way out.
+    """
+    try:
+        yield
+    except KeepstepError:
+        raise
+    except OSError as error:
+        reason = f"{error.strerror or error}"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise NoSpaceError(
+                f"no space to save {directory}: {reason}. The unfinished checkpoint was removed, older ones are "
+                "whole. Free some space, or keep fewer checkpoints (keep_last, byte_budget)"
+            ) from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise StoreReadOnlyError(
+                error.errno,
+                f"cannot write to {directory}: {reason}. Change its permissions or choose another directory",
+            ) from error
+        raise StoreError(f"saving {directory} failed: {reason}. Older checkpoints are whole") from error
+
+
+def check_target(directory: Path) -> bool:
+    """See whether a checkpoint may be published at `directory`.
+
+    Returns:
+        True if a keepstep checkpoint stands there and would be replaced.
+
+    Raises:
+        DirectoryNotOursError: it holds something else; nothing is touched.
+    """
+    try:
+        entries = os.listdir(directory)
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        raise DirectoryNotOursError(
+            errno.EEXIST, f"{directory} is a file; choose another directory"
+        ) from None
+    if not entries:
+        return False
+    if MANIFEST_NAME in entries:
+        with contextlib.suppress(DamagedCheckpointError):
+            read_manifest(directory)
+            return True
+    shown = ", ".join(sorted(entries)[:5])
+    raise DirectoryNotOursError(
+        errno.EEXIST,
+        f"{directory} is not empty and was not written by keepstep (it holds {shown}). Nothing was changed. "
+        "Choose an empty or new directory",
+    )
+
+
+class Workspace:
+    """An unfinished checkpoint. Published whole by `commit`, or gone after `discard`."""
+
+    def __init__(self, files: Files, final: Path) -> None:
+        self.final = final
+        self.path = final.with_name(f"{final.name}{_TMP}{secrets.token_hex(6)}")
+        self._files = files
+        self._lock: DirectoryLock | None = None
+
+    def open(self) -> None:
+        """Make the directory; sweep what dead processes left of the same checkpoint."""
+        self._files.make_directory(self.final.parent)
+        sweep(self._files, self.final.parent, prefix=self.final.name)
+        self._files.make_directory(self.path)
+        self._lock = DirectoryLock(self.path)
+
+    def commit(self, manifest: bytes) -> None:
+        """Publish. Everything named by the manifest is durable already."""
+        replaces = check_target(self.final)
+        if replaces:
+            self._keep_foreign_files()
+        self._files.write_file(self.path / MANIFEST_NAME, manifest)
+        self._files.sync_directory(self.path)
+        if not replaces:
+            self._files.rename(self.path, self.final)  # <- commit: after this line the checkpoint exists
+            self._files.sync_directory(self.final.parent)
+        elif self._files.exchange(self.path, self.final):  # <- commit, in place of an older one
+            self._files.sync_directory(self.final.parent)
+            self._files.remove_tree(self.path)
+        else:
+            self._replace_in_two_steps()
+        self._release()
+
+    def discard(self) -> None:
+        """Remove what was written. Never raises: the error that led here is the one that counts."""
+        try:
+            self._files.remove_tree(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning(
+                "could not remove the unfinished %s (%s); the next save tries again", self.path, error
+            )
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _keep_foreign_files(self) -> None:
+        """What somebody put beside an older checkpoint stays beside the new one."""
+        ours = {MANIFEST_NAME, *read_manifest(self.final).files}
+        for entry in sorted(set(os.listdir(self.final)) - ours):
+            if not (self.path / entry).exists():
+                _link_tree(self._files, self.final / entry, self.path / entry)
+
+    def _replace_in_two_steps(self) -> None:
+        aside = replaced_path(self.final)
+        if aside.exists():
+            self._files.remove_tree(aside)
+        self._files.rename(self.final, aside)
+        self._files.rename(self.path, self.final)  # <- commit; until here readers find `aside`
+        self._files.sync_directory(self.final.parent)
+        self._files.remove_tree(aside)
+
+
+def _link_tree(files: Files, source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        files.make_directory(target)
+        for entry in sorted(os.listdir(source)):
+            _link_tree(files, source / entry, target / entry)
+        files.sync_directory(target)
+    else:
+        files.link(source, target)
+
+
+def sweep(files: Files, parent: Path, *, prefix: str = "") -> None:
+    """Remove unfinished checkpoints of dead processes; those of living ones are locked and stay."""
+    for entry in os.listdir(parent):
+        stem, mark, _ = entry.rpartition(_TMP)
+        if not mark or (prefix and stem != prefix):
+            continue
+        path = parent / entry
+        try:
+            lock = DirectoryLock(path)
+        except OSError:  # locked by the process that writes it, or not a directory
+            continue
+        try:
+            if lock.supported:
+                log.info("removing %s, left unfinished by a process that died", path)
+                files.remove_tree(path)
+        finally:
+            lock.release()
+
+
+def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
+    """Delete a checkpoint: out of sight by one rename first, then its files.
+
+    Files that keepstep did not write are not deleted: they stay, in a directory of the old name.
+    """
+    files.make_directory(trash)
+    doomed = trash / f"{directory.name}.{secrets.token_hex(4)}"
+    files.rename(directory, doomed)
+    files.sync_directory(directory.parent)
+    _remove_ours(files, doomed)
+    if doomed.exists():
+        log.warning("%s held files that keepstep did not write; they were kept", directory)
+        if not directory.exists():
+            files.rename(doomed, directory)
+
+
+def _remove_ours(files: Files, directory: Path) -> None:
+    """Remove what the manifest names, the manifest last, then the directory if nothing is left."""
+    try:
+        names = [*read_manifest(directory).files, MANIFEST_NAME]
+    except DamagedCheckpointError:
+        names = []  # its manifest went with an earlier, interrupted deletion
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            files.remove_file(directory / name)
+    if not os.listdir(directory):
+        files.remove_directory(directory)
+
+
+def empty_trash(files: Files, trash: Path) -> None:
+    """Finish deletions that a dead process began."""
+    for entry in os.listdir(trash) if trash.is_dir() else []:
+        if (trash / entry).is_dir():
+            _remove_ours(files, trash / entry)

@@ -1,0 +1,250 @@
+"""One save, from a live state to a committed directory."""
+
+from __future__ import annotations
+
+import datetime as dt
+import secrets
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from keepstep.checkpoint.commit import Workspace, check_target, explained
+from keepstep.checkpoint.environment import describe_environment
+from keepstep.checkpoint.layout import Layout, TensorInfo, plan
+from keepstep.checkpoint.manifest import (
+    STATE_NAME,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    digest_of,
+    dump_manifest,
+    dump_state,
+)
+from keepstep.checkpoint.staging import BlockPool
+from keepstep.checkpoint.writer import SegmentWriter
+from keepstep.errors import UsageError
+from keepstep.files import Files
+from keepstep.tree import Flat, Leaf, flatten
+
+__all__ = ["Description", "Lineage", "Save", "describe"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """What the user says of a checkpoint."""
+
+    step: int | None = None
+    epoch: int | None = None
+    metrics: Mapping[str, float | int | str | bool]
+    tags: tuple[str, ...] = ()
+    pinned: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lineage:
+    """Which run writes, the how-manieth process of it, and after which checkpoint."""
+
+    run: str
+    attempt: int = 1
+    parent: str | None = None
+
+
+def describe(
+    *,
+    step: int | None,
+    epoch: int | None,
+    metrics: Mapping[str, Any] | None,
+    tags: tuple[str, ...] | list[str] | str,
+    pinned: bool,
+) -> Description:
+    """Check what the user says of a checkpoint.
+
+    Raises:
+        UsageError: naming the argument, its value and what is allowed.
+    """
+    for name, value in (("step", step), ("epoch", epoch)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+            raise UsageError(f"{name} is {value!r}; expected a whole number or None")
+    given_tags = (tags,) if isinstance(tags, str) else tuple(tags)
+    if not all(isinstance(tag, str) and tag for tag in given_tags):
+        raise UsageError(f"tags is {tags!r}; expected non-empty strings")
+    return Description(
+        step=None if step is None else int(step),
+        epoch=None if epoch is None else int(epoch),
+        metrics={_metric_name(name): _metric(name, value) for name, value in (metrics or {}).items()},
+        tags=given_tags,
+        pinned=bool(pinned),
+    )
+
+
+def _metric_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise UsageError(f"a metric's name is {name!r}; expected a string")
+    return name
+
+
+def _metric(name: str, value: Any) -> float | int | str | bool:
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        if value.size != 1 if not isinstance(value, torch.Tensor) else value.numel() != 1:
+            raise UsageError(f"metric {name!r} has the shape {tuple(value.shape)}; expected one number")
+        value = value.item()
+    if not isinstance(value, float | int | str | bool):
+        raise UsageError(
+            f"metric {name!r} is {value!r:.100}, a {type(value).__name__}; expected a number or string"
+        )
+    return value
+
+
+class Save:
+    """One checkpoint on its way. Flattening and planning happen at once; then either `write`, or
+    `stage` (the state may change afterwards) and `finish` (from any thread).
+    """
+
+    def __init__(
+        self,
+        *,
+        files: Files,
+        final: Path,
+        state: Any,
+        description: Description,
+        lineage: Lineage,
+        pool: BlockPool,
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        flat = flatten(state)
+        self.final = final
+        self._files = files
+        self._description = description
+        self._lineage = lineage
+        self._flat = flat
+        infos = [_info(leaf) for leaf in flat.leaves]
+        self._infos = infos
+        self._layout = plan(infos)
+        with explained(final):
+            check_target(final)
+        self._workspace = Workspace(files, final)
+        self._writer = SegmentWriter(
+            files, self._workspace.path, self._layout, [leaf.tensor for leaf in flat.leaves], pool, threads
+        )
+
+    def write(self) -> Manifest:
+        """Copy, write and commit; durable on return.
+
+        Raises:
+            StoreError: any of its kinds; the unfinished directory is gone.
+        """
+        return self._discarding(self._write_and_commit)
+
+    def stage(self) -> None:
+        """Copy the state out; writing goes on behind. Call `finish` afterwards."""
+        self._discarding(self._open_and_stage)
+
+    def finish(self) -> Manifest:
+        """Wait until all that was staged is written, and commit."""
+        return self._discarding(self._drain_and_commit)
+
+    def _discarding(self, work: Callable[[], _T]) -> _T:
+        with explained(self.final):
+            try:
+                return work()
+            except BaseException:
+                self._writer.abort()
+                self._workspace.discard()
+                raise
+
+    def _write_and_commit(self) -> Manifest:
+        self._workspace.open()
+        self._writer.write()
+        return self._commit()
+
+    def _open_and_stage(self) -> None:
+        self._workspace.open()
+        self._writer.stage()
+        self._flat = Flat(tree=self._flat.tree, leaves=[])  # the live tensors are not ours any more
+
+    def _drain_and_commit(self) -> Manifest:
+        self._writer.drain()
+        return self._commit()
+
+    def _commit(self) -> Manifest:
+        directory = self._workspace.path
+        entries = self._writer.file_entries()
+        small = dict(self._layout.indexes)
+        small[STATE_NAME] = dump_state(
+            self._flat.tree, _tensor_entries(self._infos, self._layout, self._writer.digests)
+        )
+        for name, data in small.items():
+            self._files.write_file(directory / name, data)
+            entries[name] = FileEntry(bytes=len(data), digest=digest_of(data))
+        manifest = self._manifest(entries)
+        self._workspace.commit(dump_manifest(manifest))
+        return manifest
+
+    def _manifest(self, entries: Mapping[str, FileEntry]) -> Manifest:
+        said, lineage = self._description, self._lineage
+        return Manifest(
+            id=secrets.token_hex(8),
+            created_at=dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+            step=said.step,
+            epoch=said.epoch,
+            metrics=said.metrics,
+            tags=said.tags,
+            pinned=said.pinned,
+            parent=lineage.parent,
+            run=lineage.run,
+            attempt=lineage.attempt,
+            environment=describe_environment(),
+            files=entries,
+        )
+
+
+def _info(leaf: Leaf) -> TensorInfo:
+    tensor = leaf.tensor
+    hidden = tensor.is_conj() or tensor.is_neg()  # the bytes in memory are not the values
+    storage = tensor.untyped_storage()
+    return TensorInfo(
+        address=leaf.address,
+        group=leaf.group,
+        name=leaf.name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        itemsize=tensor.itemsize,
+        memory=None if hidden else (str(tensor.device), storage.data_ptr()),
+        begin=tensor.data_ptr(),
+        stride=tensor.stride(),
+        contiguous=tensor.is_contiguous(),
+    )
+
+
+def _tensor_entries(
+    infos: list[TensorInfo], layout: Layout, digests: Mapping[int, str]
+) -> dict[str, TensorEntry]:
+    entries: dict[int, TensorEntry] = {}
+    for segment in layout.segments:
+        for placed in segment.placements:
+            info = infos[placed.index]
+            entries[placed.index] = TensorEntry(
+                dtype=info.dtype,
+                shape=info.shape,
+                offset=placed.offset,
+                file=segment.file,
+                bytes=placed.bytes,
+                digest=digests[placed.index],
+            )
+    for alias in layout.aliases:
+        info = infos[alias.index]
+        entries[alias.index] = TensorEntry(
+            dtype=info.dtype,
+            shape=info.shape,
+            offset=alias.offset,
+            alias_of=infos[alias.base].address,
+            stride=alias.stride,
+        )
+    return {infos[index].address: entries[index] for index in sorted(entries)}

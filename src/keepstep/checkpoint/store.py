@@ -1,0 +1,542 @@
+"""The face of the engine: `Store`, `Checkpoint`, `PendingSave`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from keepstep.checkpoint import catalog
+from keepstep.checkpoint.commit import delete_checkpoint, empty_trash, explained, replaced_path, sweep
+from keepstep.checkpoint.manifest import Manifest, read_manifest
+from keepstep.checkpoint.reader import Reader
+from keepstep.checkpoint.restore import load_into, load_tree
+from keepstep.checkpoint.retention import Retention, decide
+from keepstep.checkpoint.save import Description, Lineage, Save, describe
+from keepstep.checkpoint.staging import BlockPool
+from keepstep.checkpoint.verify import Report, verify_checkpoint
+from keepstep.checkpoint.writer import WRITER_THREADS
+from keepstep.errors import (
+    BackgroundSaveError,
+    CheckpointNotFoundError,
+    DamagedCheckpointError,
+    NoValidCheckpointError,
+    StoreBusyError,
+)
+from keepstep.files import Files, LocalFiles, StoreLock
+
+__all__ = ["DEFAULT_MEMORY_BUDGET_BYTES", "Checkpoint", "PendingSave", "Store", "save_directory"]
+
+DEFAULT_MEMORY_BUDGET_BYTES = 2 << 30
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """A committed checkpoint. Cheap to make: only the manifest was read.
+
+    Attributes:
+        path: its directory.
+        manifest: what was said of it and what it consists of.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """The checkpoint in a directory.
+
+        Raises:
+            CheckpointNotFoundError: there is no such directory, or no manifest in it.
+            ManifestError: the manifest is damaged.
+        """
+        directory = Path(path)
+        if not directory.exists() and replaced_path(directory).exists():
+            directory = replaced_path(directory)
+            log.warning("%s is missing: a save was cut off while replacing it; using %s", path, directory)
+        if not directory.is_dir():
+            raise CheckpointNotFoundError(f"there is no checkpoint at {directory}: no such directory")
+        if not os.path.lexists(directory / "manifest.json"):
+            raise CheckpointNotFoundError(
+                f"{directory} is not a keepstep checkpoint: it has no manifest.json. Give the directory of one "
+                "checkpoint, as .../checkpoints/checkpoint_12"
+            )
+        return cls(directory, read_manifest(directory))
+
+    @property
+    def name(self) -> str:
+        """Its directory's name."""
+        return self.path.name
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps done when it was saved."""
+        return self.manifest.step
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch under way when it was saved, from 0."""
+        return self.manifest.epoch
+
+    @property
+    def metrics(self) -> Mapping[str, float | int | str | bool]:
+        """Metrics given at the save."""
+        return self.manifest.metrics
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Tags given at the save."""
+        return self.manifest.tags
+
+    @property
+    def pinned(self) -> bool:
+        """Whether retention may never drop it."""
+        return self.manifest.pinned
+
+    @property
+    def created_at(self) -> str:
+        """When it was committed, ISO 8601, UTC."""
+        return self.manifest.created_at
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return self.manifest.bytes
+
+    def __repr__(self) -> str:
+        said = {"step": self.step, "epoch": self.epoch, **self.metrics}
+        shown = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)
+        return f"<Checkpoint {self.path} {shown}>"
+
+    def load(self, only: str | Sequence[str] | None = None, *, verify: bool = True) -> Any:
+        """The saved state as new objects: dicts, lists, arrays, CPU tensors.
+
+        Live objects come back as their state dicts. Tensors are a private mapping of the files: a page
+        is read when it is touched, a write stays in memory.
+
+        Args:
+            only: addresses or shell globs over addresses to load ("model", "model/h.0.*"); the rest is
+                neither read nor returned.
+            verify: hash what is loaded first. Without it a flipped bit goes unnoticed.
+
+        Raises:
+            DamagedCheckpointError: in one of its kinds, naming file and tensor.
+            UsageError: `only` matches nothing.
+            UnsupportedTypeError: a value's codec is not registered.
+        """
+        return load_tree(Reader(self.path), only=_patterns(only), verify=verify)
+
+    def load_into(self, objects: Any, only: str | Sequence[str] | None = None) -> None:
+        """Restore live objects in place: all of it or nothing.
+
+        Args:
+            objects: nested like the state that was saved. Modules, optimizers, tensors and arrays take
+                their values in place; other objects with `load_state_dict` are handed their state; dicts
+                and lists take plain values in place.
+            only: restore only what matches; `objects` then holds only that.
+
+        Raises:
+            MismatchError: something does not fit; all differences are named and nothing was changed.
+            RestoreError: an object's own `load_state_dict` raised; objects handed their state before it
+                were given their earlier state back.
+            DamagedCheckpointError: damage was met while reading; `overwritten` names what had been
+                overwritten by then. Load another checkpoint into the same objects before going on.
+        """
+        load_into(Reader(self.path), objects, only=_patterns(only))
+
+    def verify(self, *, quick: bool = False) -> Report:
+        """Whether every byte is what was committed; see `keepstep.checkpoint.verify`."""
+        return verify_checkpoint(self.path, quick=quick)
+
+
+def _patterns(only: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if only is None:
+        return None
+    return (only,) if isinstance(only, str) else tuple(only)
+
+
+class PendingSave:
+    """A save in the background: the state has been copied, the writing goes on.
+
+    Attributes:
+        staging_s: how long the caller was blocked, in seconds.
+    """
+
+    def __init__(self, future: Future[Checkpoint], staging_s: float) -> None:
+        self._future = future
+        self.staging_s = staging_s
+        self.seen = False
+
+    def done(self) -> bool:
+        """Whether it is committed, or has failed."""
+        return self._future.done()
+
+    def wait(self) -> Checkpoint:
+        """Wait until it is committed.
+
+        Raises:
+            BackgroundSaveError: it failed; the cause is chained.
+        """
+        try:
+            checkpoint = self._future.result()
+        except Exception as error:
+            self.seen = True
+            raise BackgroundSaveError(
+                f"a checkpoint could not be saved in the background: {error}"
+            ) from error
+        return checkpoint
+
+
+class _Engine:
+    """Threads and reusable memory of a writer."""
+
+    def __init__(self, files: Files | None, memory_budget_bytes: int) -> None:
+        self.files: Files = files if files is not None else LocalFiles()
+        self.pool = BlockPool(memory_budget_bytes)
+        self.threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="keepstep-write")
+
+    def save(self, final: Path, state: Any, description: Description, lineage: Lineage) -> Save:
+        return Save(
+            files=self.files,
+            final=final,
+            state=state,
+            description=description,
+            lineage=lineage,
+            pool=self.pool,
+            threads=self.threads,
+        )
+
+
+def save_directory(
+    directory: str | os.PathLike[str],
+    state: Any,
+    *,
+    step: int | None = None,
+    epoch: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    pinned: bool = False,
+    files: Files | None = None,
+) -> Checkpoint:
+    """Save one checkpoint as exactly this directory, outside any store; durable on return.
+
+    The directory may be new, empty, or an earlier keepstep checkpoint, which is then replaced in one
+    step (files that somebody else put into it stay).
+
+    Raises:
+        DirectoryNotOursError: it holds something else; nothing was touched.
+        StateError, StoreError: see `Store.save`.
+    """
+    final = Path(directory).absolute()
+    description = describe(step=step, epoch=epoch, metrics=metrics, tags=tuple(tags), pinned=pinned)
+    engine = _Engine(files, 64 << 20)
+    try:
+        manifest = engine.save(final, state, description, Lineage(run=secrets.token_hex(8))).write()
+    finally:
+        engine.threads.shutdown()
+    return Checkpoint(Path(directory), manifest)
+
+
+_stores_with_threads: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+class Store:
+    """Checkpoints of one run, in one directory: `checkpoint_0`, `checkpoint_1`, ...
+
+    One process at a time writes to a store; any number may read.
+
+    Args:
+        path: the directory; made at the first save.
+        retention: what to keep, applied after each commit; None keeps everything.
+        memory_budget_bytes: most host memory for staging saves in the background, kept for the next one.
+        files: how the disk is changed; tests pass one that fails on purpose.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        retention: Retention | None = None,
+        memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+        files: Files | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.retention = retention if retention is not None else Retention()
+        self._engine = _Engine(files, memory_budget_bytes)
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="keepstep-commit")
+        self._one_save = threading.RLock()
+        self._in_flight: PendingSave | None = None
+        self._lineage = Lineage(run=secrets.token_hex(8))
+        self._owned = False
+        _stores_with_threads.add(self)
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r})"
+
+    # ------------------------------------------------------------------------------------- saving
+
+    def save(
+        self,
+        state: Any,
+        *,
+        step: int | None = None,
+        epoch: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        pinned: bool = False,
+    ) -> Checkpoint:
+        """Save a checkpoint; it is durable and committed on return.
+
+        Args:
+            state: any nesting of dict, list and tuple of tensors, arrays, plain values and live objects
+                with `state_dict`/`load_state_dict`. Each root key becomes a file.
+            step: optimizer steps done.
+            epoch: the epoch under way.
+            metrics: name -> number (a one-element tensor will do) or string.
+            tags: names; a tagged checkpoint is never pruned.
+            pinned: never prune it.
+
+        Raises:
+            StateError: the state cannot be saved as it is; nothing was written.
+            StoreBusyError: another process writes to this store.
+            NoSpaceError, StoreReadOnlyError, StoreError: nothing of this checkpoint is left, older ones are whole.
+            BackgroundSaveError: an earlier save in the background had failed.
+        """
+        description = describe(step=step, epoch=epoch, metrics=metrics, tags=tuple(tags), pinned=pinned)
+        with self._one_save:
+            self.wait()
+            save = self._begin(state, description)
+            return self._committed(save.final, save.write())
+
+    def save_in_background(
+        self,
+        state: Any,
+        *,
+        step: int | None = None,
+        epoch: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        pinned: bool = False,
+    ) -> PendingSave:
+        """Copy the state and return; hashing, writing and the commit go on in the background.
+
+        The state may change as soon as this returns. One save is in flight at a time: a second waits
+        for the first. Arguments and errors as for `save`; an error of the background is raised by
+        `PendingSave.wait`, or as `BackgroundSaveError` by the next save or `wait`.
+        """
+        description = describe(step=step, epoch=epoch, metrics=metrics, tags=tuple(tags), pinned=pinned)
+        with self._one_save:
+            self.wait()
+            began = time.perf_counter()
+            save = self._begin(state, description)
+            save.stage()
+            future = self._finisher.submit(self._finish, save)
+            self._in_flight = PendingSave(future, time.perf_counter() - began)
+            return self._in_flight
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight in the background."""
+        return self._in_flight is not None and not self._in_flight.done()
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if any.
+
+        Raises:
+            BackgroundSaveError: it, or an earlier one nobody asked about, failed.
+        """
+        pending, self._in_flight = self._in_flight, None
+        if pending is not None:
+            with contextlib.suppress(BackgroundSaveError) if pending.seen else contextlib.nullcontext():
+                pending.wait()
+
+    def _finish(self, save: Save) -> Checkpoint:
+        return self._committed(save.final, save.finish())
+
+    def _begin(self, state: Any, description: Description) -> Save:
+        with explained(self.path):
+            self._own()
+        final = self.path / catalog.checkpoint_name(catalog.next_number(self.path))
+        return self._engine.save(final, state, description, self._lineage)
+
+    def _committed(self, path: Path, manifest: Manifest) -> Checkpoint:
+        self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
+        if not self.retention.keeps_all:
+            self.prune()
+        return Checkpoint(path, manifest)
+
+    def _own(self) -> None:
+        """Become the one process that writes here, and clear what dead ones left."""
+        if self._owned:
+            return
+        files, internal = self._engine.files, self.path / catalog.INTERNAL_NAME
+        files.make_directory(internal)
+        me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        holder = StoreLock.acquire(internal / "lock", me)
+        if holder is not None:
+            raise StoreBusyError(
+                f"{self.path} is being written to by {holder}. One process at a time may write to a store: stop that "
+                "one, or give this run another directory"
+            )
+        sweep(files, self.path)
+        empty_trash(files, internal / "trash")
+        self._owned = True
+
+    # ------------------------------------------------------------------------------------ finding
+
+    def list(self) -> list[Checkpoint]:
+        """All checkpoints with a readable manifest, oldest first. Reads manifests only."""
+        return [Checkpoint(e.path, e.manifest) for e in catalog.scan(self.path) if e.manifest is not None]
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose manifest is sound and whose files are all there and whole in size.
+
+        Damaged ones are named in a warning and passed over. Data is verified when it is loaded.
+        """
+        for entry in reversed(catalog.scan(self.path)):
+            damage = catalog.damage_of(entry)
+            if damage is None and entry.manifest is not None:
+                return Checkpoint(entry.path, entry.manifest)
+            log.warning("passing over the damaged checkpoint %s: %s", entry.path, damage)
+        return None
+
+    def get(self, name: str) -> Checkpoint:
+        """The checkpoint with this name ("checkpoint_12").
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+            ManifestError: its manifest is damaged.
+        """
+        entry = catalog.find(self.path, name)
+        return Checkpoint(entry.path, entry.manifest if entry.manifest else read_manifest(entry.path))
+
+    def best(self, metric: str, mode: Literal["min", "max"] = "min") -> Checkpoint | None:
+        """The checkpoint with the smallest or largest value of a metric; the newest of equals.
+
+        Checkpoints without the metric, or where it is NaN, don't count; None if none is left.
+
+        Raises:
+            UsageError: `mode` is neither "min" nor "max".
+        """
+        entry = catalog.best_of(catalog.scan(self.path), metric, mode)
+        return None if entry is None or entry.manifest is None else Checkpoint(entry.path, entry.manifest)
+
+    def verify(self, *, quick: bool = False) -> Sequence[Report]:
+        """Verify every checkpoint, oldest first."""
+        return [verify_checkpoint(entry.path, quick=quick) for entry in catalog.scan(self.path)]
+
+    # ----------------------------------------------------------------------------------- resuming
+
+    def load_latest_into(self, objects: Any) -> Checkpoint | None:
+        """Restore the newest valid checkpoint into live objects, falling back over damaged ones.
+
+        A damaged checkpoint is named in an error log, moved aside (into `.keepstep/damaged/`, never
+        deleted), and the next older one is taken, which overwrites everything.
+
+        Returns:
+            The checkpoint that was restored; None if the store holds none.
+
+        Raises:
+            NoValidCheckpointError: there are checkpoints, and all are damaged.
+            MismatchError, RestoreError: as for `Checkpoint.load_into`.
+        """
+        self.wait()
+        damaged: list[str] = []
+        for entry in reversed(catalog.scan(self.path)):
+            try:
+                checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
+                checkpoint.load_into(objects)
+            except DamagedCheckpointError as error:
+                damaged.append(f"{entry.name}: {error.message}")
+                self._set_aside(entry, error)
+                continue
+            manifest = checkpoint.manifest
+            self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
+            return checkpoint
+        if damaged:
+            raise NoValidCheckpointError(
+                f"every checkpoint in {self.path} is damaged:\n  "
+                + "\n  ".join(damaged)
+                + "\nThe live objects may be in "
+                "a mixed state. Restore one of them from a copy, or give the run a new directory to start over"
+            )
+        return None
+
+    def _set_aside(self, entry: catalog.Entry, error: DamagedCheckpointError) -> None:
+        log.error(
+            "the checkpoint %s is damaged and is set aside; trying an older one: %s",
+            entry.path,
+            error.message,
+        )
+        place = self.path / catalog.INTERNAL_NAME / "damaged"
+        target = place / entry.name
+        if target.exists():
+            target = target.with_name(f"{entry.name}.{secrets.token_hex(4)}")
+        try:
+            self._own()
+            self._engine.files.make_directory(place)
+            self._engine.files.rename(entry.path, target)
+            self._engine.files.sync_directory(self.path)
+        except OSError as refused:  # a store that is read-only, or another's: passing it over is enough
+            log.warning("%s could not be set aside: %s", entry.path, refused)
+        except StoreBusyError as refused:
+            log.warning("%s could not be set aside: %s", entry.path, refused)
+
+    # ------------------------------------------------------------------------------------ pruning
+
+    def delete(self, checkpoint: Checkpoint | str) -> None:
+        """Delete one checkpoint: out of sight by a rename first, then its files.
+
+        Raises:
+            CheckpointNotFoundError: it is not (or no longer) in this store.
+            StoreError: the disk refuses.
+        """
+        name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
+        entry = catalog.find(self.path, name)
+        if not isinstance(checkpoint, str) and checkpoint.path.parent.resolve() != self.path.resolve():
+            raise CheckpointNotFoundError(
+                errno.ENOENT, f"{checkpoint.path} is not in {self.path}; delete it through its own store"
+            )
+        with explained(entry.path):
+            delete_checkpoint(self._engine.files, entry.path, self.path / catalog.INTERNAL_NAME / "trash")
+
+    def prune(self) -> Sequence[str]:
+        """Delete what `retention` does not keep. Called after each commit.
+
+        Returns:
+            The names of the deleted checkpoints.
+        """
+        dropped = []
+        for decision in decide(catalog.scan(self.path), self.retention):
+            if not decision.keep:
+                log.debug("deleting %s: %s", decision.entry.path, decision.reason)
+                try:
+                    self.delete(decision.entry.name)
+                except CheckpointNotFoundError:  # somebody else deleted it first
+                    continue
+                dropped.append(decision.entry.name)
+        return dropped
+
+
+@atexit.register
+def _report_unseen_failures() -> None:
+    """The last chance to say that a background save failed."""
+    for store in list(_stores_with_threads):
+        try:
+            store.wait()
+        except BackgroundSaveError as error:
+            log.critical("keepstep: %s", error)

@@ -1,0 +1,142 @@
+"""Is every byte of a checkpoint what was committed? No torch: any machine can answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from keepstep.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    check_files,
+    combine_digests,
+    digest_of,
+    read_manifest,
+    read_state,
+)
+from keepstep.errors import DamagedCheckpointError, DigestError, ManifestError
+
+__all__ = ["Report", "verify_checkpoint"]
+
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """The health of one checkpoint.
+
+    Attributes:
+        path: the directory.
+        problems: one sentence for each thing wrong; empty if it is sound.
+        bytes: how many bytes were hashed.
+    """
+
+    path: Path
+    problems: tuple[str, ...]
+    bytes: int
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_checkpoint(
+    directory: Path, *, quick: bool = False, progress: Callable[[int], None] = lambda _: None
+) -> Report:
+    """Verify one checkpoint; never raises for damage, reports all of it.
+
+    Args:
+        directory: the checkpoint.
+        quick: only the manifest, state.json, and every file's presence and size; no data is read.
+        progress: called with the number of bytes hashed since the last call.
+    """
+    problems: list[str] = []
+    hashed = 0
+    try:
+        manifest = read_manifest(directory)
+        check_files(directory, manifest)
+        _, tensors = read_state(directory, manifest)
+        if not quick:
+            for problem, count in _verify_files(directory, manifest, tensors):
+                problems += [problem] if problem else []
+                hashed += count
+                progress(count)
+    except DamagedCheckpointError as error:
+        problems.append(error.message)
+    except OSError as error:
+        problems.append(f"can't be read: {error.strerror or error} ({error.filename})")
+    return Report(path=directory, problems=tuple(problems), bytes=hashed)
+
+
+def _verify_files(
+    directory: Path, manifest: Manifest, tensors: dict[str, TensorEntry]
+) -> Iterator[tuple[str | None, int]]:
+    """Problems found and bytes hashed, as it goes."""
+    for name, entry in manifest.files.items():
+        fd = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if entry.header_bytes is None:
+                yield _verify_small(fd, name, entry), entry.bytes
+            else:
+                inside = [(address, tensor) for address, tensor in tensors.items() if tensor.file == name]
+                inside.sort(key=lambda pair: (pair[1].offset, pair[1].bytes))
+                yield from _verify_segment(directory, fd, name, entry, inside)
+        finally:
+            os.close(fd)
+
+
+def _verify_small(fd: int, name: str, entry: FileEntry) -> str | None:
+    actual = digest_of(_exactly(fd, 0, entry.bytes))
+    return (
+        None
+        if actual == entry.digest
+        else f"{name} has the digest {actual}, but {entry.digest} was committed"
+    )
+
+
+def _verify_segment(
+    directory: Path, fd: int, name: str, entry: FileEntry, inside: list[tuple[str, TensorEntry]]
+) -> Iterator[tuple[str | None, int]]:
+    header = _exactly(fd, 0, entry.header_bytes or 0)
+    committed = [digest_of(header), *(tensor.digest or "" for _, tensor in inside)]
+    if combine_digests(committed) != entry.digest:
+        yield f"the header of {name} was changed", len(header)
+    else:
+        yield _header_problem(header, name, inside), len(header)
+    for address, tensor in inside:
+        hasher = xxhash.xxh3_128()
+        for begin in range(tensor.offset, tensor.offset + tensor.bytes, _CHUNK_BYTES):
+            chunk = _exactly(fd, begin, min(_CHUNK_BYTES, tensor.offset + tensor.bytes - begin))
+            hasher.update(chunk)
+            yield None, len(chunk)
+        if hasher.hexdigest() != tensor.digest:
+            error = DigestError(directory, f"tensor {address!r} in {name} was changed: its digest differs")
+            yield error.message, 0
+
+
+def _header_problem(header: bytes, name: str, inside: list[tuple[str, TensorEntry]]) -> str | None:
+    """The safetensors header, which other tools read, must say the same as the index that we read."""
+    try:
+        entries = json.loads(header[8:])
+        said = sorted(entry["data_offsets"] for key, entry in entries.items() if key != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"the header of {name} is no safetensors header ({error})"
+    indexed = sorted([t.offset - len(header), t.offset - len(header) + t.bytes] for _, t in inside)
+    return None if said == indexed else f"the header of {name} places tensors elsewhere than state.json does"
+
+
+def _exactly(fd: int, offset: int, size: int) -> bytes:
+    data = os.pread(fd, size, offset)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            raise ManifestError("", f"a file ended at byte {offset + len(data)} while it was being read")
+        data += more
+    return data

@@ -1,0 +1,277 @@
+"""Files that survive power cuts: the one place where bytes are made durable.
+
+Everything that changes the disk goes through one `Files` object, so that a test can fail any single
+write, fsync, link or rename. No torch here: looking at checkpoints is cheap.
+
+Platform differences are decided here and nowhere else: O_DIRECT where the file system takes it, else
+buffered writes; an atomic exchange of two directories where the kernel has it, else two renames; hard
+links, else copies; record locks, else none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["PAGE_BYTES", "DirectoryLock", "Files", "LocalFiles", "SegmentFile", "StoreLock"]
+
+PAGE_BYTES = 4096
+"""O_DIRECT wants offsets, lengths and addresses in multiples of this."""
+
+_NOT_SUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EXDEV, errno.EPERM}
+
+
+class SegmentFile(Protocol):
+    """A file of known size that several threads fill at once."""
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`; both multiples of `PAGE_BYTES`, as is the data's address."""
+
+    def finish(self) -> None:
+        """Cut the file to its size, make it durable and close it."""
+
+    def abandon(self) -> None:
+        """Close it without any promise."""
+
+
+class Files(Protocol):
+    """Every operation that changes the disk. Each either happens or raises OSError."""
+
+    def make_directory(self, path: Path) -> None:
+        """Make `path` and its missing parents; parents of new directories are made durable."""
+
+    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
+        """Create a file of `size_bytes`; it must not exist."""
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        """Create or replace a small file and make its bytes durable (not its name)."""
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in a directory durable."""
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename within a file system; a directory replaces an empty one."""
+
+    def exchange(self, first: Path, second: Path) -> bool:
+        """Swap two names atomically; False if this system can't."""
+
+    def link(self, source: Path, target: Path) -> None:
+        """Make `target` hold what `source` holds: a hard link, else a durable copy."""
+
+    def remove_file(self, path: Path) -> None:
+        """Remove one file."""
+
+    def remove_directory(self, path: Path) -> None:
+        """Remove one empty directory."""
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and all below it; never follows links."""
+
+
+class _LocalSegment:
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        self._direct = False
+        try:
+            self._fd = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+            self._direct = hasattr(os, "O_DIRECT")
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            # The file system may have made the name before it refused the flag.
+            path.unlink(missing_ok=True)
+            self._fd = os.open(path, flags, 0o666)
+        if self._direct and size_bytes:
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Find out that the disk is full before writing, and lay the file out in one piece."""
+        try:
+            os.posix_fallocate(self._fd, 0, self._size_bytes)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                self.abandon()
+                raise
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        while data:
+            try:
+                written = os.pwrite(self._fd, data, offset)
+            except OSError as error:
+                if not (self._direct and error.errno == errno.EINVAL):
+                    raise
+                self._leave_direct()
+                continue
+            if written % PAGE_BYTES and written < len(data):
+                self._leave_direct()  # a short direct write leaves us unaligned
+            data, offset = data[written:], offset + written
+
+    def _leave_direct(self) -> None:
+        """Some file systems take the flag at open and refuse it at write."""
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
+        self._direct = False
+
+    def finish(self) -> None:
+        try:
+            os.ftruncate(self._fd, self._size_bytes)
+            os.fsync(self._fd)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+class LocalFiles:
+    """`Files` on a local or network file system."""
+
+    def make_directory(self, path: Path) -> None:
+        if path.is_dir():
+            return
+        self.make_directory(path.parent)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        self.sync_directory(path.parent)
+
+    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
+        return _LocalSegment(path, size_bytes)
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def sync_directory(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:  # some network file systems can't sync a directory
+                raise
+        finally:
+            os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def exchange(self, first: Path, second: Path) -> bool:
+        return _exchange(os.fsencode(first), os.fsencode(second))
+
+    def link(self, source: Path, target: Path) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED | {errno.EMLINK}:
+                raise
+            shutil.copy2(source, target, follow_symlinks=False)
+            if not target.is_symlink():
+                fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+    def remove_file(self, path: Path) -> None:
+        os.unlink(path)
+
+    def remove_directory(self, path: Path) -> None:
+        os.rmdir(path)
+
+    def remove_tree(self, path: Path) -> None:
+        shutil.rmtree(path)
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def _exchange(first: bytes, second: bytes) -> bool:
+    """renameat2(2) with RENAME_EXCHANGE, which Python does not wrap."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_SUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), os.fsdecode(first), None, os.fsdecode(second))
+
+
+class StoreLock:
+    """One writing process a store: an advisory record lock on a small file.
+
+    A record lock (not flock) is used since children don't inherit it: a killed run's data-loader
+    workers may outlive it for seconds, and must not keep the next attempt out. It goes with the
+    process, however that ends. Within a process every store of one path shares the lock.
+    """
+
+    _held: dict[Path, tuple[int, int]] = {}  # noqa: RUF012  (path -> pid, fd; one registry a process)
+    _guard = threading.Lock()
+
+    @classmethod
+    def acquire(cls, path: Path, owner: str) -> str | None:
+        """Take the lock for this process, for good.
+
+        Returns:
+            None if this process holds it now, else what the holder wrote about itself.
+        """
+        path = path.resolve()
+        with cls._guard:
+            pid, _ = cls._held.get(path, (0, -1))
+            if pid == os.getpid():  # after a fork the copied registry says nothing about the child
+                return None
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.pread(fd, PAGE_BYTES, 0).decode("utf-8", "replace").strip()
+                os.close(fd)
+                if error.errno in {errno.EACCES, errno.EAGAIN}:
+                    return holder or "an unknown process"
+                if error.errno in _NOT_SUPPORTED | {errno.ENOLCK}:
+                    return None  # a file system without locks: the rename still refuses a taken name
+                raise
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, owner.encode(), 0)
+            cls._held[path] = (os.getpid(), fd)
+            return None
+
+
+class DirectoryLock:
+    """Marks an unfinished directory as somebody's, so that only dead ones are swept."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.supported = True
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise
+        except OSError:
+            self.supported = False
+
+    def release(self) -> None:
+        """Let go; safe to call twice."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
