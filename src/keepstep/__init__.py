@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keepstep.checkpoint.retention import Retention as Retention
-    from keepstep.checkpoint.store import Checkpoint as Checkpoint
-    from keepstep.checkpoint.store import PendingSave as PendingSave
     from keepstep.checkpoint.store import Store as Store
     from keepstep.checkpoint.store import save_directory as save_directory
+    from keepstep.checkpoint.version import Checkpoint as Checkpoint
+    from keepstep.checkpoint.version import PendingSave as PendingSave
     from keepstep.train.accelerator import Accelerator as Accelerator
     from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
     from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
@@ -25,9 +25,9 @@ __version__ = "0.1.0"
 
 _HOME_OF_NAME = {
     "Accelerator": "keepstep.train.accelerator",
-    "Checkpoint": "keepstep.checkpoint.store",
+    "Checkpoint": "keepstep.checkpoint.version",
     "CheckpointPolicy": "keepstep.train.config",
-    "PendingSave": "keepstep.checkpoint.store",
+    "PendingSave": "keepstep.checkpoint.version",
     "ProjectConfiguration": "keepstep.train.config",
     "Retention": "keepstep.checkpoint.retention",
     "Store": "keepstep.checkpoint.store",

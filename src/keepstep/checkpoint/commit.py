@@ -15,7 +15,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from keepstep.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from keepstep.checkpoint.manifest import MANIFEST_NAME
+from keepstep.checkpoint.parse import read_manifest
 from keepstep.errors import (
     DamagedCheckpointError,
     DirectoryNotOursError,
@@ -62,8 +63,8 @@ def explained(directory: Path) -> Iterator[None]:
         reason = f"{error.strerror or error}"
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise NoSpaceError(
-                f"no space to save {directory}: {reason}. The unfinished checkpoint was removed, older ones are "
-                "whole. Free some space, or keep fewer checkpoints (keep_last, byte_budget)"
+                f"no space to save {directory}: {reason}. The unfinished checkpoint was removed, older ones "
+                "are whole. Free some space, or keep fewer checkpoints (keep_last, byte_budget)"
             ) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise StoreReadOnlyError(

@@ -23,16 +23,8 @@ import numpy as np
 import torch
 
 from keepstep.checkpoint.hashing import Aborted, OrderedHasher
-from keepstep.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    TensorEntry,
-    check_files,
-    combine_digests,
-    digest_of,
-    read_manifest,
-    read_state,
-)
+from keepstep.checkpoint.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
+from keepstep.checkpoint.parse import check_files, read_manifest, read_state
 from keepstep.errors import (
     DamagedCheckpointError,
     DigestError,
@@ -252,7 +244,7 @@ class _Pass:
 
     def _read(self, part: _Part) -> None:
         entry = part.entry
-        view = memoryview(part.target.array)[part.begin : part.end]
+        view = part.target.array.data[part.begin : part.end]
         self._started.add(part.target.address)
         self._fill(view, entry.offset + part.begin, entry.file or "")
         digest = self._hasher.feed(part.target.address, part.begin, entry.bytes, view)
@@ -284,8 +276,9 @@ def _compare(directory: Path, address: str, entry: TensorEntry, actual: str) -> 
     if actual != entry.digest:
         raise DigestError(
             directory,
-            f"tensor {address!r} in {entry.file} (bytes {entry.offset} to {entry.offset + entry.bytes}) has the "
-            f"digest {actual}, but {entry.digest} was committed: the file was changed or the disk is failing",
+            f"tensor {address!r} in {entry.file} "
+            f"(bytes {entry.offset} to {entry.offset + entry.bytes}) has the digest {actual}, "
+            f"but {entry.digest} was committed: the file was changed or the disk is failing",
         )
 
 

@@ -103,8 +103,10 @@ def _metric(name: str, value: Any) -> float | int | str | bool:
 
 
 class Save:
-    """One checkpoint on its way. Flattening and planning happen at once; then either `write`, or
-    `stage` (the state may change afterwards) and `finish` (from any thread).
+    """One checkpoint on its way.
+
+    Flattening and planning happen at once; then either `write`, or `stage` (the state may change
+    afterwards) and `finish` (from any thread).
     """
 
     def __init__(

@@ -36,7 +36,8 @@ class BlockPool:
     def __init__(self, budget_bytes: int) -> None:
         if budget_bytes < 2 * BLOCK_BYTES:
             raise UsageError(
-                f"memory_budget_bytes is {budget_bytes}; at least {2 * BLOCK_BYTES} (two blocks) are needed to save"
+                f"memory_budget_bytes is {budget_bytes}; at least {2 * BLOCK_BYTES} (two blocks) "
+                "are needed to save"
             )
         self._most = budget_bytes // BLOCK_BYTES
         self._made = 0
@@ -106,6 +107,7 @@ class TensorBytes:
 
 def host_bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """A tensor's elements, dense and row-major, as bytes on the host; shares memory where it can."""
-    dense = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
+    dense = (tensor if plain else tensor.resolve_conj().resolve_neg().to("cpu")).detach().contiguous()
     array: np.ndarray[Any, np.dtype[np.uint8]] = dense.reshape(-1).view(torch.uint8).numpy()
     return array

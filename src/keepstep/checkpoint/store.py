@@ -14,19 +14,19 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from keepstep.checkpoint import catalog
-from keepstep.checkpoint.commit import delete_checkpoint, empty_trash, explained, replaced_path, sweep
-from keepstep.checkpoint.manifest import Manifest, read_manifest
-from keepstep.checkpoint.reader import Reader
-from keepstep.checkpoint.restore import load_into, load_tree
+from keepstep.checkpoint.commit import delete_checkpoint, empty_trash, explained, sweep
+from keepstep.checkpoint.manifest import Manifest
+from keepstep.checkpoint.parse import read_manifest
 from keepstep.checkpoint.retention import Retention, decide
 from keepstep.checkpoint.save import Description, Lineage, Save, describe
 from keepstep.checkpoint.staging import BlockPool
 from keepstep.checkpoint.verify import Report, verify_checkpoint
+from keepstep.checkpoint.version import Checkpoint, PendingSave
 from keepstep.checkpoint.writer import WRITER_THREADS
 from keepstep.errors import (
     BackgroundSaveError,
@@ -37,168 +37,11 @@ from keepstep.errors import (
 )
 from keepstep.files import Files, LocalFiles, StoreLock
 
-__all__ = ["DEFAULT_MEMORY_BUDGET_BYTES", "Checkpoint", "PendingSave", "Store", "save_directory"]
+__all__ = ["DEFAULT_MEMORY_BUDGET_BYTES", "Store", "save_directory"]
 
 DEFAULT_MEMORY_BUDGET_BYTES = 2 << 30
 
 log = logging.getLogger(__name__)
-
-
-class Checkpoint:
-    """A committed checkpoint. Cheap to make: only the manifest was read.
-
-    Attributes:
-        path: its directory.
-        manifest: what was said of it and what it consists of.
-    """
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """The checkpoint in a directory.
-
-        Raises:
-            CheckpointNotFoundError: there is no such directory, or no manifest in it.
-            ManifestError: the manifest is damaged.
-        """
-        directory = Path(path)
-        if not directory.exists() and replaced_path(directory).exists():
-            directory = replaced_path(directory)
-            log.warning("%s is missing: a save was cut off while replacing it; using %s", path, directory)
-        if not directory.is_dir():
-            raise CheckpointNotFoundError(f"there is no checkpoint at {directory}: no such directory")
-        if not os.path.lexists(directory / "manifest.json"):
-            raise CheckpointNotFoundError(
-                f"{directory} is not a keepstep checkpoint: it has no manifest.json. Give the directory of one "
-                "checkpoint, as .../checkpoints/checkpoint_12"
-            )
-        return cls(directory, read_manifest(directory))
-
-    @property
-    def name(self) -> str:
-        """Its directory's name."""
-        return self.path.name
-
-    @property
-    def step(self) -> int | None:
-        """Optimizer steps done when it was saved."""
-        return self.manifest.step
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch under way when it was saved, from 0."""
-        return self.manifest.epoch
-
-    @property
-    def metrics(self) -> Mapping[str, float | int | str | bool]:
-        """Metrics given at the save."""
-        return self.manifest.metrics
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """Tags given at the save."""
-        return self.manifest.tags
-
-    @property
-    def pinned(self) -> bool:
-        """Whether retention may never drop it."""
-        return self.manifest.pinned
-
-    @property
-    def created_at(self) -> str:
-        """When it was committed, ISO 8601, UTC."""
-        return self.manifest.created_at
-
-    @property
-    def bytes(self) -> int:
-        """Size of its files."""
-        return self.manifest.bytes
-
-    def __repr__(self) -> str:
-        said = {"step": self.step, "epoch": self.epoch, **self.metrics}
-        shown = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)
-        return f"<Checkpoint {self.path} {shown}>"
-
-    def load(self, only: str | Sequence[str] | None = None, *, verify: bool = True) -> Any:
-        """The saved state as new objects: dicts, lists, arrays, CPU tensors.
-
-        Live objects come back as their state dicts. Tensors are a private mapping of the files: a page
-        is read when it is touched, a write stays in memory.
-
-        Args:
-            only: addresses or shell globs over addresses to load ("model", "model/h.0.*"); the rest is
-                neither read nor returned.
-            verify: hash what is loaded first. Without it a flipped bit goes unnoticed.
-
-        Raises:
-            DamagedCheckpointError: in one of its kinds, naming file and tensor.
-            UsageError: `only` matches nothing.
-            UnsupportedTypeError: a value's codec is not registered.
-        """
-        return load_tree(Reader(self.path), only=_patterns(only), verify=verify)
-
-    def load_into(self, objects: Any, only: str | Sequence[str] | None = None) -> None:
-        """Restore live objects in place: all of it or nothing.
-
-        Args:
-            objects: nested like the state that was saved. Modules, optimizers, tensors and arrays take
-                their values in place; other objects with `load_state_dict` are handed their state; dicts
-                and lists take plain values in place.
-            only: restore only what matches; `objects` then holds only that.
-
-        Raises:
-            MismatchError: something does not fit; all differences are named and nothing was changed.
-            RestoreError: an object's own `load_state_dict` raised; objects handed their state before it
-                were given their earlier state back.
-            DamagedCheckpointError: damage was met while reading; `overwritten` names what had been
-                overwritten by then. Load another checkpoint into the same objects before going on.
-        """
-        load_into(Reader(self.path), objects, only=_patterns(only))
-
-    def verify(self, *, quick: bool = False) -> Report:
-        """Whether every byte is what was committed; see `keepstep.checkpoint.verify`."""
-        return verify_checkpoint(self.path, quick=quick)
-
-
-def _patterns(only: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    if only is None:
-        return None
-    return (only,) if isinstance(only, str) else tuple(only)
-
-
-class PendingSave:
-    """A save in the background: the state has been copied, the writing goes on.
-
-    Attributes:
-        staging_s: how long the caller was blocked, in seconds.
-    """
-
-    def __init__(self, future: Future[Checkpoint], staging_s: float) -> None:
-        self._future = future
-        self.staging_s = staging_s
-        self.seen = False
-
-    def done(self) -> bool:
-        """Whether it is committed, or has failed."""
-        return self._future.done()
-
-    def wait(self) -> Checkpoint:
-        """Wait until it is committed.
-
-        Raises:
-            BackgroundSaveError: it failed; the cause is chained.
-        """
-        try:
-            checkpoint = self._future.result()
-        except Exception as error:
-            self.seen = True
-            raise BackgroundSaveError(
-                f"a checkpoint could not be saved in the background: {error}"
-            ) from error
-        return checkpoint
 
 
 class _Engine:
@@ -313,7 +156,8 @@ class Store:
         Raises:
             StateError: the state cannot be saved as it is; nothing was written.
             StoreBusyError: another process writes to this store.
-            NoSpaceError, StoreReadOnlyError, StoreError: nothing of this checkpoint is left, older ones are whole.
+            NoSpaceError, StoreReadOnlyError, StoreError: nothing of this checkpoint is left, older ones
+                are whole.
             BackgroundSaveError: an earlier save in the background had failed.
         """
         description = describe(step=step, epoch=epoch, metrics=metrics, tags=tuple(tags), pinned=pinned)
@@ -389,8 +233,8 @@ class Store:
         holder = StoreLock.acquire(internal / "lock", me)
         if holder is not None:
             raise StoreBusyError(
-                f"{self.path} is being written to by {holder}. One process at a time may write to a store: stop that "
-                "one, or give this run another directory"
+                f"{self.path} is being written to by {holder}. One process at a time may write to a store: "
+                "stop that one, or give this run another directory"
             )
         sweep(files, self.path)
         empty_trash(files, internal / "trash")
@@ -471,8 +315,8 @@ class Store:
             raise NoValidCheckpointError(
                 f"every checkpoint in {self.path} is damaged:\n  "
                 + "\n  ".join(damaged)
-                + "\nThe live objects may be in "
-                "a mixed state. Restore one of them from a copy, or give the run a new directory to start over"
+                + "\nThe live objects may be in a mixed state. Restore one of them from a copy, or give the "
+                "run a new directory to start over"
             )
         return None
 

@@ -1,0 +1,163 @@
+"""Typed JSON and tensors -> a state."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import datetime as dt
+import pathlib
+import struct
+import zoneinfo
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from keepstep.errors import KeepstepError, UnsupportedTypeError
+from keepstep.tree.leaf import DTYPES, FACTORIES, MAX_DEPTH, codecs_by_name
+
+__all__ = ["unflatten"]
+
+
+def unflatten(tree: Any, tensor_at: Callable[[str], torch.Tensor]) -> Any:
+    """Rebuild a state from its tree.
+
+    Args:
+        tree: what `flatten` made, possibly read from disk: it is checked, never trusted.
+        tensor_at: address -> tensor.
+
+    Raises:
+        ValueError: for a tree that `flatten` cannot have made.
+        UnsupportedTypeError: a value's codec is not registered.
+    """
+    try:
+        return _Unflattener(tensor_at).decode(tree)
+    except KeepstepError:
+        raise
+    except RecursionError:
+        raise ValueError(f"the tree is nested deeper than {MAX_DEPTH} levels") from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"the tree holds a value that keepstep never writes: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Unflattener:
+    tensor_at: Callable[[str], torch.Tensor]
+
+    def decode(self, node: Any) -> Any:
+        kind = type(node)
+        if kind is dict:
+            first = next(iter(node), "")
+            if not first.startswith("$"):
+                return {key: self.decode(item) for key, item in node.items()}
+            decoder = _DECODERS.get(first)
+            if decoder is None:
+                raise ValueError(f"unknown kind {first!r}")
+            return decoder(self, node)
+        if kind is list:
+            return [self.decode(item) for item in node]
+        return node
+
+    def items(self, pairs: Any) -> Iterator[tuple[Any, Any]]:
+        for key, item in pairs:
+            yield self.decode(key), self.decode(item)
+
+
+def _decode_float(node: Any) -> float:
+    if type(node) is dict:
+        text = node["$float"]
+        return float(text) if text in {"inf", "-inf"} else float(struct.unpack(">d", bytes.fromhex(text))[0])
+    return float(node)
+
+
+def _decode_zone(node: Any) -> dt.tzinfo | None:
+    if node is None:
+        return None
+    return zoneinfo.ZoneInfo(node) if isinstance(node, str) else dt.timezone(dt.timedelta(seconds=node))
+
+
+def _decode_ordered(u: _Unflattener, node: dict[str, Any]) -> Any:
+    value = collections.OrderedDict(u.items(node["$ordered"]))
+    if "metadata" in node:
+        value._metadata = u.decode(node["metadata"])  # type: ignore[attr-defined]
+    return value
+
+
+def _decode_default(u: _Unflattener, node: dict[str, Any]) -> Any:
+    factory = None if node["factory"] is None else FACTORIES[node["factory"]]
+    return collections.defaultdict(factory, u.items(node["$defaultdict"]))
+
+
+def _decode_ndarray(u: _Unflattener, node: dict[str, Any]) -> np.ndarray[Any, Any]:
+    dtype = _numpy_dtype(node["dtype"])
+    tensor = u.tensor_at(node["$ndarray"])
+    data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    return data.view(dtype).reshape(node["shape"])
+
+
+def _decode_numpy_scalar(node: dict[str, Any]) -> Any:
+    return np.frombuffer(base64.b64decode(node["$numpy_scalar"]), dtype=_numpy_dtype(node["dtype"]))[0]
+
+
+def _numpy_dtype(text: str) -> np.dtype[Any]:
+    dtype = np.dtype(text)
+    if dtype.hasobject or dtype.names is not None:
+        raise ValueError(f"NumPy dtype {text!r} is never written")
+    return dtype
+
+
+def _decode_codec(u: _Unflattener, node: dict[str, Any]) -> Any:
+    codec = codecs_by_name.get(node["$codec"])
+    if codec is None:
+        raise UnsupportedTypeError(
+            f"this checkpoint holds a value written by the codec {node['$codec']!r}, which is not "
+            "registered; call keepstep.register_codec before loading "
+            f"(registered: {', '.join(sorted(codecs_by_name)) or 'none'})"
+        )
+    return codec.decode(u.decode(node["value"]))
+
+
+def _decode_datetime(node: dict[str, Any]) -> dt.datetime:
+    return dt.datetime.fromisoformat(node["$datetime"]).replace(
+        tzinfo=_decode_zone(node["zone"]), fold=node["fold"]
+    )
+
+
+def _decode_time(node: dict[str, Any]) -> dt.time:
+    return dt.time.fromisoformat(node["$time"]).replace(tzinfo=_decode_zone(node["zone"]), fold=node["fold"])
+
+
+_DECODERS: dict[str, Callable[[_Unflattener, dict[str, Any]], Any]] = {
+    "$tensor": lambda u, n: u.tensor_at(n["$tensor"]),
+    "$ndarray": _decode_ndarray,
+    "$numpy_scalar": lambda _, n: _decode_numpy_scalar(n),
+    "$numpy_dtype": lambda _, n: _numpy_dtype(n["$numpy_dtype"]),
+    "$object": lambda u, n: u.decode(n["state"]),
+    "$codec": _decode_codec,
+    "$int": lambda _, n: int(n["$int"], 16),
+    "$float": lambda _, n: _decode_float(n),
+    "$complex": lambda _, n: complex(*map(_decode_float, n["$complex"])),
+    "$bytes": lambda _, n: base64.b64decode(n["$bytes"], validate=True),
+    "$bytearray": lambda _, n: bytearray(base64.b64decode(n["$bytearray"], validate=True)),
+    "$datetime": lambda _, n: _decode_datetime(n),
+    "$date": lambda _, n: dt.date.fromisoformat(n["$date"]),
+    "$time": lambda _, n: _decode_time(n),
+    "$timedelta": lambda _, n: dt.timedelta(*n["$timedelta"]),
+    "$timezone": lambda _, n: _decode_zone(n["$timezone"]),
+    "$path": lambda _, n: pathlib.Path(n["$path"]),
+    "$pure_posix_path": lambda _, n: pathlib.PurePosixPath(n["$pure_posix_path"]),
+    "$pure_windows_path": lambda _, n: pathlib.PureWindowsPath(n["$pure_windows_path"]),
+    "$dtype": lambda _, n: DTYPES[n["$dtype"]],
+    "$device": lambda _, n: torch.device(n["$device"]),
+    "$size": lambda _, n: torch.Size(n["$size"]),
+    "$dict": lambda u, n: dict(u.items(n["$dict"])),
+    "$ordered": _decode_ordered,
+    "$defaultdict": _decode_default,
+    "$counter": lambda u, n: collections.Counter(dict(u.items(n["$counter"]))),
+    "$tuple": lambda u, n: tuple(u.decode(n["$tuple"])),
+    "$set": lambda u, n: set(u.decode(n["$set"])),
+    "$frozenset": lambda u, n: frozenset(u.decode(n["$frozenset"])),
+    "$deque": lambda u, n: collections.deque(u.decode(n["$deque"]), n["maxlen"]),
+}
