@@ -88,7 +88,7 @@ class _LocalSegment:
             # The file system may have made the name before it refused the flag.
             path.unlink(missing_ok=True)
             self._fd = os.open(path, flags, 0o666)
-        if self._direct and size_bytes:
+        if self._direct and size_bytes and hasattr(os, "posix_fallocate"):
             self._reserve()
 
     def _reserve(self) -> None:

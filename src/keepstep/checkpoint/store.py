@@ -34,6 +34,7 @@ from keepstep.errors import (
     DamagedCheckpointError,
     NoValidCheckpointError,
     StoreBusyError,
+    StoreError,
 )
 from keepstep.files import Files, LocalFiles, StoreLock
 
@@ -212,21 +213,34 @@ class Store:
         return self._committed(save.final, save.finish())
 
     def _begin(self, state: Any, description: Description) -> Save:
-        with explained(self.path):
-            self._own()
+        self.claim()
         final = self.path / catalog.checkpoint_name(catalog.next_number(self.path))
         return self._engine.save(final, state, description, self._lineage)
 
     def _committed(self, path: Path, manifest: Manifest) -> Checkpoint:
         self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
         if not self.retention.keeps_all:
-            self.prune()
+            try:
+                self.prune()
+            except StoreError as error:  # the new checkpoint is whole; what could not go now goes next time
+                log.warning("old checkpoints could not be deleted: %s", error)
         return Checkpoint(path, manifest)
 
-    def _own(self) -> None:
-        """Become the one process that writes here, and clear what dead ones left."""
-        if self._owned:
-            return
+    def claim(self) -> None:
+        """Become the one process that writes here, and clear what dead ones left.
+
+        The first save does so by itself; a run that claims its store at the start learns at once that
+        another one is still writing.
+
+        Raises:
+            StoreBusyError: another process writes to this store.
+            StoreReadOnlyError, StoreError: the directory can't be written to.
+        """
+        if not self._owned:
+            with explained(self.path):
+                self._take_lock()
+
+    def _take_lock(self) -> None:
         files, internal = self._engine.files, self.path / catalog.INTERNAL_NAME
         files.make_directory(internal)
         me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
@@ -331,13 +345,11 @@ class Store:
         if target.exists():
             target = target.with_name(f"{entry.name}.{secrets.token_hex(4)}")
         try:
-            self._own()
+            self.claim()
             self._engine.files.make_directory(place)
             self._engine.files.rename(entry.path, target)
             self._engine.files.sync_directory(self.path)
-        except OSError as refused:  # a store that is read-only, or another's: passing it over is enough
-            log.warning("%s could not be set aside: %s", entry.path, refused)
-        except StoreBusyError as refused:
+        except (OSError, StoreError) as refused:  # read-only, or another's: passing it over is enough
             log.warning("%s could not be set aside: %s", entry.path, refused)
 
     # ------------------------------------------------------------------------------------ pruning
@@ -355,6 +367,9 @@ class Store:
             raise CheckpointNotFoundError(
                 errno.ENOENT, f"{checkpoint.path} is not in {self.path}; delete it through its own store"
             )
+        self._delete(entry)
+
+    def _delete(self, entry: catalog.Entry) -> None:
         with explained(entry.path):
             delete_checkpoint(self._engine.files, entry.path, self.path / catalog.INTERNAL_NAME / "trash")
 
@@ -369,9 +384,11 @@ class Store:
             if not decision.keep:
                 log.debug("deleting %s: %s", decision.entry.path, decision.reason)
                 try:
-                    self.delete(decision.entry.name)
-                except CheckpointNotFoundError:  # somebody else deleted it first
-                    continue
+                    self._delete(decision.entry)
+                except StoreError:
+                    if decision.entry.path.exists():
+                        raise
+                    continue  # somebody else deleted it first
                 dropped.append(decision.entry.name)
         return dropped
 
