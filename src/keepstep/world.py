@@ -19,6 +19,11 @@ class World(Protocol):
     """What a run's ranks can do together. Every collective is called by all ranks in the same order."""
 
     @property
+    def kind(self) -> str:
+        """Accelerate's name for this kind of world: "NO" for one process."""
+        ...
+
+    @property
     def rank(self) -> int:
         """This process's number, 0 to size - 1."""
         ...
@@ -46,8 +51,14 @@ class World(Protocol):
         """Concatenate each tensor of `tree` over the ranks, along dimension 0, on every rank."""
         ...
 
-    def reduce(self, tree: T, how: Reduction) -> T:
-        """Combine each tensor of `tree` elementwise over the ranks, on every rank."""
+    def reduce(self, tree: T, how: Reduction, scale: float = 1.0) -> T:
+        """Combine each tensor of `tree` elementwise over the ranks, on every rank.
+
+        Args:
+            tree: the same nesting on every rank.
+            how: "sum", "mean", or "none" to leave tensors as they are.
+            scale: factor for the result.
+        """
         ...
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -62,6 +73,7 @@ class World(Protocol):
 class OneRank:
     """A world of one process: collectives return their input."""
 
+    kind = "NO"
     rank = 0
     size = 1
     local_rank = 0
@@ -74,8 +86,8 @@ class OneRank:
         """Return `tree`."""
         return tree
 
-    def reduce(self, tree: T, how: Reduction) -> T:
-        """Return `tree`: sum and mean over one rank are the values themselves."""
+    def reduce(self, tree: T, how: Reduction, scale: float = 1.0) -> T:
+        """Return `tree`, as sum and mean over one rank are the values themselves."""
         return tree
 
     def broadcast(self, value: T, source: int = 0) -> T:

@@ -1,0 +1,172 @@
+"""What a run is told: frozen, keyword-only, and checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from keepstep.errors import UsageError
+
+__all__ = [
+    "CheckpointPolicy",
+    "DataLoaderConfiguration",
+    "GradScalerKwargs",
+    "GradientAccumulationPlugin",
+    "ProjectConfiguration",
+]
+
+
+def _require(fine: bool, owner: object, field: str, allowed: str) -> None:
+    if not fine:
+        name = type(owner).__name__
+        raise UsageError(f"{name}({field}={getattr(owner, field)!r}): {field} must be {allowed}.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPolicy:
+    """When `accelerator.checkpoint()` saves, and which checkpoints are kept.
+
+    `every_n_steps` and `every_s` say when a checkpoint is wanted; with both, whichever comes first. With
+    neither, one is wanted all the time and `max_overhead` spaces them. Where `max_overhead` is given beside
+    them, it holds back what would cost too much.
+
+    Args:
+        every_n_steps: optimizer steps from one checkpoint to the next.
+        every_s: seconds from one checkpoint to the next.
+        max_overhead: largest share of the run's time, between 0 and 1, in which saves block the training
+            loop. 0.01 if none of the three is given.
+        keep_last: how many of the newest checkpoints to keep. Without any `keep_` field or byte budget, all.
+        keep_best: (metric, "min" or "max", how many): keep the best by a metric that is given when saving.
+        keep_every_n_steps: keep each checkpoint whose step is a multiple of this.
+        byte_budget: delete old checkpoints that are not otherwise kept once the store is larger, in bytes.
+
+    Raises:
+        UsageError: a value is impossible.
+    """
+
+    every_n_steps: int | None = None
+    every_s: float | None = None
+    max_overhead: float | None = None
+    keep_last: int | None = None
+    keep_best: tuple[str, Literal["min", "max"], int] | None = None
+    keep_every_n_steps: int | None = None
+    byte_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("every_n_steps", "keep_last", "keep_every_n_steps", "byte_budget"):
+            value = getattr(self, field)
+            _require(value is None or _is_count(value), self, field, "an integer of at least 1, or None")
+        _require(self.every_s is None or self.every_s > 0, self, "every_s", "more than 0 seconds, or None")
+        share = self.max_overhead
+        _require(share is None or 0 < share < 1, self, "max_overhead", "between 0 and 1, or None")
+        best = self.keep_best
+        fine = best is None or (
+            len(best) == 3 and isinstance(best[0], str) and best[1] in ("min", "max") and _is_count(best[2])
+        )
+        _require(fine, self, "keep_best", '(metric name, "min" or "max", how many), or None')
+        if self.every_n_steps is None and self.every_s is None and share is None:
+            object.__setattr__(self, "max_overhead", 0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectConfiguration:
+    """Where a project keeps its files.
+
+    Args:
+        project_dir: checkpoints go to `project_dir/checkpoints/checkpoint_N`.
+        logging_dir: for trackers; `project_dir` if None.
+        automatic_checkpoint_naming: `save_state()` numbers checkpoints by itself and ignores `output_dir`.
+        total_limit: how many of the newest automatic checkpoints to keep; None keeps all.
+        iteration: must be 0: numbering goes on from what is on disk.
+        save_on_each_node: must be False with one process.
+
+    Raises:
+        UsageError: a value is impossible.
+    """
+
+    project_dir: str | Path | None = None
+    logging_dir: str | Path | None = None
+    automatic_checkpoint_naming: bool = False
+    total_limit: int | None = None
+    iteration: int = 0
+    save_on_each_node: bool = False
+
+    def __post_init__(self) -> None:
+        fine = self.total_limit is None or _is_count(self.total_limit)
+        _require(fine, self, "total_limit", "an integer of at least 1, or None")
+        _require(
+            self.iteration == 0,
+            self,
+            "iteration",
+            "left at 0: numbering goes on from the checkpoints on disk",
+        )
+        _require(not self.save_on_each_node, self, "save_on_each_node", "False: there is one process")
+        if self.logging_dir is None:
+            object.__setattr__(self, "logging_dir", self.project_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientAccumulationPlugin:
+    """How gradients are accumulated over micro-batches.
+
+    Args:
+        num_steps: micro-batches to an optimizer step.
+        adjust_scheduler: count micro-batches in the scheduler's own call counter, as its warnings expect.
+        sync_with_dataloader: the last batch of a loader completes the step, however short the window.
+        sync_each_batch: with several ranks, exchange gradients at every micro-batch.
+
+    Raises:
+        UsageError: a value is impossible.
+    """
+
+    num_steps: int = 1
+    adjust_scheduler: bool = True
+    sync_with_dataloader: bool = True
+    sync_each_batch: bool = False
+
+    def __post_init__(self) -> None:
+        _require(_is_count(self.num_steps), self, "num_steps", "an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataLoaderConfiguration:
+    """How loaders are prepared.
+
+    Args:
+        split_batches: with several ranks, split each batch over them instead of multiplying its size.
+        data_seed: what the order of the data and all randomness in loading it derive from; None takes
+            `torch.initial_seed()` at the time the Accelerator is made.
+        non_blocking: let copies to the device overlap with computation.
+    """
+
+    split_batches: bool = False
+    data_seed: int | None = None
+    non_blocking: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradScalerKwargs:
+    """Options of the loss scaler that `mixed_precision="fp16"` uses; see `torch.amp.GradScaler`.
+
+    Args:
+        init_scale: the first scale.
+        growth_factor: by which the scale grows after `growth_interval` steps without overflow.
+        backoff_factor: by which it shrinks after an overflow.
+        growth_interval: steps without overflow before the scale grows.
+        enabled: False leaves losses unscaled.
+    """
+
+    init_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    enabled: bool = True
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """The options as keyword arguments."""
+        return asdict(self)

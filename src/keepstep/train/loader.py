@@ -1,0 +1,213 @@
+"""The prepared DataLoader: iterate it as before; it knows where it is and goes on from there.
+
+The first iteration after a restore continues the pass that was interrupted, each further one is a new pass. A
+pass that is left early (`break`) is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from keepstep.errors import UsageError
+from keepstep.train.batches import BatchSource, clone_loader
+from keepstep.train.order import derive_seed
+from keepstep.train.placement import Placement
+from keepstep.train.progress import Cursor, Progress
+
+__all__ = ["PreparedLoader", "skip_first_batches"]
+
+
+class PreparedLoader(DataLoader[Any]):
+    """A DataLoader whose order is a function of (seed, pass, position).
+
+    Attributes that aren't its own (`dataset`, `batch_size`, `sampler` ...) are those of the loader that was
+    prepared.
+
+    Args:
+        loader: what the user made.
+        source: where its batches come from.
+        placement: what happens to each batch.
+        progress: of the run.
+        seed: of the run's data.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        source: BatchSource,
+        placement: Placement,
+        progress: Progress,
+        seed: int,
+    ) -> None:
+        # DataLoader.__init__ is left out on purpose: this object stands in front of one that exists, and is a
+        # DataLoader only so that code which asks `isinstance` goes on working.
+        self.prepared_from = loader
+        self.cursor: Cursor = progress.new_cursor()
+        self.seed = seed
+        self._source = source
+        self._placement = placement
+        self._progress = progress
+        self._memory = source.memory()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "prepared_from":
+            raise AttributeError(name)
+        return getattr(self.prepared_from, name)
+
+    def __len__(self) -> int:
+        return len(self.prepared_from)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self.pass_from(None)
+
+    def pass_from(self, first: int | None) -> Iterator[Any]:
+        """Iterate once.
+
+        Args:
+            first: batch to start at; None for 0, or for where an interrupted pass is continued.
+        """
+        progress, cursor, place = self._progress, self.cursor, self._placement
+        if progress.skips(cursor):
+            return
+        if cursor.current is not None and cursor.current.waiting:
+            self._source.remember(self._memory)
+        else:
+            self._memory = self._source.memory()
+        entry = progress.begin(cursor, first)
+        try:
+            seed = derive_seed(self.seed, cursor.index, cursor.pass_number)
+            for batch in self._source.batches(cursor, seed):
+                if cursor.current is entry:
+                    cursor.position += 1
+                yield place(batch)
+        finally:
+            progress.end(entry)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration pass number `epoch`; a pass that is to be continued stays so.
+
+        Passes are counted without this; it is here for scripts that were written for other samplers.
+        """
+        cursor = self.cursor
+        waiting = cursor.current is not None and cursor.current.waiting
+        if not (waiting and cursor.pass_number == epoch):
+            self._progress.next_pass(cursor, epoch)
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Samples in a batch over all ranks; None when a batch sampler decides."""
+        size: int | None = getattr(
+            self.prepared_from.batch_sampler, "batch_size", self.prepared_from.batch_size
+        )
+        return size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has to be the same in a run that resumes, and what the samplers remember."""
+        open_pass = self.cursor.current is not None
+        return {
+            "shape": _shape(self.prepared_from),
+            "memory": self._memory if open_pass else self._source.memory(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on what the samplers remembered; the cursor is restored with the run's progress."""
+        self._memory = state["memory"]
+        self._source.remember(self._memory)
+
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """Say what of a saved state doesn't fit this loader: one sentence for each value that changed."""
+        now = _shape(self.prepared_from)
+        return [
+            f"{name} was {saved['shape'].get(name)} and is {value} now"
+            for name, value in now.items()
+            if saved["shape"].get(name) != value
+        ]
+
+
+def _shape(loader: DataLoader[Any]) -> dict[str, Any]:
+    """What the meaning of a position in a pass depends on."""
+    return {
+        "batch_size": getattr(loader.batch_sampler, "batch_size", loader.batch_size),
+        "drop_last": getattr(loader.batch_sampler, "drop_last", loader.drop_last),
+        "dataset length": _length_or_none(loader.dataset),
+        "number of batches": _length_or_none(loader),
+    }
+
+
+def _length_or_none(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError, AttributeError):
+        return None
+
+
+def skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
+    """Return a view of a loader whose first iteration starts at batch `num_batches` of the pass.
+
+    The number is absolute: for a prepared loader that would go on at batch 100 after a resume, 100 starts at
+    100. Batches before it are not loaded. Further iterations are whole passes.
+
+    Args:
+        loader: a prepared loader, or any DataLoader.
+        num_batches: at least 0.
+
+    Raises:
+        UsageError: `num_batches` is negative.
+    """
+    if num_batches < 0:
+        raise UsageError(f"skip_first_batches got num_batches={num_batches}; it must be at least 0.")
+    return _SkippedLoader(loader, num_batches)
+
+
+class _SkippedLoader:
+    def __init__(self, loader: Any, skip: int) -> None:
+        self._loader = loader
+        self._skip = skip
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return max(len(self._loader) - self._skip, 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self._skip = self._skip, 0
+        loader = self._loader
+        if isinstance(loader, PreparedLoader):
+            return loader.pass_from(skip)
+        if not skip:
+            return iter(loader)
+        if isinstance(loader, DataLoader) and _can_seek(loader):
+            return iter(_starting_at(loader, skip))
+        return islice(iter(loader), skip, None)
+
+
+def _can_seek(loader: DataLoader[Any]) -> bool:
+    return type(loader).__iter__ is DataLoader.__iter__ and not isinstance(loader.dataset, IterableDataset)
+
+
+def _starting_at(loader: DataLoader[Any], skip: int) -> DataLoader[Any]:
+    # Workers that persist belong to the loader itself; a copy that runs once has no use for its own.
+    changes: dict[str, Any] = {"persistent_workers": False}
+    if loader.batch_sampler is not None:
+        return clone_loader(loader, batch_sampler=_Skipping(loader.batch_sampler, skip), **changes)
+    return clone_loader(loader, batch_size=None, sampler=_Skipping(loader.sampler, skip), **changes)
+
+
+class _Skipping:
+    def __init__(self, sampler: Any, skip: int) -> None:
+        self._sampler = sampler
+        self._skip = skip
+
+    def __len__(self) -> int:
+        return max(len(self._sampler) - self._skip, 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._sampler), self._skip, None)

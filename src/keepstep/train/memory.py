@@ -1,0 +1,65 @@
+"""What a sampler remembers between passes, so that a fresh one can be brought to the same point.
+
+A sampler with `state_dict` and `load_state_dict` is asked. Of any other one, the plain attributes that have
+moved since it was prepared are what it remembers: `self.epoch += 1` in `__iter__` is the common case. Options
+given at construction don't move, so a changed option is never overwritten by a saved one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keepstep.train.order import sampler_parts
+
+__all__ = ["SamplerMemory"]
+
+_PLAIN = (bool, int, float, str, type(None))
+_ABSENT = object()
+
+
+class SamplerMemory:
+    """Reads and writes what a loader's samplers remember.
+
+    Args:
+        sampler: the outermost sampler of a loader, as it is before its first pass.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self._parts = sampler_parts(sampler)
+        self._at_start = [_plain_attributes(part) for part in self._parts]
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return what each sampler remembers now, outermost first."""
+        return [self._read(part, start) for part, start in zip(self._parts, self._at_start, strict=True)]
+
+    @staticmethod
+    def _read(part: Any, at_start: dict[str, Any]) -> dict[str, Any]:
+        if _has_state(part):
+            return {"state": part.state_dict()}
+        now = _plain_attributes(part)
+        moved = {name: value for name, value in now.items() if value != at_start.get(name, _ABSENT)}
+        return {"moved": moved} if moved else {}
+
+    def write(self, remembered: list[dict[str, Any]]) -> None:
+        """Bring each sampler to where it was when `remembered` was read."""
+        for part, start, memory in zip(self._parts, self._at_start, remembered, strict=False):
+            if "state" in memory and _has_state(part):
+                part.load_state_dict(memory["state"])
+            elif not _has_state(part):
+                # What had not moved when it was read may have moved since.
+                for name, value in {**start, **memory.get("moved", {})}.items():
+                    if getattr(part, name, _ABSENT) != value:
+                        setattr(part, name, value)
+
+
+def _has_state(part: Any) -> bool:
+    asks: list[Callable[..., Any] | None] = [
+        getattr(part, name, None) for name in ("state_dict", "load_state_dict")
+    ]
+    return all(callable(ask) for ask in asks)
+
+
+def _plain_attributes(part: Any) -> dict[str, Any]:
+    attributes = getattr(part, "__dict__", {})
+    return {name: value for name, value in attributes.items() if isinstance(value, _PLAIN)}

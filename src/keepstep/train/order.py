@@ -1,0 +1,191 @@
+"""In which order a loader visits its samples: a function of (seed, loader, pass), never of history.
+
+An order is drawn once at the start of a pass, from generators that nothing else uses, and can then be
+entered at any position: indices are skipped, no sample is loaded. Three kinds cover every sampler:
+
+- torch's own samplers give one sequence of indices that is cut into batches on demand;
+- any other sampler of known length is run through once, and what it gave is kept;
+- one of unknown length is run as batches are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch.utils.data import (
+    BatchSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from keepstep.train.generators import Replacement, find_generators, fresh_generator
+from keepstep.train.rng import PausedRandomness, isolated
+
+__all__ = ["Chunked", "Listed", "Order", "Streamed", "derive_seed", "draw_order", "sampler_parts"]
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+_DRAWN_BY_TORCH = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_END = object()
+
+
+def derive_seed(*parts: int) -> int:
+    """Mix integers into a seed of 63 bits. The same on every machine and in every version.
+
+    Args:
+        parts: integers, of which the lowest 64 bits count.
+    """
+    packed = struct.pack(f"<{len(parts)}Q", *(part & _MASK for part in parts))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+class Order(Protocol):
+    """The indices of one pass, batch by batch."""
+
+    @property
+    def length(self) -> int | None:
+        """Number of batches, None while it isn't known."""
+        ...
+
+    def start_at(self, position: int) -> Iterator[Any]:
+        """Yield the indices of batch `position`, position + 1, ... to the end."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunked:
+    """One sequence of indices, cut into batches of equal size."""
+
+    indices: Sequence[Any]
+    batch_size: int
+    drop_last: bool
+
+    @property
+    def length(self) -> int:
+        """Number of batches."""
+        whole, rest = divmod(len(self.indices), self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def start_at(self, position: int) -> Iterator[list[Any]]:
+        """Yield batches from `position` on."""
+        for batch in range(position, self.length):
+            yield list(self.indices[batch * self.batch_size : (batch + 1) * self.batch_size])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """What a sampler or batch sampler gave when it was run through."""
+
+    items: Sequence[Any]
+
+    @property
+    def length(self) -> int:
+        """Number of batches, or of samples when batches aren't collated."""
+        return len(self.items)
+
+    def start_at(self, position: int) -> Iterator[Any]:
+        """Yield items from `position` on."""
+        for item in range(position, len(self.items)):
+            yield self.items[item]
+
+
+class Streamed:
+    """A sampler of unknown length, run as items are asked for.
+
+    It looks one item ahead, so that the last one is known to be the last when it is given out.
+
+    Args:
+        sampler: any iterable of indices or of batches of indices.
+        seed: of the generators that it draws from.
+    """
+
+    def __init__(self, sampler: Iterable[Any], seed: int) -> None:
+        self._sampler = sampler
+        self._seed = seed
+        self.length: int | None = None
+
+    def start_at(self, position: int) -> Iterator[Any]:
+        """Yield items from `position` on; earlier ones are drawn and dropped."""
+        randomness = PausedRandomness(self._seed)
+        replacement = Replacement(find_generators(self._sampler), self._seed)
+        with randomness, replacement:
+            iterator = iter(self._sampler)
+            upcoming = next(iterator, _END)
+        drawn = 0
+        while upcoming is not _END:
+            item = upcoming
+            with randomness, replacement:
+                upcoming = next(iterator, _END)
+            drawn += 1
+            if upcoming is _END:
+                self.length = drawn
+            if drawn > position:
+                yield item
+        self.length = drawn
+
+
+def draw_order(sampler: Any, *, seed: int, pass_number: int) -> Order:
+    """Draw the order of one pass.
+
+    Args:
+        sampler: a DataLoader's batch sampler, or its sampler when batches aren't collated.
+        seed: of this pass of this loader.
+        pass_number: passed to `set_epoch` of samplers that have it.
+    """
+    if type(sampler) is BatchSampler:
+        inner = sampler.sampler
+        if type(inner) in _DRAWN_BY_TORCH or type(inner) is SequentialSampler:
+            return Chunked(
+                indices=_draw_indices(inner, seed), batch_size=sampler.batch_size, drop_last=sampler.drop_last
+            )
+    if type(sampler) in _DRAWN_BY_TORCH or type(sampler) is SequentialSampler:
+        return Listed(items=_draw_indices(sampler, seed))
+    for part in sampler_parts(sampler):
+        announce: Callable[[int], object] | None = getattr(part, "set_epoch", None)
+        if announce is not None:
+            announce(pass_number)
+    if not _is_sized(sampler):
+        return Streamed(sampler, seed)
+    with isolated(seed), Replacement(find_generators(sampler), seed):
+        return Listed(items=list(sampler))
+
+
+def _draw_indices(sampler: Any, seed: int) -> Sequence[Any]:
+    """Run one of torch's own samplers with a private generator; the user's is left untouched."""
+    if type(sampler) is SequentialSampler:
+        return range(len(sampler.data_source))
+    mine = sampler.generator
+    sampler.generator = fresh_generator(mine, seed)
+    try:
+        return list(sampler)
+    finally:
+        sampler.generator = mine
+
+
+def sampler_parts(sampler: Any) -> list[Any]:
+    """A sampler and those that it wraps, outermost first."""
+    parts: list[Any] = []
+    waiting = [sampler]
+    while waiting:
+        part = waiting.pop(0)
+        if any(part is seen for seen in parts):
+            continue
+        parts.append(part)
+        waiting += [
+            inner for name in ("batch_sampler", "sampler") if (inner := getattr(part, name, None)) is not None
+        ]
+    return parts
+
+
+def _is_sized(sampler: Any) -> bool:
+    try:
+        len(sampler)
+    except (TypeError, NotImplementedError, AttributeError):
+        # A batch sampler around an unsized sampler has a __len__ that cannot answer.
+        return False
+    return True

@@ -1,0 +1,132 @@
+"""What `prepare` does to each kind of object. Prepared twice, an object gives the same prepared one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from keepstep.train.batches import make_source
+from keepstep.train.loader import PreparedLoader
+from keepstep.train.placement import Placement
+from keepstep.train.state import TrainState
+from keepstep.train.step import PreparedOptimizer, PreparedScheduler
+
+__all__ = ["Preparer"]
+
+
+class Preparer:
+    """Turns the user's objects into prepared ones and enters them into the run's state.
+
+    Args:
+        state: of the run.
+        device: where models go; None leaves them where they are.
+        placement: what happens to batches.
+        step_with_optimizer: schedulers step only when their optimizers do.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        *,
+        device: torch.device | None,
+        placement: Placement,
+        step_with_optimizer: bool,
+    ) -> None:
+        self._state = state
+        self._device = device
+        self._placement = placement
+        self._step_with_optimizer = step_with_optimizer
+
+    def prepare(self, objects: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Prepare each object by its type; schedulers last, as they look for their optimizers."""
+        others = [
+            value if isinstance(value, LRScheduler | PreparedScheduler) else self._by_type(value)
+            for value in objects
+        ]
+        return tuple(
+            self.prepare_scheduler(value) if isinstance(value, LRScheduler) else value for value in others
+        )
+
+    def _by_type(self, value: Any) -> Any:
+        if isinstance(value, torch.nn.Module):
+            return self.prepare_model(value)
+        if isinstance(value, Optimizer):
+            return self.prepare_optimizer(value)
+        if isinstance(value, DataLoader):
+            return self.prepare_loader(value)
+        return value
+
+    def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Move a model to the device and make it run in the run's precision."""
+        inner = _without_compilation(model)
+        if any(inner is known for known in self._state.models):
+            return model
+        if self._device is not None:
+            model.to(self._device)
+        self._state.models.append(inner)
+        return self._state.precision.prepare_model(model)
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> PreparedOptimizer:
+        """Make an optimizer step only when gradients are complete."""
+        for known in self._state.optimizers:
+            if optimizer is known or optimizer is known.optimizer:
+                return known
+        prepared = PreparedOptimizer(optimizer, window=self._state.window, precision=self._state.precision)
+        self._state.optimizers.append(prepared)
+        return prepared
+
+    def prepare_loader(self, loader: DataLoader[Any]) -> PreparedLoader:
+        """Make a DataLoader's order exact and resumable."""
+        for known in self._state.loaders:
+            if loader is known or loader is known.prepared_from:
+                return known
+        prepared = PreparedLoader(
+            loader,
+            source=make_source(loader),
+            placement=self._placement,
+            progress=self._state.progress,
+            seed=self._state.seed,
+        )
+        self._state.loaders.append(prepared)
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> PreparedScheduler:
+        """Make a scheduler step only when its optimizers do: its own one if prepared, else all."""
+        for known in self._state.schedulers:
+            if scheduler is known or scheduler is known.scheduler:
+                return known
+        optimizers = self._state.optimizers
+        its_own = getattr(scheduler, "optimizer", None)
+        mine = [known for known in optimizers if its_own is known or its_own is known.optimizer]
+        prepared = PreparedScheduler(
+            scheduler,
+            optimizers=mine or optimizers,
+            window=self._state.window,
+            step_with_optimizer=self._step_with_optimizer,
+        )
+        self._state.schedulers.append(prepared)
+        return prepared
+
+    def unwrap_model(self, model: torch.nn.Module, *, keep_precision: bool) -> torch.nn.Module:
+        """Return the module behind a prepared or compiled one."""
+        return (
+            _without_compilation(model)
+            if keep_precision
+            else _without_compilation(self._state.precision.restore_model(model))
+        )
+
+    def clear(self) -> None:
+        """Forget everything that was prepared or registered."""
+        state = self._state
+        for known in (state.models, state.optimizers, state.schedulers, state.loaders, state.registered):
+            known.clear()
+        state.progress.cursors.clear()
+
+
+def _without_compilation(model: torch.nn.Module) -> torch.nn.Module:
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, torch.nn.Module) else model

@@ -1,0 +1,240 @@
+"""How far a run has come: its epoch, the passes over its loaders, and what of it a resumed run repeats.
+
+A *pass* is one iteration over a prepared loader. It is *open* from its first batch until it is exhausted or
+left. Passes may overlap: an evaluation inside a training loop, two loaders side by side.
+
+A resumed run executes its script from the top, so it has to be told what to leave out. The open pass that
+began first in this epoch, the *outermost*, says where the script stands:
+
+- With none, an epoch counts as done once a pass has ended in it, since a checkpoint after the last batch is
+  what a loop's epilogue writes. Epochs that are done aren't yielded again.
+- With one, it goes on at its position. Passes that had ended before it began yield nothing; those that ended
+  inside it don't matter.
+- Passes that outlive the outermost, or the epoch they began in, are *carried*: they say nothing about where
+  the script stands. They go on too, like every open pass. Only one that began with gradients off inside an
+  outermost one with gradients on is dropped: it is an evaluation that will not be reached again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["Cursor", "OpenPass", "Progress"]
+
+
+@dataclass(eq=False)
+class Cursor:
+    """Where one loader stands.
+
+    Attributes:
+        index: the loader's number, in the order of preparation.
+        pass_number: of the pass that was begun last, from 0; -1 before the first.
+        position: batches given out in that pass.
+        length: batches in that pass, None while unknown.
+        current: that pass while it is open, or restored and not yet continued.
+    """
+
+    index: int
+    pass_number: int = -1
+    position: int = 0
+    length: int | None = None
+    current: OpenPass | None = None
+
+
+@dataclass(eq=False)
+class OpenPass:
+    """A pass that has begun and has not ended.
+
+    Attributes:
+        cursor: of its loader.
+        with_gradients: gradients were on when it began.
+        ended_before: passes that had ended in this epoch when it began, by loader.
+        carried: it says nothing about where the script stands.
+        waiting: it was restored, and its loader was not iterated since.
+    """
+
+    cursor: Cursor
+    with_gradients: bool
+    ended_before: Counter[int] = field(default_factory=Counter)
+    carried: bool = False
+    waiting: bool = False
+
+
+class Progress:
+    """Keeps the cursors of all loaders, the open passes and the epoch."""
+
+    def __init__(self) -> None:
+        self.cursors: list[Cursor] = []
+        self.epoch: int | None = None
+        self._loop = -1
+        self._done = False
+        self._inside = False
+        self._loops_begun = 0
+        self._resume_loop: int | None = None
+        self._open: list[OpenPass] = []
+        self._ended: Counter[int] = Counter()
+        self._skip: Counter[int] = Counter()
+
+    def new_cursor(self) -> Cursor:
+        """Add a loader."""
+        cursor = Cursor(index=len(self.cursors))
+        self.cursors.append(cursor)
+        return cursor
+
+    # -- passes ---------------------------------------------------------------------------------------
+
+    def skips(self, cursor: Cursor) -> bool:
+        """Whether this iteration had ended before the run was interrupted. Ask once an iteration."""
+        if not self._skip[cursor.index]:
+            return False
+        self._skip[cursor.index] -= 1
+        self._ended[cursor.index] += 1
+        return True
+
+    def begin(self, cursor: Cursor, first: int | None = None) -> OpenPass:
+        """Begin a pass, or go on with a restored one, at batch `cursor.position`.
+
+        Args:
+            cursor: of the loader.
+            first: batch to start at, whatever was restored.
+        """
+        entry = cursor.current
+        if entry is not None and entry.waiting:
+            entry.waiting = False
+        else:
+            if entry is not None:
+                self.end(entry)
+            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self._ended))
+            self._open.append(entry)
+            cursor.pass_number += 1
+            cursor.position = 0
+        cursor.current, cursor.length = entry, None
+        if first is not None:
+            cursor.position = first
+        return entry
+
+    def next_pass(self, cursor: Cursor, number: int) -> None:
+        """Make the loader's next pass number `number`, from its first batch."""
+        if cursor.current is not None:
+            self.end(cursor.current)
+        cursor.pass_number, cursor.position = number - 1, 0
+
+    def end(self, entry: OpenPass) -> None:
+        """Note that a pass was exhausted or left. One that `load_state_dict` replaced is ignored."""
+        if entry.cursor.current is not entry:
+            return
+        outermost = self._outermost()
+        entry.cursor.current = None
+        self._open.remove(entry)
+        self._ended[entry.cursor.index] += 1
+        if entry is outermost:
+            self._carry_open()
+
+    def _carry_open(self) -> None:
+        for entry in self._open:
+            entry.carried = True
+
+    def _outermost(self) -> OpenPass | None:
+        return next((entry for entry in self._open if not entry.carried), None)
+
+    def at_last_batch(self) -> bool:
+        """Whether the loader that began last among the open ones has given out its last batch."""
+        for entry in reversed(self._open):
+            if not entry.waiting:
+                length = entry.cursor.length
+                return length is not None and entry.cursor.position >= length
+        return False
+
+    # -- epochs ---------------------------------------------------------------------------------------
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Yield the epochs of 0 to count - 1 that are still to run.
+
+        A script may have several such loops one after the other: those that were complete when a
+        checkpoint was made yield nothing in the run that resumes from it.
+        """
+        loop = self._loops_begun
+        self._loops_begun += 1
+        first, repeats = 0, False
+        if self._resume_loop is not None:
+            if loop < self._resume_loop:
+                return
+            self._resume_loop = None
+            if self.epoch is not None:
+                first, repeats = self.epoch + self._done, not self._done
+        for epoch in range(first, count):
+            self._enter_epoch(loop, epoch, repeats and epoch == first)
+            yield epoch
+        self._loop, self._done, self._inside = loop, True, False
+        self.epoch = max(first, count) - 1
+
+    def _enter_epoch(self, loop: int, epoch: int, repeats: bool) -> None:
+        self._loop, self.epoch, self._done, self._inside = loop, epoch, False, True
+        self._ended.clear()
+        outermost = self._outermost()
+        if repeats:
+            self._skip = Counter(outermost.ended_before) if outermost is not None else Counter()
+        else:
+            self._skip.clear()
+            self._carry_open()
+
+    # -- state ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain values."""
+        going_on = self._going_on()
+        ended = self._inside and self._outermost() is None and self._ended.total() > 0
+        return {
+            "loop": self._loop,
+            "epoch": self.epoch,
+            "done": self._done or ended,
+            "cursors": [
+                {
+                    "pass": cursor.pass_number,
+                    "position": cursor.position,
+                    "active": cursor.current in going_on,
+                }
+                for cursor in self.cursors
+            ],
+            "open": [
+                {
+                    "loader": entry.cursor.index,
+                    "with_gradients": entry.with_gradients,
+                    "carried": entry.carried,
+                    "ended_before": {str(index): times for index, times in entry.ended_before.items()},
+                }
+                for entry in going_on
+            ],
+        }
+
+    def _going_on(self) -> list[OpenPass]:
+        """The open passes that a resumed run continues, in the order in which they began."""
+        outermost = self._outermost()
+        if outermost is None or not outermost.with_gradients:
+            return list(self._open)
+        return [entry for entry in self._open if entry.with_gradients]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on what was saved; passes that are still open here are forgotten."""
+        self.epoch, self._loop, self._done = state["epoch"], state["loop"], state["done"]
+        self._inside = False
+        self._loops_begun = 0
+        self._resume_loop = self._loop if self._loop >= 0 else None
+        self._ended.clear()
+        self._skip.clear()
+        for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
+            cursor.pass_number, cursor.position = saved["pass"], saved["position"]
+            cursor.length, cursor.current = None, None
+        self._open = []
+        for saved in state["open"]:
+            cursor = self.cursors[saved["loader"]]
+            ended_before = Counter({int(index): times for index, times in saved["ended_before"].items()})
+            cursor.current = OpenPass(
+                cursor, saved["with_gradients"], ended_before, saved["carried"], waiting=True
+            )
+            self._open.append(cursor.current)

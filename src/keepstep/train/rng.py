@@ -1,0 +1,165 @@
+"""Random number generators: capture and restore them all, or isolate a piece of code from them.
+
+The global generators are Python's `random`, NumPy's legacy functions, torch on the CPU, and torch on each
+accelerator. `capture` and `restore` handle all of them. The isolating parts handle the first three,
+since data is loaded on the CPU.
+
+NumPy's global state takes 40 microseconds to read and as much to write. Swapping its bit generator takes
+a fraction of one, but drops the second value of a pair of Gaussians, if one is held back. So that this never
+depends on where data is loaded, `drop_held_gaussian` does the same for batches that workers load.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["PausedRandomness", "capture", "drop_held_gaussian", "isolated", "restore", "seed_globals"]
+
+_MASK_32 = 0xFFFFFFFF
+_MASK_64 = 0xFFFFFFFFFFFFFFFF
+_torch_generator: torch.Generator = torch.default_generator
+
+
+def _numpy() -> Any:
+    """NumPy if this process has imported it: what was never imported has drawn nothing."""
+    return sys.modules.get("numpy")
+
+
+def capture() -> dict[str, Any]:
+    """Return the state of every global generator as plain values and tensors."""
+    version, words, gauss = random.getstate()
+    tree: dict[str, Any] = {
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "torch": _torch_generator.get_state(),
+    }
+    numpy = _numpy()
+    if numpy is not None:
+        tree["numpy"] = numpy.random.get_state(legacy=False)
+    device_states = _device_states()
+    if device_states:
+        tree["accelerator"] = device_states
+    return tree
+
+
+def restore(tree: dict[str, Any]) -> None:
+    """Put every global generator back to a captured state.
+
+    Devices that this machine lacks keep no generator to restore; the saved ones are ignored then.
+    """
+    python = tree["python"]
+    random.setstate((int(python["version"]), tuple(python["words"].tolist()), python["gauss"]))
+    numpy = _numpy()
+    if numpy is not None and "numpy" in tree:
+        numpy.random.set_state(tree["numpy"])
+    _set_device_states(tree.get("accelerator", []))
+    _torch_generator.set_state(tree["torch"])
+
+
+def _device_module() -> Any:
+    """The torch module of this machine's kind of accelerator (`torch.cuda` ...), None without one."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else torch.get_device_module(device)
+
+
+def _device_states() -> list[torch.Tensor]:
+    module = _device_module()
+    # A device that was never used has drawn nothing, and asking would take memory on it.
+    if module is None or not getattr(module, "is_initialized", lambda: True)():
+        return []
+    if hasattr(module, "get_rng_state_all"):
+        return list(module.get_rng_state_all())
+    return [module.get_rng_state()]
+
+
+def _set_device_states(states: list[torch.Tensor]) -> None:
+    module = _device_module()
+    if module is None or not states:
+        return
+    if hasattr(module, "set_rng_state_all"):
+        module.set_rng_state_all(states[: module.device_count()])
+    else:
+        module.set_rng_state(states[0])
+
+
+def seed_globals(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generators. Much faster than `torch.manual_seed`."""
+    _torch_generator.manual_seed(seed & _MASK_64)
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.seed(seed & _MASK_32)
+
+
+_spare_bit_generators: list[Any] = []
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Run a block with the global CPU generators seeded, and put them back however it ends."""
+    torch_state = _torch_generator.get_state()
+    python_state = random.getstate()
+    numpy = _numpy()
+    if numpy is not None:
+        # One spare per nesting level: making one costs 100 microseconds.
+        spare = _spare_bit_generators.pop() if _spare_bit_generators else numpy.random.MT19937(0)
+        mine = numpy.random.get_bit_generator()
+        numpy.random.set_bit_generator(spare)
+    try:
+        seed_globals(seed)
+        yield
+    finally:
+        if numpy is not None:
+            numpy.random.set_bit_generator(mine)
+            _spare_bit_generators.append(spare)
+        random.setstate(python_state)
+        _torch_generator.set_state(torch_state)
+
+
+def drop_held_gaussian() -> None:
+    """Do to NumPy's global state what `isolated` does to it; see the module's first lines."""
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.set_bit_generator(numpy.random.get_bit_generator())
+
+
+class PausedRandomness:
+    """Generators of its own that a piece of code uses whenever it is let run, and only then.
+
+    Enter it around each step of an iteration that is spread over time: the steps draw from one unbroken
+    stream, and the surrounding code never notices.
+
+    Args:
+        seed: where the stream starts.
+    """
+
+    def __init__(self, seed: int) -> None:
+        with isolated(seed):
+            self._mine = _cpu_states()
+
+    def __enter__(self) -> None:
+        self._outer = _cpu_states()
+        _set_cpu_states(self._mine)
+
+    def __exit__(self, *failure: object) -> None:
+        self._mine = _cpu_states()
+        _set_cpu_states(self._outer)
+
+
+def _cpu_states() -> tuple[Any, Any, Any]:
+    numpy = _numpy()
+    return _torch_generator.get_state(), random.getstate(), numpy and numpy.random.get_state(legacy=False)
+
+
+def _set_cpu_states(states: tuple[Any, Any, Any]) -> None:
+    torch_state, python_state, numpy_state = states
+    _torch_generator.set_state(torch_state)
+    random.setstate(python_state)
+    numpy = _numpy()
+    if numpy is not None and numpy_state is not None:
+        numpy.random.set_state(numpy_state)

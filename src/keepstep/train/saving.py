@@ -1,0 +1,164 @@
+"""Saving and restoring a run: by hand, by policy in the background, and at the start."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from keepstep.checkpoint.catalog import next_number
+from keepstep.checkpoint.store import Store, save_directory
+from keepstep.checkpoint.version import Checkpoint, PendingSave
+from keepstep.errors import CheckpointNotFoundError, NotPreparedError, UsageError
+from keepstep.train.config import CheckpointPolicy, ProjectConfiguration
+from keepstep.train.schedule import LastSave, is_due
+from keepstep.train.state import TrainState
+
+__all__ = ["Saver"]
+
+
+class Saver:
+    """Saves and restores a `TrainState`.
+
+    Args:
+        state: of the run.
+        store: automatic checkpoints; None without a project directory.
+        project: whether `save` names checkpoints by itself.
+        policy: when automatic checkpoints are due.
+        pin_explicit: checkpoints saved by hand into the store are never pruned.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        *,
+        state: TrainState,
+        store: Store | None,
+        project: ProjectConfiguration,
+        policy: CheckpointPolicy,
+        pin_explicit: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._project = project
+        self._policy = policy
+        self._pin_explicit = pin_explicit
+        self._clock = clock
+        self._pending: PendingSave | None = None
+        self._last = LastSave(step=0, at_s=clock())
+
+    @property
+    def next_number(self) -> int:
+        """Number of the next automatic checkpoint."""
+        return next_number(self._require_store("save_iteration").path)
+
+    def _require_store(self, what: str) -> Store:
+        if self._store is None:
+            raise UsageError(
+                f"{what} needs a place for automatic checkpoints, but the Accelerator has no project_dir. "
+                "Pass Accelerator(project_dir=...)."
+            )
+        return self._store
+
+    def checkpoint(self, metrics: Mapping[str, Any] | None, tags: Sequence[str]) -> PendingSave | None:
+        """Save in the background if the policy says so; return None if not."""
+        busy = False
+        if self._pending is not None:
+            busy = not self._pending.done()
+            if not busy:
+                finished, self._pending = self._pending, None
+                finished.wait()
+        state, began_s = self._state, self._clock()
+        if not state.window.sync_gradients:
+            return None
+        if not is_due(self._policy, step=state.step, now_s=began_s, last=self._last, busy=busy):
+            if not state.optimizers:
+                raise NotPreparedError(
+                    "checkpoint() counts optimizer steps, but no optimizer went through prepare(). Prepare "
+                    "it, or use save_state()."
+                )
+            return None
+        store = self._require_store("checkpoint()")
+        self._pending = store.save_in_background(
+            state.capture(), step=state.step, epoch=state.progress.epoch, metrics=metrics, tags=tags
+        )
+        now_s = self._clock()
+        self._last = LastSave(step=state.step, at_s=now_s, blocked_s=now_s - began_s)
+        return self._pending
+
+    def save(
+        self,
+        output_dir: str | os.PathLike[str] | None,
+        *,
+        metrics: Mapping[str, Any] | None,
+        tags: Sequence[str],
+        pinned: bool | None,
+    ) -> Checkpoint:
+        """Save now; durable on return."""
+        state = self._state
+        about: dict[str, Any] = {
+            "step": state.step,
+            "epoch": state.progress.epoch,
+            "metrics": metrics,
+            "tags": tags,
+        }
+        if output_dir is not None and not self._project.automatic_checkpoint_naming:
+            return save_directory(output_dir, state.capture(), pinned=bool(pinned), **about)
+        store = self._require_store("save_state() without output_dir")
+        keep = self._pin_explicit if pinned is None else pinned
+        saved = store.save(state.capture(), pinned=keep, **about)
+        self._pending = None
+        self._last = LastSave(step=state.step, at_s=self._clock(), blocked_s=self._last.blocked_s)
+        return saved
+
+    def load(self, input_dir: str | os.PathLike[str] | None) -> Checkpoint:
+        """Restore a given checkpoint, or the newest valid automatic one.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+        """
+        if input_dir is None:
+            loaded = self._restore(self._require_store("load_state() without input_dir").load_latest_into)
+            if loaded is None:
+                raise CheckpointNotFoundError(
+                    f"load_state() found no checkpoint in {self._require_store('load_state()').path}. Use "
+                    "resume(), which returns None on a first start, or pass input_dir."
+                )
+            return loaded
+        checkpoint = Checkpoint.open(Path(input_dir))
+
+        def load_into(objects: dict[str, Any]) -> Checkpoint:
+            checkpoint.load_into(objects)
+            return checkpoint
+
+        restored = self._restore(load_into)
+        return checkpoint if restored is None else restored
+
+    def resume(self) -> Checkpoint | None:
+        """Restore the newest valid automatic checkpoint; None if there is none."""
+        store = self._require_store("resume()")
+        if self._state.is_empty:
+            raise NotPreparedError("resume() has nothing to restore into. Call prepare() first.")
+        return self._restore(store.load_latest_into)
+
+    def _restore(self, load: Callable[[dict[str, Any]], Checkpoint | None]) -> Checkpoint | None:
+        self.wait()
+        loaded: Checkpoint | None = self._state.restore(load)
+        if loaded is not None:
+            self._last = LastSave(step=self._state.step, at_s=self._clock(), blocked_s=self._last.blocked_s)
+        return loaded
+
+    def wait(self) -> None:
+        """Return once nothing is being written.
+
+        Raises:
+            BackgroundSaveError: a save in the background failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+        if self._store is not None:
+            self._store.wait()

@@ -1,0 +1,212 @@
+"""When gradients are complete, and what `step()` of a prepared optimizer or scheduler does then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from keepstep.train.config import GradientAccumulationPlugin
+from keepstep.train.precision import Precision
+
+__all__ = ["AccumulationWindow", "PreparedOptimizer", "PreparedScheduler"]
+
+
+class AccumulationWindow:
+    """Counts micro-batches and says whether this one completes an optimizer step.
+
+    Attributes:
+        sync_gradients: the present micro-batch completes the window; True outside of `accumulate()`.
+
+    Args:
+        plugin: length of the window and when to close it early.
+        at_last_batch: whether the present batch is the last one of its loader.
+    """
+
+    def __init__(self, plugin: GradientAccumulationPlugin, at_last_batch: Callable[[], bool]) -> None:
+        self.num_steps = plugin.num_steps
+        self.adjust_scheduler = plugin.adjust_scheduler
+        self.sync_gradients = True
+        self._with_loader = plugin.sync_with_dataloader
+        self._at_last_batch = at_last_batch
+        self._micro_batches = 0
+
+    def __enter__(self) -> None:
+        if self._with_loader and self._at_last_batch():
+            self._micro_batches = 0
+            self.sync_gradients = True
+        else:
+            self._micro_batches += 1
+            self.sync_gradients = self._micro_batches % self.num_steps == 0
+
+    def __exit__(self, *failure: object) -> None:
+        """Leave `sync_gradients` as it is: code after the block asks for it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the window."""
+        return {"micro_batches": self._micro_batches % self.num_steps, "sync": self.sync_gradients}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self._micro_batches, self.sync_gradients = state["micro_batches"], state["sync"]
+
+
+class PreparedOptimizer(Optimizer):
+    """An optimizer whose `step` and `zero_grad` do nothing until gradients are complete.
+
+    Attributes:
+        optimizer: the one that was prepared.
+        steps_done: steps that changed the parameters.
+        step_was_skipped: the last step was left out, as gradients had overflowed (fp16).
+        pending: gradients that a step has not used yet may be there.
+
+    Args:
+        optimizer: the user's.
+        window: says when gradients are complete.
+        precision: how to step.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, window: AccumulationWindow, precision: Precision) -> None:
+        # Optimizer.__init__ is left out on purpose: parameters and state are those of the wrapped one, and
+        # schedulers only want to see an Optimizer.
+        self.optimizer = optimizer
+        self.steps_done = 0
+        self.step_was_skipped = False
+        self.pending = False
+        self._window = window
+        self._precision = precision
+        precision.prepare_optimizer(optimizer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step if gradients are complete and did not overflow; otherwise do nothing."""
+        if not self._window.sync_gradients:
+            self.pending = True
+            return None
+        result, changed = self._precision.step(self.optimizer, closure)
+        self.step_was_skipped = not changed
+        self.steps_done += changed
+        self.pending = False
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients if they are complete; otherwise do nothing."""
+        if self._window.sync_gradients:
+            self.optimizer.zero_grad(set_to_none=set_to_none)
+            self.pending = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the wrapped optimizer."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def train(self) -> None:
+        """Switch optimizers that tell training from evaluation (schedule-free ones) to training."""
+        switch = getattr(self.optimizer, "train", None)
+        if switch is not None:
+            switch()
+
+    def eval(self) -> None:
+        """Switch optimizers that tell training from evaluation to evaluation."""
+        switch = getattr(self.optimizer, "eval", None)
+        if switch is not None:
+            switch()
+
+    def __repr__(self) -> str:
+        return f"PreparedOptimizer({self.optimizer!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All parameters, in the order of the parameter groups."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+class PreparedScheduler:
+    """A scheduler that steps only when its optimizers really stepped.
+
+    Args:
+        scheduler: the user's.
+        optimizers: those it depends on.
+        window: says when gradients are complete.
+        step_with_optimizer: False for a scheduler that is stepped regardless of optimizers.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        *,
+        optimizers: Sequence[PreparedOptimizer],
+        window: AccumulationWindow,
+        step_with_optimizer: bool = True,
+    ) -> None:
+        self.scheduler = scheduler
+        self.optimizers = list(optimizers)
+        self.step_with_optimizer = step_with_optimizer
+        self._window = window
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Step unless gradients are incomplete or an optimizer skipped its step."""
+        if self.step_with_optimizer:
+            if not self._window.sync_gradients:
+                if self._window.adjust_scheduler and hasattr(self.scheduler, "_step_count"):
+                    self.scheduler._step_count += 1
+                return
+            if any(optimizer.step_was_skipped for optimizer in self.optimizers):
+                return
+        self.scheduler.step(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped scheduler's."""
+        state: dict[str, Any] = self.scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the wrapped scheduler."""
+        self.scheduler.load_state_dict(state_dict)
