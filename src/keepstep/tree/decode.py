@@ -18,7 +18,7 @@ import torch
 from keepstep.errors import KeepstepError, UnsupportedTypeError
 from keepstep.tree.leaf import DTYPES, FACTORIES, MAX_DEPTH, codecs_by_name
 
-__all__ = ["unflatten"]
+__all__ = ["KINDS", "unflatten"]
 
 
 def unflatten(tree: Any, tensor_at: Callable[[str], torch.Tensor]) -> Any:
@@ -52,7 +52,7 @@ class _Unflattener:
             first = next(iter(node), "")
             if not first.startswith("$"):
                 return {key: self.decode(item) for key, item in node.items()}
-            decoder = _DECODERS.get(first)
+            decoder = KINDS.get(first)
             if decoder is None:
                 raise ValueError(f"unknown kind {first!r}")
             return decoder(self, node)
@@ -129,7 +129,7 @@ def _decode_time(node: dict[str, Any]) -> dt.time:
     return dt.time.fromisoformat(node["$time"]).replace(tzinfo=_decode_zone(node["zone"]), fold=node["fold"])
 
 
-_DECODERS: dict[str, Callable[[_Unflattener, dict[str, Any]], Any]] = {
+KINDS: dict[str, Callable[[_Unflattener, dict[str, Any]], Any]] = {
     "$tensor": lambda u, n: u.tensor_at(n["$tensor"]),
     "$ndarray": _decode_ndarray,
     "$numpy_scalar": lambda _, n: _decode_numpy_scalar(n),
@@ -161,3 +161,4 @@ _DECODERS: dict[str, Callable[[_Unflattener, dict[str, Any]], Any]] = {
     "$frozenset": lambda u, n: frozenset(u.decode(n["$frozenset"])),
     "$deque": lambda u, n: collections.deque(u.decode(n["$deque"]), n["maxlen"]),
 }
+"""How each kind of node is read, by its first member; docs/format.md lists them."""
