@@ -6,6 +6,7 @@ pass that is left early (`break`) is over.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -71,6 +72,15 @@ class PreparedLoader(DataLoader[Any]):
         Args:
             first: batch to start at; None for 0, or for where an interrupted pass is continued.
         """
+        iteration = self._iterate(first)
+        entry = self.cursor.current
+        if entry is not None and entry.waiting and not self._progress.will_skip(self.cursor):
+            # An iterator that is dropped before its first batch was still the one to continue the pass with:
+            # `zip` drops that of its second loader when the first one has nothing left.
+            weakref.finalize(iteration, self._progress.give_up, entry).atexit = False
+        return iteration
+
+    def _iterate(self, first: int | None) -> Iterator[Any]:
         progress, cursor, place = self._progress, self.cursor, self._placement
         if progress.skips(cursor):
             return

@@ -88,9 +88,13 @@ class Progress:
 
     # -- passes ---------------------------------------------------------------------------------------
 
+    def will_skip(self, cursor: Cursor) -> bool:
+        """Whether the loader's next iteration had ended before the run was interrupted."""
+        return self._skip[cursor.index] > 0
+
     def skips(self, cursor: Cursor) -> bool:
-        """Whether this iteration had ended before the run was interrupted. Ask once an iteration."""
-        if not self._skip[cursor.index]:
+        """As `will_skip`, for the iteration that begins now."""
+        if not self.will_skip(cursor):
             return False
         self._skip[cursor.index] -= 1
         self._ended[cursor.index] += 1
@@ -134,6 +138,11 @@ class Progress:
         self._ended[entry.cursor.index] += 1
         if entry is outermost:
             self._carry_open()
+
+    def give_up(self, entry: OpenPass) -> None:
+        """Note that the iteration which was to continue a restored pass never asked for a batch."""
+        if entry.waiting:
+            self.end(entry)
 
     def _carry_open(self) -> None:
         for entry in self._open:
