@@ -156,14 +156,21 @@ def best_of(entries: Iterable[Entry], metric: str, mode: Literal["min", "max"]) 
     return best
 
 
-def disk_bytes(directory: Path) -> int:
-    """Bytes that a directory takes on disk, a file with several names counted once."""
+def disk_bytes(*directories: Path) -> int:
+    """Bytes that directories take on disk, a file with several names counted once.
+
+    What is deleted meanwhile is not counted.
+    """
     seen: set[tuple[int, int]] = set()
     total = 0
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            found = os.lstat(os.path.join(parent, name))
-            if (found.st_dev, found.st_ino) not in seen:
-                seen.add((found.st_dev, found.st_ino))
-                total += found.st_size
+    for directory in directories:
+        for parent, _, names in os.walk(directory):
+            for name in names:
+                try:
+                    found = os.lstat(os.path.join(parent, name))
+                except FileNotFoundError:
+                    continue
+                if (found.st_dev, found.st_ino) not in seen:
+                    seen.add((found.st_dev, found.st_ino))
+                    total += found.st_size
     return total
