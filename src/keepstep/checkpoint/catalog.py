@@ -159,18 +159,22 @@ def best_of(entries: Iterable[Entry], metric: str, mode: Literal["min", "max"]) 
 def disk_bytes(*directories: Path) -> int:
     """Bytes that directories take on disk, a file with several names counted once.
 
-    What is deleted meanwhile is not counted.
+    What is deleted meanwhile, or can't be listed, is not counted.
     """
     seen: set[tuple[int, int]] = set()
     total = 0
-    for directory in directories:
-        for parent, _, names in os.walk(directory):
-            for name in names:
-                try:
-                    found = os.lstat(os.path.join(parent, name))
-                except FileNotFoundError:
-                    continue
-                if (found.st_dev, found.st_ino) not in seen:
-                    seen.add((found.st_dev, found.st_ino))
-                    total += found.st_size
+    left: list[str | Path] = [*directories]
+    while left:
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                        continue
+                    found = entry.stat(follow_symlinks=False)
+                    if (found.st_dev, found.st_ino) not in seen:
+                        seen.add((found.st_dev, found.st_ino))
+                        total += found.st_size
+        except OSError:
+            continue
     return total

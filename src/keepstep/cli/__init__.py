@@ -1,1 +1,1 @@
-
+"""The command line: looks at checkpoints, never imports torch."""

@@ -1,0 +1,168 @@
+"""What a PATH on the command line stands for: a store, a project with `checkpoints/`, or one checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepstep.checkpoint.catalog import (
+    INTERNAL_NAME,
+    Entry,
+    damage_of,
+    is_checkpoint,
+    scan,
+)
+from keepstep.checkpoint.parse import read_manifest
+from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
+
+__all__ = ["Found", "Leftover", "choose", "health_of", "leftovers", "locate"]
+
+_PROJECT_CHECKPOINTS = "checkpoints"
+_NUMBERED = re.compile(r"checkpoint_(\d{1,18})\Z", re.ASCII)
+_SHOWN_NAMES = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What lies at a PATH.
+
+    Attributes:
+        root: the store, or the one checkpoint.
+        entries: the checkpoints, oldest first; at least one.
+        is_store: False if PATH named one checkpoint.
+    """
+
+    root: Path
+    entries: Sequence[Entry]
+    is_store: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leftover:
+    """A directory in a store that is no checkpoint (any more).
+
+    Attributes:
+        path: the directory.
+        kind: "unfinished", "replaced", "damaged", "trash" or "no-manifest".
+        meaning: the kind in words.
+    """
+
+    path: Path
+    kind: str
+    meaning: str
+
+
+_MEANINGS = {
+    "unfinished": "a save under way, or left by a process that died; the next save to this store removes it",
+    "replaced": "the older half of a replacement that was cut off",
+    "damaged": "was found damaged when it was loaded and set aside",
+    "trash": "a deletion that was cut off; the next save to this store finishes it",
+    "no-manifest": "has no manifest.json, so it is no checkpoint",
+}
+
+
+def locate(path: Path) -> Found:
+    """Find the checkpoints that `path` stands for.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing, or no checkpoint there.
+        OSError: it can't be read.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(
+            f"there is nothing at {path}; give a store, a project directory or a checkpoint"
+        ) from None
+    if not path.is_dir():
+        raise CheckpointNotFoundError(
+            f"{path} is a file; give a directory: a store, a project directory or a checkpoint"
+        )
+    root = path.resolve()  # "." and a link called "latest" have names too
+    if is_checkpoint(root):
+        return Found(root=root, entries=[_single(root)], is_store=False)
+    candidates = [root, root / _PROJECT_CHECKPOINTS]
+    for candidate in candidates:
+        if entries := scan(candidate):
+            return Found(root=candidate, entries=entries, is_store=True)
+    aside = [left for candidate in candidates for left in leftovers(candidate)]
+    listed = ", ".join(left.path.name for left in aside[:_SHOWN_NAMES])
+    raise CheckpointNotFoundError(
+        f"there is no checkpoint in {path}"
+        + (f", only {len(aside)} leftover(s) of earlier ones: {listed}" if aside else "")
+        + f"; a store holds directories named checkpoint_0, checkpoint_1 ..., a project has them in "
+        f"{_PROJECT_CHECKPOINTS}/"
+    )
+
+
+def _single(directory: Path) -> Entry:
+    match = _NUMBERED.match(directory.name)
+    number = int(match[1]) if match else 0
+    try:
+        return Entry(path=directory, number=number, manifest=read_manifest(directory))
+    except DamagedCheckpointError as error:
+        return Entry(path=directory, number=number, manifest=None, problem=error.message)
+
+
+def choose(found: Found, names: Sequence[str]) -> list[Entry]:
+    """The checkpoints with these names; a number alone stands for checkpoint_<number>.
+
+    Raises:
+        CheckpointNotFoundError: one of them is not there; the message lists the newest.
+        UsageError: names were given though PATH is one checkpoint already.
+    """
+    if names and not found.is_store:
+        raise UsageError(f"{found.root} is one checkpoint already; leave out {', '.join(names)}")
+    by_name = {entry.name: entry for entry in found.entries}
+    chosen = []
+    for name in names:
+        entry = by_name.get(name.rstrip("/")) or by_name.get(f"checkpoint_{name}")
+        if entry is None:
+            newest = ", ".join(list(by_name)[-_SHOWN_NAMES:])
+            raise CheckpointNotFoundError(
+                f"there is no checkpoint {name!r} in {found.root}; the newest are: {newest}"
+            )
+        chosen.append(entry)
+    return chosen
+
+
+def health_of(entries: Sequence[Entry]) -> list[tuple[Entry, str | None]]:
+    """Each entry with what is wrong with it (None: nothing), as far as can be seen without reading data.
+
+    What a training run deleted while we looked is no damage and is left out.
+    """
+    checked = [(entry, damage_of(entry)) for entry in entries]
+    return [(entry, damage) for entry, damage in checked if damage is None or os.path.lexists(entry.path)]
+
+
+def leftovers(root: Path) -> list[Leftover]:
+    """What else lies in a store, in order of name."""
+    found = []
+    for name in _names_in(root):
+        kind = None
+        if ".tmp-" in name:
+            kind = "unfinished"
+        elif name.endswith(".replaced"):
+            kind = "replaced"
+        elif _NUMBERED.match(name) and not os.path.lexists(root / name / "manifest.json"):
+            kind = "no-manifest"
+        if kind is not None and (root / name).is_dir():
+            found.append(Leftover(path=root / name, kind=kind, meaning=_MEANINGS[kind]))
+    for kind in ("damaged", "trash"):
+        place = root / INTERNAL_NAME / kind
+        found += [
+            Leftover(path=place / name, kind=kind, meaning=_MEANINGS[kind]) for name in _names_in(place)
+        ]
+    return found
+
+
+def _names_in(directory: Path) -> list[str]:
+    """Sorted; nothing if there is no such directory."""
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(entry.name for entry in entries)
+    except FileNotFoundError:
+        return []
