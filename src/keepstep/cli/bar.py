@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
-import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,8 +23,7 @@ __all__ = ["Bar"]
 class Bar:
     """Grows with the bytes that were read, and is gone when all are; use as a context manager."""
 
-    def __init__(self, total_bytes: int) -> None:
-        self._on_stdout = sys.stdout is not None and sys.stdout.isatty()
+    def __init__(self, total_bytes: int, stream: TextIO) -> None:
         self._progress = Progress(
             TextColumn("{task.description}", style="dim", markup=False),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan"),
@@ -34,7 +31,7 @@ class Bar:
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            console=Console(file=sys.stdout if self._on_stdout else sys.stderr),
+            console=Console(file=stream),
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
@@ -60,8 +57,5 @@ class Bar:
         self._progress.advance(self._task, size)
 
     def write(self, line: str) -> None:
-        """Write a finished line to standard output: above the bar if the bar is there too."""
-        if self._on_stdout:
-            self._progress.console.print(Text.from_ansi(line), soft_wrap=True)
-        else:
-            click.echo(line)
+        """Write a finished line above the bar."""
+        self._progress.console.print(Text.from_ansi(line), soft_wrap=True)

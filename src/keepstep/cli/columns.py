@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len, chop_cells, set_cell_size
 
 from keepstep.cli.output import Cell, Output
 
@@ -65,19 +64,18 @@ def fit(columns: Sequence[Column], width: int | None) -> Fitted:
     shown = list(columns)
     left_out: list[str] = []
     while width is not None and (excess := _total(shown, widths) - width) > 0:
-        soft = [c for c in shown if c.least is not None and widths[id(c)] > max(c.least, _width(c.header))]
+        soft = [c for c in shown if c.least is not None and widths[id(c)] > c.least]
         spare = max(shown, key=lambda column: column.rank)
         if soft:
             column = max(soft, key=lambda c: widths[id(c)])
-            floor = max(column.least or 0, _width(column.header))
-            widths[id(column)] = max(floor, widths[id(column)] - excess)
+            widths[id(column)] = max(column.least or 0, widths[id(column)] - excess)
         elif spare.rank > 0:
             shown.remove(spare)
             left_out.insert(0, spare.header)
         else:  # hardly a terminal at all: cut what is left, the widest first
             column = max(shown, key=lambda c: widths[id(c)])
             if widths[id(column)] <= _LEAST:
-                shown.pop()
+                left_out.insert(0, shown.pop().header)
                 continue
             widths[id(column)] = max(_LEAST, widths[id(column)] - excess)
     return Fitted(columns=[(column, widths[id(column)]) for column in shown], left_out=left_out)
@@ -147,8 +145,18 @@ def wrapped(cell: Cell, output: Output, indent: int, first: str = "") -> Iterato
 
 
 def _broken(text: str, room: int) -> list[str]:
-    # textwrap counts characters; text of wide ones gets half the room, which always fits
-    return textwrap.wrap(text, room if text.isascii() else room // 2, break_on_hyphens=False)
+    """Lines of at most `room` cells, broken at spaces where there are any."""
+    lines = [""]
+    for word in text.split(" "):
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if _width(joined) <= room:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        *full, last = chop_cells(word, room) or [""]
+        lines[-1:] = [*full, last]
+    return lines
 
 
 def render_pairs(pairs: Sequence[tuple[str, Cell]], output: Output, *, indent: int = 0) -> Iterator[str]:

@@ -49,7 +49,11 @@ class _Listing:
         return sum(damage is not None for _, damage in self.checked)
 
 
-@click.command(name="ls", short_help="List the checkpoints of a store.")
+@click.command(
+    name="ls",
+    short_help="List the checkpoints of a store.",
+    epilog="\b\nExit codes:\n  0  listed\n  2  wrong usage, nothing found, or not readable",
+)
 @click.argument("path", type=click.Path(path_type=Path), default=".")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option(
@@ -79,7 +83,7 @@ def command(
     last: int | None,
     damaged: bool,
 ) -> None:
-    r"""List the checkpoints of a store.
+    """List the checkpoints of a store.
 
     PATH is a store, a project directory that holds checkpoints/, or one checkpoint; default: the current
     directory. Health is what can be seen without reading data; `keepstep verify` reads it.
@@ -89,11 +93,6 @@ def command(
 
     Through a pipe nothing is cut: dates, bytes and all digits, one checkpoint a line; lines of other words
     begin with "#".
-
-    \b
-    Exit codes:
-      0  listed
-      2  wrong usage, nothing found, or not readable
     """
     found = locate(path)
     checked = health_of(found.entries)
@@ -298,7 +297,7 @@ def _metric_column(
         value = entry.manifest.metrics.get(metric.name) if entry.manifest else None
         style = "bold green" if entry is best else ""
         cells.append(_NOTHING if value is None else Cell(number(value), style))
-    return Column(header=metric.name, cells=cells, right=True, rank=rank, least=8)
+    return Column(header=metric.name, cells=cells, right=True, rank=rank, least=10)
 
 
 def _labels(rows: Sequence[tuple[Entry, str | None]]) -> Column:
@@ -307,7 +306,7 @@ def _labels(rows: Sequence[tuple[Entry, str | None]]) -> Column:
         manifest = entry.manifest
         words = [*(["pinned"] if manifest.pinned else []), *manifest.tags] if manifest else []
         cells.append(Cell(",".join(words), "cyan") if words else _NOTHING)
-    return Column(header="tags", cells=cells, rank=5, least=8)
+    return Column(header="tags", cells=cells, rank=5, least=20)
 
 
 def _totals(listing: _Listing) -> str:

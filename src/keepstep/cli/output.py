@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import click
 
@@ -66,11 +66,11 @@ def open_output() -> Output:
     return terminal
 
 
-def open_bar(total_bytes: int) -> Bar | None:
-    """A progress bar on standard output or else standard error, or None if neither is a terminal."""
-    if not any(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)):
+def open_bar(total_bytes: int, stream: TextIO | None) -> Bar | None:
+    """A progress bar on a stream to which nothing else writes meanwhile; None if that is no terminal."""
+    if stream is None or not stream.isatty():
         return None
-    bar: Bar = import_module("keepstep.cli.bar").Bar(total_bytes)
+    bar: Bar = import_module("keepstep.cli.bar").Bar(total_bytes, stream)
     return bar
 
 

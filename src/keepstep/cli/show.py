@@ -64,7 +64,11 @@ class _Sum:
         self.dtypes[tensor.dtype] = None
 
 
-@click.command(name="show", short_help="Show everything that is known about one checkpoint.")
+@click.command(
+    name="show",
+    short_help="Show everything that is known about one checkpoint.",
+    epilog="\b\nExit codes:\n  0  shown\n  2  wrong usage, nothing found, or not readable",
+)
 @click.argument("path", type=click.Path(path_type=Path), default=".")
 @click.argument("name", required=False)
 @click.option(
@@ -73,21 +77,16 @@ class _Sum:
     is_flag=False,
     flag_value="*",
     metavar="[PATTERN]",
-    help="List the tensors instead: all, or those below an address (model/h.0), or that match a shell pattern "
-    "('*.bias'). Write it after PATH.",
+    help="List the tensors instead: all, or those below an address (model/h.0), or that match a shell "
+    "pattern ('*.bias'). Write it after PATH.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(path: Path, name: str | None, pattern: str | None, as_json: bool) -> None:
-    r"""Show everything that is known about one checkpoint.
+    """Show everything that is known about one checkpoint.
 
     PATH is a store, a project directory that holds checkpoints/, or one checkpoint; default: the current
     directory. NAME picks a checkpoint of a store (checkpoint_12, or 12); default: the newest valid one. Its
     data is not read; `keepstep verify` reads it.
-
-    \b
-    Exit codes:
-      0  shown
-      2  wrong usage, nothing found, or not readable
     """
     subject = _subject(locate(path), name)
     if pattern is not None and subject.tensors is None:
@@ -226,7 +225,7 @@ def _tensor_list(tensors: Mapping[str, TensorEntry], output: Output) -> Iterator
     ]
     if exactly or any(tensor.alias_of for tensor in tensors.values()):
         aliases = [Cell(tensor.alias_of or "-", "cyan") for tensor in tensors.values()]
-        columns.append(Column(header="alias of", cells=aliases, rank=2, least=16))
+        columns.append(Column(header="alias_of", cells=aliases, rank=2, least=16))
     yield from render(fit(columns, output.width), output)
     total = _Sum()
     for tensor in tensors.values():
@@ -288,7 +287,8 @@ def _section(title: str, lines: Iterator[str], output: Output) -> Iterator[str]:
 def _what(manifest: Manifest, output: Output) -> list[tuple[str, Cell]]:
     created = manifest.created_at
     if output.width is not None:
-        created = f"{created} ({age(created, datetime.now(UTC))})"
+        ago = age(created, datetime.now(UTC))
+        created += f" ({ago})" if ago.endswith("ago") else ""
     size = _size(manifest.bytes, exactly=output.width is None)
     return [
         ("step", Cell("-" if manifest.step is None else str(manifest.step), "bold")),
@@ -323,7 +323,7 @@ def _environment(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if name == "command" and isinstance(value, list):
             yield name, shlex.join(map(str, value))
         elif name == "git" and isinstance(value, dict) and isinstance(value.get("commit"), str):
-            dirty = {True: " with uncommitted changes", False: ""}.get(value.get("dirty"), "")
+            dirty = " with uncommitted changes" if value.get("dirty") is True else ""
             yield name, value["commit"] + dirty
         else:
             yield name, value if isinstance(value, str) else "-" if value is None else json.dumps(value)

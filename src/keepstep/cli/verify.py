@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,24 +47,23 @@ class _Outcome:
 
 
 @click.command(
-    name="verify", short_help="Read checkpoints whole and say whether every byte is what was committed."
+    name="verify",
+    short_help="Read checkpoints whole and say whether every byte is what was committed.",
+    epilog="\b\nExit codes:\n"
+    "  0  all sound\n"
+    "  1  something is damaged\n"
+    "  2  wrong usage, nothing found, or not readable",
 )
 @click.argument("path", type=click.Path(path_type=Path), default=".")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--quick", is_flag=True, help="Read manifests, state.json and file sizes only, no data.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(path: Path, names: Sequence[str], quick: bool, as_json: bool) -> None:
-    r"""Read checkpoints whole and say whether every byte is what was committed.
+    """Read checkpoints whole and say whether every byte is what was committed.
 
     PATH is a store, a project directory that holds checkpoints/, or one checkpoint; default: the current
     directory. NAMEs pick checkpoints of a store (checkpoint_12, or 12); default: all of them. What else lies
     in a store (unfinished saves, checkpoints set aside as damaged) is mentioned and changes no exit code.
-
-    \b
-    Exit codes:
-      0  all sound
-      1  something is damaged
-      2  wrong usage, nothing found, or not readable
     """
     found = locate(path)
     entries = choose(found, names) if names else found.entries
@@ -87,7 +87,7 @@ def _verify(
     began = time.monotonic()
     sizes = [entry.manifest.bytes if entry.manifest else 0 for entry in entries]
     reports = []
-    bar = None if quick else open_bar(sum(sizes))
+    bar = None if quick else open_bar(sum(sizes), sys.stdout if lines else sys.stderr)
     with bar or contextlib.nullcontext():
         write: Callable[[str], None] = bar.write if bar else click.echo
         for entry, size in zip(entries, sizes, strict=True):
@@ -148,7 +148,7 @@ def _summary(outcome: _Outcome, others: Sequence[Leftover], root: Path, output: 
     parts = [f"{counted(sound, 'checkpoint')} sound", f"{outcome.damaged:,} damaged"]
     if outcome.bytes_read:
         speed = human_bytes(int(outcome.bytes_read / max(outcome.elapsed_s, 1e-3)))
-        parts.append(f"{human_bytes(outcome.bytes_read)} read in {outcome.elapsed_s:.1f} s ({speed}/s)")
+        parts.append(f"{human_bytes(outcome.bytes_read)} read in {outcome.elapsed_s:.2f} s ({speed}/s)")
     remarks = [f"{other.path.relative_to(root)}: {other.meaning}" for other in others]
     if output.width is None:
         yield from (Cell(f"# {remark}").text for remark in remarks)
