@@ -24,7 +24,7 @@ help:  ## Say what there is
 	@echo "The first call makes $(VENV) (delete it to start over). Another Python: make test PYTHON=python3.12"
 
 demo: $(READY)  ## Train a small GPT, kill it three times, end in the same bytes
-	$(RUN) examples/demo.py
+	$(RUN) -m examples.demo
 
 # One thread per process: several processes share the cores, and sums come out the same everywhere.
 test: export OMP_NUM_THREADS := 1
