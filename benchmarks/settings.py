@@ -1,0 +1,101 @@
+"""How large and how often: the only knobs of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["FULL", "QUICK", "SIZES", "TINY", "Settings", "Size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is saved and loaded, and how many rounds are timed.
+
+    Attributes:
+        name: how `--size` of a child process names it.
+        width, layers, vocabulary: of the GPT-like model whose AdamW state is saved.
+        rounds: timed rounds of each comparison.
+        cold_rounds, cold_s: rounds that begin with a rest of so many seconds.
+        tensor_counts: points of the small-tensor curve.
+        peers_up_to: peers are left out of the curve beyond this many tensors.
+        checkpoints: how many `keepstep ls` lists.
+        calls: of a function that takes microseconds.
+        starts: processes whose start is timed.
+        memory_budget_bytes: of the background save whose peak memory is measured.
+    """
+
+    name: str
+    width: int
+    layers: int
+    vocabulary: int
+    rounds: int
+    cold_rounds: int
+    cold_s: float
+    tensor_counts: tuple[int, ...]
+    peers_up_to: int
+    checkpoints: int
+    calls: int
+    starts: int
+    memory_budget_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run.
+
+    Attributes:
+        size: what is measured.
+        directory: on the disk to be measured; everything is written below it and removed.
+    """
+
+    size: Size
+    directory: Path
+
+
+FULL = Size(
+    name="full",
+    width=768,
+    layers=12,
+    vocabulary=50257,
+    rounds=5,
+    cold_rounds=3,
+    cold_s=4.0,
+    tensor_counts=(1_000, 10_000, 30_000, 100_000),
+    peers_up_to=30_000,
+    checkpoints=1_000,
+    calls=100_000,
+    starts=9,
+    memory_budget_bytes=512 << 20,
+)
+QUICK = Size(
+    name="quick",
+    width=512,
+    layers=6,
+    vocabulary=32_000,
+    rounds=3,
+    cold_rounds=1,
+    cold_s=4.0,
+    tensor_counts=(1_000, 10_000, 30_000),
+    peers_up_to=10_000,
+    checkpoints=1_000,
+    calls=20_000,
+    starts=5,
+    memory_budget_bytes=128 << 20,
+)
+TINY = Size(
+    name="tiny",
+    width=32,
+    layers=1,
+    vocabulary=64,
+    rounds=1,
+    cold_rounds=1,
+    cold_s=0.0,
+    tensor_counts=(10, 100),
+    peers_up_to=100,
+    checkpoints=5,
+    calls=100,
+    starts=1,
+    memory_budget_bytes=16 << 20,
+)
+SIZES = {size.name: size for size in (FULL, QUICK, TINY)}
