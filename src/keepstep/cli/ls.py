@@ -281,7 +281,7 @@ def _columns(
 
     return [
         Column(header="name", cells=[Cell(entry.name, "bold") for entry, _ in rows]),
-        Column(header="step", cells=cells(lambda m: m.step), right=True),
+        Column(header="step", cells=cells(lambda m: m.step), right=True, rank=2),
         Column(header="epoch", cells=cells(lambda m: m.epoch), right=True, rank=8),
         Column(header="created", cells=cells(created, "dim"), right=size_header == "size", rank=6),
         Column(header=size_header, cells=cells(size), right=True, rank=7),

@@ -1,0 +1,194 @@
+"""`keepstep show`: one checkpoint, from its manifest and the tensor index."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from rich.cells import cell_len
+from tests.cli.processes import on_terminal, without_styles
+from tests.cli.stores import MANIFEST_KEYS, write_checkpoint, write_store
+
+from keepstep.cli.main import main
+
+NASTY = "x\x1b[31m\x07\n[red]m[/]"
+ESCAPED = r"x\x1b[31m\x07\n[red]m[/]"
+
+
+def show(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["show", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    root = write_store(tmp_path / "checkpoints", 2)
+    write_checkpoint(root / "checkpoint_2", number=2, tags=("release",), metrics={"val_loss": math.nan})
+    return root
+
+
+def test_everything_in_the_manifest_is_there(store: Path) -> None:
+    done = show(store)
+    assert done.exit_code == 0
+    for text in (
+        "checkpoint_2  ok\n",
+        "  step     200\n",
+        "  epoch    1\n",
+        "  created  2026-01-01T00:02:00+00:00\n",
+        "  tags     release\n",
+        "\nmetrics\n  val_loss  nan\n",
+        "  parent   0000000000000001 (checkpoint_1)\n",
+        "  run      305628e9ac23b9bd\n",
+        "  attempt  1\n",
+        "  host     node-17\n",
+        "  command  train.py --name 'a b'\n",
+        "  git      23eccee041e83e23444371ab2c05707a621c7aff with uncommitted changes\n",
+        "  torch    2.13.0+cpu\n",
+        "  model.safetensors       4254  ",
+    ):
+        assert text in done.stdout
+    assert done.stdout.endswith(
+        "  group      tensors  elements  bytes  dtypes\n"
+        "  model            5        72    158  int64,float32,bfloat16\n"
+        "  optimizer        4        40    158  int64,float32,bfloat16\n"
+        "\n"
+        "tensors by dtype\n"
+        "  dtype     tensors  elements  bytes\n"
+        "  float32         5       104    288\n"
+        "  int64           2         2     16\n"
+        "  bfloat16        2         6     12\n"
+    )
+
+
+def test_a_name_a_number_or_a_path_picks_one(store: Path) -> None:
+    for arguments in ((store, "checkpoint_1"), (store, "1"), (store / "checkpoint_1",), (store.parent, "1")):
+        assert show(*arguments).stdout.startswith("checkpoint_1  ok\n")
+    done = show(store, "7")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "there is no checkpoint '7'" in done.stderr
+    assert "checkpoint_0, checkpoint_1, checkpoint_2" in done.stderr
+    assert show(store / "checkpoint_1", "checkpoint_1").exit_code == 2
+
+
+def test_the_default_is_the_newest_valid_one(store: Path) -> None:
+    (store / "checkpoint_2" / "model.safetensors").unlink()
+    done = show(store)
+    assert done.stdout.startswith("checkpoint_1  ok\n")
+    assert done.stderr == (
+        "passing over checkpoint_2, which is damaged: the file model.safetensors (4254 bytes) is missing\n"
+    )
+    named = show(store, "2")
+    assert named.stdout.startswith("checkpoint_2  damaged\n")
+    assert "the file model.safetensors (4254 bytes) is missing" in named.stdout
+    for number in (0, 1):
+        (store / f"checkpoint_{number}" / "model.safetensors").unlink()
+    assert show(store).exit_code == 2
+
+
+def test_a_damaged_index_leaves_the_rest_to_be_seen(store: Path) -> None:
+    state = store / "checkpoint_2" / "state.json"
+    state.write_bytes(state.read_bytes().replace(b"float32", b"float16"))
+    done = show(store, "2")
+    assert done.exit_code == 0
+    assert "damaged\n" in done.stdout
+    assert "state.json has the digest" in done.stdout
+    assert "tensors by group" not in done.stdout
+    assert json.loads(show(store, "2", "--json").stdout)["groups"] is None
+    assert show(store, "2", "--tensors").exit_code == 2
+
+
+def test_a_manifest_that_cannot_be_read_is_an_error(store: Path) -> None:
+    (store / "checkpoint_2" / "manifest.json").write_text("{")
+    done = show(store, "2")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "manifest.json: not valid JSON" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ([], 9),
+        (["*"], 9),
+        (["model"], 5),
+        (["model/h.0"], 2),
+        (["*.bias"], 2),
+        (["optimizer/steps"], 1),
+    ],
+)
+def test_tensors_are_listed_by_address_or_pattern(store: Path, pattern: list[str], expected: int) -> None:
+    lines = show(store, "--tensors", *pattern).stdout.splitlines()
+    assert lines[0].split() == ["name", "dtype", "shape", "bytes", "file", "alias_of"]
+    assert len(lines) == expected + 2
+    assert lines[-1].startswith(f"# {expected} tensor")
+    assert len(json.loads(show(store, "--json", "--tensors", *pattern).stdout)["tensors"]) == expected
+
+
+def test_a_tensor_and_an_alias(store: Path) -> None:
+    text = show(store, "--tensors").stdout
+    assert ["model/half", "bfloat16", "[3]", "6", "model.safetensors", "-"] in map(
+        str.split, text.splitlines()
+    )
+    assert ["model/tied", "float32", "[4,8]", "0", "-", "model/h.0.weight"] in map(
+        str.split, text.splitlines()
+    )
+
+
+def test_no_tensor_of_that_name(store: Path) -> None:
+    done = show(store, "--tensors", "modle")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "'modle'" in done.stderr
+    assert "addresses look like model/" in done.stderr
+
+
+def test_json_has_everything(store: Path) -> None:
+    found = json.loads(show(store, "--json").stdout)
+    assert set(found) == MANIFEST_KEYS | {
+        "name",
+        "path",
+        "health",
+        "problem",
+        "environment",
+        "files",
+        "groups",
+        "dtypes",
+    }
+    assert found["metrics"] == {"val_loss": "nan"}
+    assert found["groups"][0] == {
+        "name": "model",
+        "tensors": 5,
+        "elements": 72,
+        "bytes": 158,
+        "dtypes": ["int64", "float32", "bfloat16"],
+    }
+    tensors = json.loads(show(store, "--json", "--tensors", "model/tied").stdout)["tensors"]
+    assert (tensors[0]["alias_of"], tensors[0]["shape"]) == ("model/h.0.weight", [4, 8])
+
+
+@pytest.mark.parametrize("width", [12, 30, 80, 120])
+def test_no_line_is_wider_than_the_terminal(store: Path, width: int) -> None:
+    for options in ([], ["--tensors"]):
+        text = without_styles(on_terminal("show", store, *options, width=width))
+        assert "Traceback" not in text
+        assert max(cell_len(line) for line in text.splitlines()) <= max(width, 24)
+
+
+def test_nothing_in_a_name_reaches_the_terminal_or_is_markup(tmp_path: Path) -> None:
+    directory = write_checkpoint(
+        tmp_path / "checkpoint_0",
+        tensors={NASTY: ("float32", (2,))},
+        metrics={NASTY: NASTY},
+        tags=(NASTY,),
+        environment={NASTY: NASTY, "command": [NASTY], "git": {"commit": NASTY}, "host": [NASTY]},
+    )
+    for text in (
+        on_terminal("show", directory, width=300),
+        on_terminal("show", directory, "--tensors", width=300),
+        show(directory).stdout,
+        show(directory, "--tensors").stdout,
+    ):
+        assert text.count(ESCAPED) >= 3
+        assert "\x07" not in text
+        assert "\x1b[31m" not in text
