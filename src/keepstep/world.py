@@ -51,14 +51,8 @@ class World(Protocol):
         """Concatenate each tensor of `tree` over the ranks, along dimension 0, on every rank."""
         ...
 
-    def reduce(self, tree: T, how: Reduction, scale: float = 1.0) -> T:
-        """Combine each tensor of `tree` elementwise over the ranks, on every rank.
-
-        Args:
-            tree: the same nesting on every rank.
-            how: "sum", "mean", or "none" to leave tensors as they are.
-            scale: factor for the result.
-        """
+    def reduce(self, tree: T, how: Reduction) -> T:
+        """Combine each tensor of `tree` elementwise over the ranks, on every rank."""
         ...
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -86,7 +80,7 @@ class OneRank:
         """Return `tree`."""
         return tree
 
-    def reduce(self, tree: T, how: Reduction, scale: float = 1.0) -> T:
+    def reduce(self, tree: T, how: Reduction) -> T:
         """Return `tree`, as sum and mean over one rank are the values themselves."""
         return tree
 

@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-
-import numpy as np
 import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _same_generators() -> Iterator[None]:
-    """Each test starts from, and leaves behind, the same global generators."""
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-    yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train import runs
+from tests.train.runs import Noisy, Tape, assert_exact, attempt, noisy_collate, outcome, plain_script
 from torch.utils.data import DataLoader, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from keepstep import Accelerator
 from keepstep.train.config import GradientAccumulationPlugin, GradScalerKwargs
-from tests.train import runs
-from tests.train.runs import Noisy, Tape, assert_exact, attempt, noisy_collate, outcome, plain_script
 
 LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "in order": lambda: DataLoader(Noisy(), 4),
@@ -44,9 +44,7 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
 def test_every_sampler(kind: str, tmp_path: Path) -> None:
     script = plain_script(LOADERS[kind])
     entries = assert_exact(script, tmp_path, stops=range(1, 10, 2))
-    first, second = (
-        [entry[1] for entry in entries if entry[0] == epoch] for epoch in (0, 1)
-    )
+    first, second = ([entry[1] for entry in entries if entry[0] == epoch] for epoch in (0, 1))
     assert (first == second) == (kind == "in order")
 
 
@@ -138,7 +136,10 @@ def test_two_models_two_optimizers_and_an_average(tmp_path: Path) -> None:
             self.shadow, self.updates = state["shadow"], state["updates"]
 
     def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
-        maker, critic = torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+        maker, critic = (
+            torch.nn.Linear(4, 4),
+            torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(4, 1)),
+        )
         for_maker = torch.optim.RMSprop(maker.parameters(), lr=1e-2)
         for_critic = torch.optim.Adam(critic.parameters(), lr=1e-2)
         schedulers = [
@@ -304,9 +305,7 @@ def test_a_pass_that_is_left_early(tmp_path: Path) -> None:
     def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
         model = runs.small_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        model, optimizer, loader = accelerator.prepare(
-            model, optimizer, DataLoader(Noisy(), 4, shuffle=True)
-        )
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Noisy(), 4, shuffle=True))
         tape.resume()
         for epoch in accelerator.epochs(3):
             for inputs, indices in loader:
@@ -328,9 +327,7 @@ def test_steps_counted_over_endless_passes(tmp_path: Path) -> None:
     def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
         model = runs.small_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        model, optimizer, loader = accelerator.prepare(
-            model, optimizer, DataLoader(Noisy(), 4, shuffle=True)
-        )
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Noisy(), 4, shuffle=True))
         tape.resume()
         while accelerator.step < 14:
             for inputs, indices in loader:

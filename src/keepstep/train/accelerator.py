@@ -327,9 +327,9 @@ class Accelerator:
         """Gather what an evaluation computed, without samples that fill up the last batch."""
         return self._world.gather(input_data)
 
-    def reduce(self, tensor: T, reduction: Reduction = "sum", scale: float = 1.0) -> T:
+    def reduce(self, tensor: T, reduction: Reduction = "sum") -> T:
         """Combine tensors of all ranks."""
-        return self._world.reduce(tensor, reduction, scale)
+        return self._world.reduce(tensor, reduction)
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:

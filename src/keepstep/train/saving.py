@@ -82,6 +82,8 @@ class Saver:
                 )
             return None
         store = self._require_store("checkpoint()")
+        # An earlier save that fails while this one waits for it is reported here, once.
+        self._pending = None
         self._pending = store.save_in_background(
             state.capture(), step=state.step, epoch=state.progress.epoch, metrics=metrics, tags=tags
         )
@@ -98,6 +100,7 @@ class Saver:
         pinned: bool | None,
     ) -> Checkpoint:
         """Save now; durable on return."""
+        self.wait()
         state = self._state
         about: dict[str, Any] = {
             "step": state.step,
@@ -110,7 +113,6 @@ class Saver:
         store = self._require_store("save_state() without output_dir")
         keep = self._pin_explicit if pinned is None else pinned
         saved = store.save(state.capture(), pinned=keep, **about)
-        self._pending = None
         self._last = LastSave(step=state.step, at_s=self._clock(), blocked_s=self._last.blocked_s)
         return saved
 

@@ -93,7 +93,7 @@ class TrainState:
             UsageError: at this instant the state could not be restored.
         """
         self.precision.check_capturable()
-        return self._tree(_RunState(self), _Gradients(self.optimizers))
+        return self._tree(_RunState(self).state_dict(), _Gradients(self.optimizers).state_dict())
 
     def restore(self, load: Callable[[dict[str, Any]], Any]) -> Any:
         """Restore everything, or nothing.
@@ -107,16 +107,20 @@ class TrainState:
         run, gradients = _RunState(self), _Gradients(self.optimizers)
         try:
             loaded = load(self._tree(run, gradients))
+            if loaded is not None:
+                gradients.apply()
+                run.apply()
+            return loaded
         except RestoreError as error:
             if isinstance(error.__cause__, MismatchError):
                 raise error.__cause__ from None
             raise
-        if loaded is not None:
-            gradients.apply()
-            run.apply()
-        return loaded
+        finally:
+            # Whoever keeps the tree must not keep worker processes alive through it: freed late, by the
+            # garbage collector, they take seconds to stop.
+            run.detach()
 
-    def _tree(self, run: _RunState, gradients: _Gradients) -> dict[str, Any]:
+    def _tree(self, run: Any, gradients: Any) -> dict[str, Any]:
         tree: dict[str, Any] = {}
         tree.update((_numbered("model", index), model) for index, model in enumerate(self.models))
         tree.update(
@@ -201,6 +205,10 @@ class _RunState:
         self._state = state
         self._received: dict[str, Any] | None = None
 
+    def detach(self) -> None:
+        """Let go of the run."""
+        del self._state
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and small tensors."""
         state = self._state
@@ -252,8 +260,16 @@ class _RunState:
         state.window.load_state_dict(saved["window"])
         for prepared, (steps, skipped) in zip(state.optimizers, saved["steps"], strict=True):
             prepared.steps_done, prepared.step_was_skipped = steps, skipped
+        self._note_earlier_steps()
         state.progress.load_state_dict(saved["progress"])
         for loader, loader_state in zip(state.loaders, saved["loaders"], strict=True):
             loader.seed = state.seed
             loader.load_state_dict(loader_state)
         rng.restore(saved["rng"])
+
+    def _note_earlier_steps(self) -> None:
+        """Tell torch that optimizers have stepped; its schedulers would warn that they never did."""
+        for prepared in self._state.schedulers:
+            optimizer = getattr(prepared.scheduler, "optimizer", None)
+            if optimizer is not None and self._state.step:
+                optimizer._opt_called = True

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from keepstep.train.progress import Cursor, OpenPass, Progress
+
+
+def make(loaders: int = 2) -> tuple[Progress, list[Cursor]]:
+    progress = Progress()
+    return progress, [progress.new_cursor() for _ in range(loaders)]
+
+
+def restored(progress: Progress) -> tuple[Progress, list[Cursor]]:
+    other, cursors = make(len(progress.cursors))
+    other.load_state_dict(progress.state_dict())
+    assert other.state_dict() == progress.state_dict()
+    return other, cursors
+
+
+def deliver(progress: Progress, cursor: Cursor, batches: int = 1) -> OpenPass:
+    entry = progress.begin(cursor)
+    cursor.position += batches
+    return entry
+
+
+def still_to_run(progress: Progress, count: int) -> list[int]:
+    return list(progress.epochs(count))
+
+
+def test_a_first_run_has_everything_before_it() -> None:
+    progress, _ = make()
+    assert still_to_run(restored(progress)[0], 3) == [0, 1, 2]
+
+
+def test_an_epoch_is_done_once_a_pass_ended_and_none_is_open() -> None:
+    progress, (train, held_out) = make()
+    epochs = progress.epochs(3)
+    next(epochs)
+    assert still_to_run(restored(progress)[0], 3) == [0, 1, 2]
+    entry = deliver(progress, train, 4)
+    assert still_to_run(restored(progress)[0], 3) == [0, 1, 2]
+    inner = deliver(progress, held_out)
+    progress.end(inner)
+    assert still_to_run(restored(progress)[0], 3) == [0, 1, 2]
+    progress.end(entry)
+    assert still_to_run(restored(progress)[0], 3) == [1, 2]
+    assert list(epochs) == [1, 2]
+    assert still_to_run(restored(progress)[0], 3) == []
+    assert still_to_run(restored(progress)[0], 5) == [3, 4]
+
+
+def test_passes_that_ended_before_the_outermost_are_skipped() -> None:
+    progress, (first, second) = make()
+    next(progress.epochs(2))
+    progress.end(deliver(progress, first))
+    deliver(progress, second, 3)
+    other, (first_again, second_again) = restored(progress)
+    assert next(other.epochs(2)) == 0
+    assert other.skips(first_again)
+    assert not other.skips(first_again)
+    assert not other.skips(second_again)
+    other.begin(second_again)
+    assert (second_again.pass_number, second_again.position) == (0, 3)
+    assert other.state_dict() == progress.state_dict()
+
+
+def test_an_evaluation_inside_training_is_not_continued() -> None:
+    progress, (train, held_out) = make()
+    next(progress.epochs(2))
+    deliver(progress, train, 2)
+    with torch.no_grad():
+        deliver(progress, held_out)
+    state = progress.state_dict()
+    assert [cursor["active"] for cursor in state["cursors"]] == [True, False]
+    other, (_, again) = make()
+    other.load_state_dict(state)
+    other.begin(again)
+    assert (again.pass_number, again.position) == (1, 0)
+
+
+def test_an_evaluation_on_its_own_is_continued() -> None:
+    progress, (train, held_out) = make()
+    next(progress.epochs(2))
+    progress.end(deliver(progress, train))
+    with torch.no_grad():
+        deliver(progress, held_out, 2)
+    other, (train_again, again) = restored(progress)
+    next(other.epochs(2))
+    assert other.skips(train_again)
+    other.begin(again)
+    assert again.position == 2
+
+
+def test_a_pass_that_outlives_its_epoch_says_nothing_about_the_next() -> None:
+    progress, (train, endless) = make()
+    deliver(progress, endless, 5)
+    epochs = progress.epochs(3)
+    next(epochs)
+    progress.end(deliver(progress, train))
+    assert progress.state_dict()["done"]
+    next(epochs)
+    assert not progress.state_dict()["done"]
+    other, (_, again) = restored(progress)
+    assert next(other.epochs(3)) == 1
+    other.begin(again)
+    assert again.position == 5
+
+
+def test_what_ran_before_epochs_does_not_end_one() -> None:
+    progress, _ = make()
+    next(progress.epochs(2))
+    other, (_, again) = restored(progress)
+    other.end(deliver(other, again))
+    assert still_to_run(other, 2) == [0, 1]
+
+
+def test_a_stale_iterator_cannot_end_what_was_restored() -> None:
+    progress, (train, _) = make()
+    next(progress.epochs(2))
+    stale = deliver(progress, train, 2)
+    state = progress.state_dict()
+    progress.load_state_dict(state)
+    progress.end(stale)
+    assert progress.state_dict() == state
+
+
+def test_the_last_batch_is_that_of_the_innermost_loader() -> None:
+    progress, (train, held_out) = make()
+    assert not progress.at_last_batch()
+    deliver(progress, train, 3)
+    train.length = 3
+    assert progress.at_last_batch()
+    inner = deliver(progress, held_out)
+    assert not progress.at_last_batch()
+    progress.end(inner)
+    assert progress.at_last_batch()
+
+
+def test_loops_after_one_another() -> None:
+    progress, (train, _) = make()
+    assert still_to_run(progress, 2) == [0, 1]
+    next(progress.epochs(3))
+    deliver(progress, train)
+    other = restored(progress)[0]
+    runs: list[Any] = [still_to_run(other, 2), still_to_run(other, 3), still_to_run(other, 2)]
+    assert runs == [[], [0, 1, 2], [0, 1]]

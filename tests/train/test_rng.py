@@ -1,0 +1,164 @@
+# ruff: noqa: NPY002 - NumPy's global generator is one of those that have to be exact
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.train import runs
+
+from keepstep.train import rng
+from keepstep.train.generators import Replacement, find_generators
+from keepstep.train.memory import SamplerMemory
+from keepstep.train.order import Chunked, Listed, Streamed, derive_seed, draw_order
+
+
+def draws() -> list[Any]:
+    return [torch.rand(1).item(), np.random.rand(), np.random.randn(), random.random(), random.gauss(0, 1)]
+
+
+def test_capture_and_restore() -> None:
+    np.random.randn()
+    random.gauss(0, 1)
+    state = rng.capture()
+    expected = draws()
+    runs.disturb()
+    rng.restore(state)
+    assert draws() == expected
+
+
+def test_isolation_holds_when_a_block_fails_and_when_nested() -> None:
+    inner = []
+
+    def fail() -> None:
+        with rng.isolated(5):
+            draws()
+            with rng.isolated(6):
+                inner.append(draws())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    after = draws()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    assert draws() == after
+    with rng.isolated(6):
+        assert [draws()] == inner
+
+
+def test_a_paused_stream_is_unbroken() -> None:
+    with rng.isolated(9):
+        expected = [draws() for _ in range(3)]
+    stream = rng.PausedRandomness(9)
+    got = []
+    for _ in range(3):
+        with stream:
+            got.append(draws())
+        draws()
+    assert got == expected
+
+
+@given(st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=4), st.integers(0, 3))
+def test_seeds_fit_every_generator_and_differ(parts: list[int], at: int) -> None:
+    seed = derive_seed(*parts)
+    assert 0 <= seed < 2**63
+    changed = list(parts)
+    changed[at % len(parts)] += 1
+    assert derive_seed(*changed) != seed
+
+
+def test_seeds_are_the_same_in_every_version() -> None:
+    assert derive_seed(1, 2, 3) == 6520558355739401531
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.booleans(), st.integers(0, 12))
+def test_every_order_can_be_entered_anywhere(length: int, size: int, drop: bool, position: int) -> None:
+    indices = list(range(100, 100 + length))
+    expected = [indices[begin : begin + size] for begin in range(0, length, size)]
+    if drop:
+        expected = [batch for batch in expected if len(batch) == size]
+    chunked = Chunked(indices=indices, batch_size=size, drop_last=drop)
+    streamed = Streamed(expected, 1)
+    for order in (chunked, Listed(items=expected), streamed):
+        assert list(order.start_at(position)) == expected[position:]
+        assert order.length == len(expected)
+
+
+def test_a_stream_knows_its_last_item_when_it_gives_it_out() -> None:
+    order = Streamed(iter([1, 2]), 1)
+    items = order.start_at(0)
+    assert (next(items), order.length) == (1, None)
+    assert (next(items), order.length) == (2, 2)
+
+
+def test_the_users_generator_is_never_drawn_from() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    sampler = torch.utils.data.RandomSampler(range(9), generator=generator)
+    order = draw_order(runs.batches_of(sampler), seed=3, pass_number=0)
+    assert sorted(index for batch in order.start_at(0) for index in batch) == list(range(9))
+    assert sampler.generator is generator
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_generators_are_found_where_they_are_kept() -> None:
+    class Flip:
+        def __init__(self) -> None:
+            self.rng = random.Random(1)
+
+        def __call__(self, value: Any) -> Any:
+            return value
+
+    class Deep(runs.Noisy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transforms = [Flip(), Flip()]
+            self.generator = torch.Generator()
+            self.legacy = np.random.RandomState(1)
+            self.shared = self.legacy
+            self.system = random.SystemRandom()
+            self.me = self
+
+    subset: Any = torch.utils.data.Subset(Deep(), range(3))
+    kept = find_generators(subset)
+    assert sorted(name for _, name in kept) == ["generator", "legacy", "rng", "rng", "shared"]
+    deep = subset.dataset
+    mine = deep.legacy, deep.generator, deep.transforms[0].rng
+    replacement = Replacement(kept, 5)
+    with replacement:
+        assert deep.legacy is deep.shared
+        assert deep.legacy is not mine[0]
+        first = deep.legacy.rand(), deep.transforms[0].rng.random(), torch.rand(1, generator=deep.generator)
+    assert (deep.legacy, deep.generator, deep.transforms[0].rng) == mine
+    with replacement:
+        assert deep.legacy.rand() != first[0]
+    with Replacement(kept, 5):
+        again = deep.legacy.rand(), deep.transforms[0].rng.random(), torch.rand(1, generator=deep.generator)
+    assert again == first
+
+
+def test_a_changed_option_is_not_overwritten_by_what_was_remembered() -> None:
+    class Sampler(runs.CountingSampler):
+        def __init__(self, length: int) -> None:
+            super().__init__(length)
+            self.later: int
+
+        def __iter__(self) -> Any:
+            self.later = self.times
+            return super().__iter__()
+
+    old = Sampler(10)
+    memory = SamplerMemory(old)
+    list(old)
+    list(old)
+    remembered = memory.read()
+    assert remembered == [{"moved": {"times": 2, "later": 1}}]
+    new = Sampler(12)
+    SamplerMemory(new).write(remembered)
+    assert (new.length, new.times, new.later) == (12, 2, 1)

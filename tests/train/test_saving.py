@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.train.runs import Noisy, assert_same
+from torch.utils.data import DataLoader
+
+from keepstep import Accelerator, Checkpoint, CheckpointPolicy, ProjectConfiguration, Store
+from keepstep.errors import (
+    BackgroundSaveError,
+    CheckpointNotFoundError,
+    MismatchError,
+    NotPreparedError,
+    NoValidCheckpointError,
+    UnsupportedTypeError,
+    UsageError,
+)
+
+
+class Counter:
+    """The smallest thing that can be registered."""
+
+    def __init__(self, value: Any = 0) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+class Run:
+    """A small prepared run."""
+
+    def __init__(
+        self, project: Path | None, *, batch_size: int = 4, length: int = 20, **options: Any
+    ) -> None:
+        torch.manual_seed(1)
+        self.accelerator = Accelerator(cpu=True, project_dir=project, **options)
+        self.plain = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.AdamW(self.plain.parameters(), lr=0.1)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(
+            self.plain, optimizer, DataLoader(Noisy(length), batch_size, shuffle=True)
+        )
+
+    def step(self) -> None:
+        self.accelerator.backward(self.model(torch.ones(2, 4)).pow(2).sum())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in self.plain.state_dict().items()}
+
+
+def names(project: Path) -> list[str]:
+    return [checkpoint.name for checkpoint in Store(project / "checkpoints").list()]
+
+
+def test_explicit_directories(tmp_path: Path) -> None:
+    run = Run(None)
+    run.step()
+    (tmp_path / "here").mkdir()
+    saved = run.accelerator.save_state(tmp_path / "here", metrics={"loss": 0.5}, tags=("good",))
+    assert saved == str(tmp_path / "here")
+    weights = run.weights()
+    run.step()
+    loaded = run.accelerator.load_state(saved)
+    assert (loaded.step, loaded.metrics["loss"], loaded.tags) == (1, 0.5, ("good",))
+    assert_same(run.weights(), weights)
+    assert run.accelerator.step == 1
+    assert sorted(Checkpoint.open(saved).load()) == ["gradients", "model", "optimizer", "train"]
+
+
+def test_automatic_names_go_on_after_a_resume(tmp_path: Path) -> None:
+    run = Run(
+        None, project_config=ProjectConfiguration(project_dir=tmp_path, automatic_checkpoint_naming=True)
+    )
+    assert run.accelerator.save_state("ignored") == str(tmp_path / "checkpoints" / "checkpoint_0")
+    again = Run(tmp_path)
+    assert again.accelerator.load_state().name == "checkpoint_0"
+    assert again.accelerator.save_iteration == 1
+    assert again.accelerator.save_state() == str(tmp_path / "checkpoints" / "checkpoint_1")
+
+
+def test_what_was_saved_by_hand_stays_unless_a_limit_is_given(tmp_path: Path) -> None:
+    run = Run(tmp_path / "free")
+    for _ in range(5):
+        run.accelerator.save_state()
+    hours = itertools.count(step=3600.0)
+    run.accelerator._saver._clock = lambda: next(hours)
+    for _ in range(5):
+        run.step()
+        while (pending := run.accelerator.checkpoint()) is None:
+            pass  # an hour later by the clock
+        pending.wait()
+    assert names(tmp_path / "free") == [f"checkpoint_{number}" for number in (0, 1, 2, 3, 4, 7, 8, 9)]
+    limited = Run(tmp_path / "limited", project_config=ProjectConfiguration(total_limit=2))
+    for _ in range(5):
+        limited.accelerator.save_state()
+    assert names(tmp_path / "limited") == ["checkpoint_3", "checkpoint_4"]
+
+
+def test_a_policy_by_steps_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    policy = CheckpointPolicy(every_n_steps=2, keep_last=1, keep_best=("loss", "min", 1))
+    run = Run(tmp_path, checkpoint_policy=policy)
+    made = []
+    for loss in (9, 8, 7, 1, 5, 6, 7, 8, 9):
+        run.step()
+        pending = run.accelerator.checkpoint(metrics={"loss": loss})
+        if pending is not None:
+            made.append(pending.wait().step)
+    run.accelerator.end_training()
+    assert made == [2, 4, 6, 8]
+    assert [checkpoint.step for checkpoint in Store(tmp_path / "checkpoints").list()] == [4, 8]
+
+
+def test_a_resumed_run_saves_at_the_same_steps(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=3))
+    for _ in range(5):
+        run.step()
+        run.accelerator.checkpoint()
+    run.accelerator.save_state()
+    again = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=3))
+    resumed = again.accelerator.resume()
+    assert resumed is not None
+    assert resumed.step == 5
+    assert again.accelerator.checkpoint() is None
+    again.step()
+    assert again.accelerator.checkpoint() is not None
+    again.accelerator.end_training()
+
+
+def test_nothing_is_saved_inside_a_window(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=1), gradient_accumulation_steps=2)
+    due = []
+    for _ in range(6):
+        with run.accelerator.accumulate(run.model):
+            run.step()
+        due.append(run.accelerator.checkpoint() is not None)
+    run.accelerator.end_training()
+    assert due == [False, True] * 3
+
+
+def test_a_failure_in_the_background_comes_out(tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(5, "the disk is on fire")
+
+    for ask in ("checkpoint", "save_state", "wait_for_checkpoint", "end_training"):
+        run = Run(tmp_path / ask, checkpoint_policy=CheckpointPolicy(every_n_steps=1))
+        run.step()
+        store = run.accelerator._saver._store
+        assert store is not None
+        commit, store._committed = store._committed, fail  # type: ignore[method-assign,assignment]
+        pending = run.accelerator.checkpoint()
+        assert pending is not None
+        while not pending.done():
+            time.sleep(0.001)
+        store._committed = commit  # type: ignore[method-assign]
+        with pytest.raises(BackgroundSaveError, match="on fire"):
+            getattr(run.accelerator, ask)()
+        run.step()
+        assert run.accelerator.checkpoint() is not None
+        run.accelerator.end_training()
+
+
+def test_what_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.accelerator.register_for_checkpointing(Counter(lambda: None))
+    with pytest.raises(UnsupportedTypeError, match="registered_0"):
+        run.accelerator.save_state()
+    assert names(tmp_path) == []
+
+
+def test_places_that_were_never_given() -> None:
+    accelerator = Run(None).accelerator
+    for call in (accelerator.save_state, accelerator.load_state, accelerator.resume):
+        with pytest.raises(UsageError, match="project_dir"):
+            call()
+    with pytest.raises(UsageError, match="project_dir"):
+        _ = accelerator.save_iteration
+
+
+def test_nothing_to_load_or_resume(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.accelerator.resume() is None
+    with pytest.raises(CheckpointNotFoundError, match="resume"):
+        run.accelerator.load_state()
+    with pytest.raises(CheckpointNotFoundError):
+        run.accelerator.load_state(tmp_path / "nowhere")
+    with pytest.raises(NotPreparedError, match="prepare"):
+        Accelerator(cpu=True, project_dir=tmp_path).resume()
+    with pytest.raises(NotPreparedError, match="prepare"):
+        Accelerator(cpu=True, project_dir=tmp_path).checkpoint()
+
+
+def prepare_more(run: Run) -> None:
+    run.accelerator.prepare(torch.nn.Linear(1, 1))
+
+
+def prepare_scheduler(run: Run) -> None:
+    run.accelerator.prepare(torch.optim.lr_scheduler.StepLR(run.optimizer, 1))
+
+
+def prepare_loader(run: Run) -> None:
+    run.accelerator.prepare(DataLoader(Noisy()))
+
+
+def prepare_optimizer(run: Run) -> None:
+    run.accelerator.prepare(torch.optim.SGD(run.plain.parameters(), lr=0.1))
+
+
+def register(run: Run) -> None:
+    run.accelerator.register_for_checkpointing(Counter())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (prepare_more, "model_1"),
+        (prepare_optimizer, "optimizer_1"),
+        (prepare_scheduler, "schedulers"),
+        (prepare_loader, "1 loaders were prepared and 2 are now"),
+        (register, "registered_1"),
+    ],
+)
+def test_other_objects_than_were_saved(change: Callable[[Run], None], named: str, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.accelerator.register_for_checkpointing(Counter(5))
+    run.step()
+    run.accelerator.save_state()
+    other = Run(tmp_path)
+    mine = Counter(9)
+    other.accelerator.register_for_checkpointing(mine)
+    change(other)
+    weights, generator = other.weights(), torch.get_rng_state()
+    with pytest.raises(MismatchError, match=named):
+        other.accelerator.resume()
+    assert_same(other.weights(), weights)
+    assert mine.value == 9
+    assert other.accelerator.step == 0
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 5}, "batch_size was 4 and is 5 now"),
+        ({"length": 24}, "dataset length was 20 and is 24 now"),
+        ({"mixed_precision": "bf16"}, "mixed_precision was 'no' and is 'bf16' now"),
+    ],
+)
+def test_other_data_in_the_middle_of_a_pass(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for _ in run.loader:
+        run.accelerator.save_state()
+        break
+    other = Run(tmp_path, **options)
+    weights = other.weights()
+    with pytest.raises(MismatchError, match=words):
+        other.accelerator.resume()
+    assert_same(other.weights(), weights)
+
+
+def test_other_data_between_passes_is_fine(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    list(run.loader)
+    run.accelerator.save_state()
+    other = Run(tmp_path, batch_size=5)
+    assert other.accelerator.resume() is not None
+    assert len(list(other.loader)) == 4
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    run.step()
+    older = run.weights()
+    run.accelerator.save_state()
+    run.step()
+    newest = Path(run.accelerator.save_state())
+    flip_a_bit(newest / "model.safetensors")
+    other = Run(tmp_path)
+    with caplog.at_level(logging.ERROR):
+        resumed = other.accelerator.resume()
+    assert resumed is not None
+    assert (resumed.step, other.accelerator.step) == (1, 1)
+    assert_same(other.weights(), older)
+    assert "checkpoint_1" in caplog.text
+    flip_a_bit(resumed.path / "model.safetensors")
+    with pytest.raises(NoValidCheckpointError):
+        Run(tmp_path).accelerator.resume()
+
+
+def test_pending_gradients_are_restored_and_others_removed(tmp_path: Path) -> None:
+    run = Run(tmp_path, gradient_accumulation_steps=2)
+    with run.accelerator.accumulate(run.model):
+        run.step()
+    gradients = [parameter.grad.clone() for parameter in run.plain.parameters()]
+    run.accelerator.save_state()
+    with run.accelerator.accumulate(run.model):
+        run.step()
+    run.accelerator.save_state()
+    other = Run(tmp_path, gradient_accumulation_steps=2)
+    other.accelerator.load_state(tmp_path / "checkpoints" / "checkpoint_0")
+    assert not other.accelerator.sync_gradients
+    assert_same([parameter.grad for parameter in other.plain.parameters()], gradients)
+    other.accelerator.load_state()
+    assert other.accelerator.sync_gradients
+    assert [parameter.grad for parameter in other.plain.parameters()] == [None, None]
+    assert_same(other.weights(), run.weights())
