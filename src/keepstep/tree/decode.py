@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from keepstep.errors import KeepstepError, UnsupportedTypeError
-from keepstep.tree.leaf import DTYPES, FACTORIES, MAX_DEPTH, codecs_by_name
+from keepstep.tree.leaf import ALL_DTYPES, FACTORIES, MAX_DEPTH, codecs_by_name
 
 __all__ = ["KINDS", "unflatten"]
 
@@ -38,8 +38,20 @@ def unflatten(tree: Any, tensor_at: Callable[[str], torch.Tensor]) -> Any:
         raise
     except RecursionError:
         raise ValueError(f"the tree is nested deeper than {MAX_DEPTH} levels") from None
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except _REFUSALS as error:
         raise ValueError(f"the tree holds a value that keepstep never writes: {error!r}") from error
+
+
+_REFUSALS = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,  # a time zone's name that is a directory
+    struct.error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +87,10 @@ def _decode_float(node: Any) -> float:
 def _decode_zone(node: Any) -> dt.tzinfo | None:
     if node is None:
         return None
-    return zoneinfo.ZoneInfo(node) if isinstance(node, str) else dt.timezone(dt.timedelta(seconds=node))
+    if isinstance(node, str):
+        return zoneinfo.ZoneInfo(node)
+    seconds, *name = node if isinstance(node, list) else [node]
+    return dt.timezone(dt.timedelta(seconds=seconds), *name)
 
 
 def _decode_ordered(u: _Unflattener, node: dict[str, Any]) -> Any:
@@ -93,12 +108,19 @@ def _decode_default(u: _Unflattener, node: dict[str, Any]) -> Any:
 def _decode_ndarray(u: _Unflattener, node: dict[str, Any]) -> np.ndarray[Any, Any]:
     dtype = _numpy_dtype(node["dtype"])
     tensor = u.tensor_at(node["$ndarray"])
+    if not tensor.is_contiguous():  # arrays are written dense; making one dense could take any memory
+        raise ValueError("an array refers to a tensor with gaps")
     data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
     return data.view(dtype).reshape(node["shape"])
 
 
 def _decode_numpy_scalar(node: dict[str, Any]) -> Any:
-    return np.frombuffer(base64.b64decode(node["$numpy_scalar"]), dtype=_numpy_dtype(node["dtype"]))[0]
+    data, dtype = base64.b64decode(node["$numpy_scalar"], validate=True), _numpy_dtype(node["dtype"])
+    if dtype.kind == "S":  # an array would cut zeros off the end
+        return np.bytes_(data)
+    if dtype.kind == "U":
+        return np.str_(data.decode("utf-32-be" if dtype.str[0] == ">" else "utf-32-le", "surrogatepass"))
+    return np.frombuffer(data, dtype=dtype)[0]
 
 
 def _numpy_dtype(text: str) -> np.dtype[Any]:
@@ -149,7 +171,7 @@ KINDS: dict[str, Callable[[_Unflattener, dict[str, Any]], Any]] = {
     "$path": lambda _, n: pathlib.Path(n["$path"]),
     "$pure_posix_path": lambda _, n: pathlib.PurePosixPath(n["$pure_posix_path"]),
     "$pure_windows_path": lambda _, n: pathlib.PureWindowsPath(n["$pure_windows_path"]),
-    "$dtype": lambda _, n: DTYPES[n["$dtype"]],
+    "$dtype": lambda _, n: ALL_DTYPES[n["$dtype"]],
     "$device": lambda _, n: torch.device(n["$device"]),
     "$size": lambda _, n: torch.Size(n["$size"]),
     "$dict": lambda u, n: dict(u.items(n["$dict"])),

@@ -41,11 +41,17 @@ def flatten(state: Any) -> Flat:
 
     Raises:
         UnsupportedTypeError: a leaf of a type that is not stored, with its place and the ways out.
-        StateStructureError: the state contains itself or is nested deeper than 200 levels.
+        StateStructureError: the state contains itself or is nested deeper than 100 levels.
         TensorNotSavableError: a tensor without plain bytes (meta, sparse, quantized, subclass).
     """
     flattener = _Flattener()
-    tree = flattener.encode(state, ())
+    try:
+        tree = flattener.encode(state, ())
+    except RecursionError:
+        raise StateStructureError(
+            f"the state is nested too deep for the stack that is left here (at most {MAX_DEPTH} levels); "
+            "flatten it, or save from a less deeply nested call"
+        ) from None
     return Flat(tree=tree, leaves=flattener.leaves)
 
 
@@ -73,7 +79,7 @@ class _Flattener:
         if isinstance(value, np.ndarray | np.generic):
             return self.encode_numpy(value, path)
         if isinstance(value, np.dtype):
-            return {"$numpy_dtype": value.str}
+            return self.encode_numpy_dtype(value, path)
         if isinstance(value, torch.Tensor):
             raise TensorNotSavableError(_SUBCLASS.format(place=_place(path), type=type_name(kind)))
         if is_stateful(value):
@@ -122,20 +128,43 @@ class _Flattener:
 
     def encode_numpy(self, value: np.ndarray[Any, Any] | np.generic, path: tuple[Any, ...]) -> Any:
         dtype = value.dtype
-        plain = type(value) in {np.ndarray, np.memmap, dtype.type} and dtype.names is None
-        if not plain or dtype.hasobject or not dtype.itemsize:
+        scalar = isinstance(value, np.generic)
+        plain = type(value) in {np.ndarray, np.memmap, dtype.type} and _is_told_by_its_name(dtype)
+        if not plain or not (dtype.itemsize or scalar):
             kind = f"{type_name(type(value))} of dtype {dtype}"
             raise UnsupportedTypeError(
                 _UNSUPPORTED.format(place=_place(path), type=kind, value=_short(value))
             )
-        if isinstance(value, np.generic):
-            return {"$numpy_scalar": base64.b64encode(value.tobytes()).decode(), "dtype": dtype.str}
-        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        tensor = torch.from_numpy(data if data.flags.writeable else data.copy())
+        if scalar:
+            data = value.tobytes()[: dtype.itemsize]  # NumPy gives an empty string a zero of its own
+            return {"$numpy_scalar": base64.b64encode(data).decode(), "dtype": dtype.str}
+        flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        tensor = torch.from_numpy(flat if flat.flags.writeable else flat.copy())
         native = _torch_dtype_of_numpy(dtype)
         if native is not None:
             tensor = tensor.view(native).reshape(value.shape)
         return {"$ndarray": self.add_tensor(tensor, path), "dtype": dtype.str, "shape": list(value.shape)}
+
+    def encode_numpy_dtype(self, value: np.dtype[Any], path: tuple[Any, ...]) -> Any:
+        if not _is_told_by_its_name(value):
+            raise UnsupportedTypeError(
+                f"cannot save {_place(path)}: the NumPy dtype {_short(value)} has fields, a shape or Python "
+                "objects; only dtypes of plain numbers, strings and dates can be written down"
+            )
+        return {"$numpy_dtype": value.str}
+
+    def encode_hashable(self, value: Any, path: tuple[Any, ...], what: str) -> Any:
+        """A key or an item of a set: what it comes back as must be hashable too, and no tensor."""
+        if type(value) in _PLAIN or type(value) is int:
+            return self.encode(value, path)
+        known = len(self.leaves)
+        encoded = self.encode(value, path)
+        if len(self.leaves) != known or _holds_object(encoded):
+            raise UnsupportedTypeError(
+                f"cannot save {_place(path[:-1])}: {what} holds a tensor or a live object, {_short(value)}; "
+                "use a str, int or tuple instead"
+            )
+        return encoded
 
 
 _ContainerEncoder = Callable[["_Flattener", Any, tuple[Any, ...]], Any]
@@ -165,7 +194,7 @@ _SUBCLASS = (
 
 
 def _refuse_unsavable(tensor: torch.Tensor, path: tuple[Any, ...]) -> None:
-    if tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized:
+    if tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested):
         return
     if tensor.is_meta:
         what, way_out = (
@@ -176,6 +205,10 @@ def _refuse_unsavable(tensor: torch.Tensor, path: tuple[Any, ...]) -> None:
         what, way_out = (
             f"is quantized ({tensor.dtype})",
             "save tensor.int_repr() with its scale and zero point",
+        )
+    elif tensor.is_nested:
+        raise TensorNotSavableError(
+            f"cannot save {_place(path)}: this tensor is nested; save its values and offsets, or tensor.unbind()"
         )
     else:
         what, way_out = f"has layout {tensor.layout}", "save tensor.to_dense(), or its indices and values"
@@ -189,6 +222,17 @@ def _torch_dtype_of_numpy(dtype: np.dtype[Any]) -> torch.dtype | None:
     if dtype.kind not in "biufc" or not dtype.isnative:
         return None
     return DTYPES.get(dtype.name)
+
+
+def _is_told_by_its_name(dtype: np.dtype[Any]) -> bool:
+    """Whether `dtype.str` says all of it: no fields, no shape, no Python objects, no foreign type."""
+    return not dtype.hasobject and np.dtype(dtype.str) == dtype
+
+
+def _holds_object(node: Any) -> bool:
+    if type(node) is dict:
+        return "$object" in node or any(map(_holds_object, node.values()))
+    return type(node) is list and any(map(_holds_object, node))
 
 
 def _encode_int(value: int) -> Any:
@@ -207,7 +251,9 @@ def _encode_timezone(zone: dt.tzinfo | None) -> Any:
     if isinstance(zone, zoneinfo.ZoneInfo) and zone.key is not None:
         return zone.key
     if type(zone) is dt.timezone:
-        return zone.utcoffset(None).total_seconds()
+        seconds = zone.utcoffset(None).total_seconds()
+        name = zone.tzname(None)
+        return seconds if name == dt.timezone(dt.timedelta(seconds=seconds)).tzname(None) else [seconds, name]
     raise UnsupportedTypeError(
         f"cannot save a datetime whose time zone is a {type_name(type(zone))}; "
         "use datetime.timezone or zoneinfo.ZoneInfo"
@@ -248,13 +294,7 @@ _SCALARS: dict[type, Callable[[Any], Any]] = {
 def _encode_items(flattener: _Flattener, value: Mapping[Any, Any], path: tuple[Any, ...]) -> list[list[Any]]:
     items = []
     for key, item in value.items():
-        known = len(flattener.leaves)
-        encoded_key = flattener.encode(key, (*path, "<key>"))
-        if len(flattener.leaves) != known:
-            raise UnsupportedTypeError(
-                f"cannot save {_place(path)}: a key of this dict holds a tensor; "
-                "use a str, int or tuple as the key"
-            )
+        encoded_key = flattener.encode_hashable(key, (*path, "<key>"), "a key of this dict")
         items.append([encoded_key, flattener.encode(item, (*path, key))])
     return items
 
@@ -290,7 +330,7 @@ def _encode_default(
 
 
 def _encode_set(flattener: _Flattener, value: Any, path: tuple[Any, ...]) -> list[Any]:
-    encoded = [flattener.encode(item, (*path, "<item>")) for item in value]
+    encoded = [flattener.encode_hashable(item, (*path, "<item>"), "an item of this set") for item in value]
     return sorted(encoded, key=repr)  # the order of a set is nobody's business, and differs between processes
 
 

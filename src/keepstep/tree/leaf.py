@@ -11,6 +11,7 @@ import torch
 from keepstep.errors import UsageError
 
 __all__ = [
+    "ALL_DTYPES",
     "DTYPES",
     "FACTORIES",
     "MAX_DEPTH",
@@ -26,8 +27,8 @@ __all__ = [
     "type_name",
 ]
 
-MAX_DEPTH = 200
-"""Levels of nesting that a state may have."""
+MAX_DEPTH = 100
+"""Levels of nesting that a state may have; Python's own stack holds no more than 1000 calls."""
 
 FACTORIES: dict[str, Callable[[], Any]] = {
     "int": int,
@@ -64,6 +65,13 @@ DTYPES: dict[str, torch.dtype] = {
     if isinstance(value, torch.dtype) and not str(value).startswith(("torch.q", "torch.bit"))
 }
 """Every dtype whose tensors have plain bytes, by name."""
+
+ALL_DTYPES: dict[str, torch.dtype] = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+"""Every dtype, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
