@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,9 +25,9 @@ __all__ = [
     "damage_of",
     "disk_bytes",
     "find",
-    "is_better",
     "is_checkpoint",
     "next_number",
+    "number_of",
     "scan",
 ]
 
@@ -130,11 +130,12 @@ def find(root: Path, name: str) -> Entry:
     raise CheckpointNotFoundError(f"there is no checkpoint {name!r} in {root}; the newest are: {newest}")
 
 
-def is_better(value: float, than: float, mode: Literal["min", "max"]) -> bool:
-    """Whether a metric's value beats another; NaN beats nothing and is beaten by everything else."""
-    if math.isnan(value):
-        return False
-    return math.isnan(than) or (value < than if mode == "min" else value > than)
+def number_of(metrics: Mapping[str, object], name: str) -> int | float | None:
+    """A metric that can be compared; None if it is missing, NaN, or no number."""
+    value = metrics.get(name)
+    if not isinstance(value, int | float) or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return value
 
 
 def best_of(entries: Iterable[Entry], metric: str, mode: Literal["min", "max"]) -> Entry | None:
@@ -146,13 +147,13 @@ def best_of(entries: Iterable[Entry], metric: str, mode: Literal["min", "max"]) 
     if mode not in ("min", "max"):
         raise UsageError(f"mode is {mode!r}; allowed: 'min' or 'max'")
     best: Entry | None = None
-    best_value = math.nan
+    best_value: int | float = 0
     for entry in entries:
-        value = entry.manifest.metrics.get(metric) if entry.manifest else None
-        if not isinstance(value, int | float) or math.isnan(value):
+        value = number_of(entry.manifest.metrics, metric) if entry.manifest else None
+        if value is None:
             continue
-        if best is None or not is_better(best_value, value, mode):
-            best, best_value = entry, float(value)
+        if best is None or (value <= best_value if mode == "min" else value >= best_value):
+            best, best_value = entry, value
     return best
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from keepstep.checkpoint.catalog import Entry
+from keepstep.checkpoint.catalog import Entry, number_of
 from keepstep.errors import UsageError
 
 __all__ = ["Decision", "Retention", "decide"]
@@ -135,8 +134,8 @@ def _best(entries: Sequence[Entry], retention: Retention) -> dict[int, str]:
     metric, mode, count = retention.keep_best
     scored = []
     for entry in entries:
-        value = entry.manifest.metrics.get(metric) if entry.manifest else None
-        if isinstance(value, int | float) and not math.isnan(value):
+        value = number_of(entry.manifest.metrics, metric) if entry.manifest else None
+        if value is not None:
             scored.append((value if mode == "min" else -value, -entry.number, entry))
     scored.sort(key=lambda item: item[:2])
     return {entry.number: f"one of the {count} best by {metric} ({mode})" for _, _, entry in scored[:count]}
