@@ -48,8 +48,11 @@ def load_into(reader: Reader, objects: Any, *, only: tuple[str, ...] | None) -> 
     fit.check_shared_memory()
     fit.raise_if_any()
     hand_over = _HandOver(reader, fit.handed_over)
-    hand_over.run()
-    _read_in_place(reader, fit, already=hand_over.done)
+    try:
+        hand_over.run()
+        _read_in_place(reader, fit, already=hand_over.done)
+    finally:
+        fit.finishing.clear()  # they hold the plan that holds them; nothing live should wait for the collector
 
 
 # ------------------------------------------------------------------------------ phase 2: hand over
