@@ -14,6 +14,7 @@ import os
 import random
 import re
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from keepstep import Accelerator, CheckpointPolicy  # keepstep
 
-CHARACTERS, CONTEXT, WIDTH, HEADS, LAYERS, DROPOUT = 128, 64, 64, 4, 2, 0.1
-BATCH, LEARNING_RATE, WARM_UP_STEPS = 16, 3e-3, 50
+CHARACTERS, CONTEXT, WIDTH, HEADS, LAYERS, DROPOUT = 128, 64, 64, 4, 2, 0.05
+BATCH, LEARNING_RATE, WARM_UP_STEPS = 16, 1e-2, 50
 
 
 def shakespeare() -> TensorDataset:
@@ -47,12 +48,10 @@ class GPT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.characters, self.places = nn.Embedding(CHARACTERS, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                WIDTH, HEADS, 4 * WIDTH, DROPOUT, F.gelu, batch_first=True, norm_first=True
-            )
-            for _ in range(LAYERS)
-        )
+        for table in (self.characters, self.places):
+            nn.init.normal_(table.weight, std=0.2)
+        block = partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True)
+        self.blocks = nn.ModuleList(block(WIDTH, HEADS, 4 * WIDTH, DROPOUT, F.gelu) for _ in range(LAYERS))
         self.logits = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CHARACTERS))
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -115,6 +114,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a small GPT on Shakespeare's plays.")
     parser.add_argument("--out", type=Path, default=Path("runs/gpt"), help="where checkpoints and losses go")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=300, help="random batches in an epoch")
+    parser.add_argument("--batches", type=int, default=250, help="random batches in an epoch")
     parser.add_argument("--save-every", type=int, default=1, help="steps from one checkpoint to the next")
     train(**vars(parser.parse_args()))

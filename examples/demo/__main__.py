@@ -49,9 +49,10 @@ def parse_options() -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/demo"), help="emptied first if it is the demo's"
     )
     parser.add_argument("--seed", type=int, help="of the kills; drawn and printed if not given")
+    parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=300, help="optimizer steps in an epoch")
-    parser.add_argument("--timed-steps", type=int, default=150, help="in each of the runs that time a step")
+    parser.add_argument("--batches", type=int, default=250, help="optimizer steps in an epoch")
+    parser.add_argument("--timed-steps", type=int, default=110, help="in each of the runs that time a step")
     parser.add_argument(
         "--rounds", type=int, default=2, help="pairs of such runs, without and with checkpoints"
     )
@@ -72,18 +73,19 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
     """
     deadline = Deadline(options.timeout)
     out: Path = options.out
-    claim(out)
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     steps = options.epochs * options.batches
+    planned = plan(seed, steps=steps, kills=options.kills)
     console.print(
-        f"{steps} steps, three kills; the same again: make demo, or python -m examples.demo --seed {seed}"
+        f"{steps} steps, a checkpoint at each, {options.kills} kills at random instants (--seed {seed})"
     )
+    claim(out)
     shape = {"epochs": options.epochs, "batches": options.batches}
     killed = Training("killed", out / "killed", save_every=1, **shape)
     twin = Training("twin", out / "twin", save_every=steps, **shape)
     timing = 2 * options.rounds * options.timed_steps
     with bars_for(console, {"killed": steps, "twin": steps, "timing": timing}) as bars:
-        kills = race(killed, twin, plan(seed, steps), bars, deadline)
+        kills = race(killed, twin, planned, bars, deadline)
         kills = resumed(kills, killed.losses)
         compared = same_losses(killed.losses, twin.losses)
         draw(killed.losses, twin.losses, kills, out / "losses.png")

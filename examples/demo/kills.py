@@ -58,10 +58,18 @@ class Kill:
         return f"after step {self.at_step}{hit}"
 
 
-def plan(seed: int, steps: int, kills: int = 3) -> list[PlannedKill]:
-    """Draw the instants of the kills; at least one of them is while a checkpoint is being written."""
+def plan(seed: int, *, steps: int, kills: int) -> list[PlannedKill]:
+    """Draw the instants of the kills; at least one of them is while a checkpoint is being written.
+
+    Raises:
+        DemoError: there are too few steps for so many kills.
+    """
     draw = random.Random(seed)
     first, last = (round(share * steps) for share in SHARE_OF_STEPS)
+    if last - max(first, 2) < kills or kills < 1:
+        raise DemoError(
+            f"{kills} kills in {steps} steps: at least one kill, and twice as many steps, are needed."
+        )
     after = sorted(draw.sample(range(max(first, 2), last), kills))
     saving = draw.randrange(kills)
     return [
@@ -83,12 +91,14 @@ def kill_now(training: Training, planned: PlannedKill, deadline: Deadline) -> Ki
         training.kill_while_saving(deadline)
     else:
         training.kill()
+    unfinished = training.unfinished()
+    if planned.while_saving and unfinished is None:
+        raise DemoError(
+            f"{training.name} was killed while it was saving, but no unfinished checkpoint is there."
+        )
     newest = training.store.latest()
-    return Kill(
-        at_step=training.attempt_step,
-        committed_step=newest.step or 0 if newest is not None else 0,
-        unfinished=training.unfinished(),
-    )
+    committed_step = 0 if newest is None or newest.step is None else newest.step
+    return Kill(at_step=training.attempt_step, committed_step=committed_step, unfinished=unfinished)
 
 
 def resumed(kills: Sequence[Kill], losses: Sequence[Loss]) -> list[Kill]:

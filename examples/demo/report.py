@@ -26,7 +26,7 @@ def print_digests(console: Console, killed: str, twin: str) -> None:
     table = Table(title="SHA-256 of the weights in the last checkpoint", title_justify="left")
     table.add_column("run")
     table.add_column("digest", style="bold green" if killed == twin else "bold red", no_wrap=True)
-    table.add_row("killed three times", killed)
+    table.add_row("killed", killed)
     table.add_row("twin, never killed", twin)
     console.print(table)
 

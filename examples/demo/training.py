@@ -130,7 +130,7 @@ class Training:
 
     def start_over(self) -> None:
         """Forget everything, on the disk too."""
-        shutil.rmtree(self.out)
+        shutil.rmtree(self.out, ignore_errors=True)
         self.losses.clear()
         self._read_bytes = 0
 
@@ -187,6 +187,17 @@ class Training:
             self._process.wait()
             self._read()
 
+    def signal(self, number: int) -> None:
+        """Send the newest process a signal.
+
+        Raises:
+            ProcessLookupError: it is gone.
+        """
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise ProcessLookupError(f"{self.name} is gone")
+        self._process.send_signal(number)
+
     def kill_while_saving(self, deadline: Deadline) -> None:
         """Kill it at an instant at which an unfinished checkpoint lies on the disk.
 
@@ -195,12 +206,12 @@ class Training:
         """
         while True:
             self._wait_until(self.unfinished, "a checkpoint being written", deadline)
-            os.kill(self.pid, signal.SIGSTOP)
+            self.signal(signal.SIGSTOP)
             self._wait_until(self._is_stopped, "the process being stopped", deadline)
             if self.unfinished():
                 self.kill()
                 return
-            os.kill(self.pid, signal.SIGCONT)
+            self.signal(signal.SIGCONT)
 
     def _wait_until(self, holds: Callable[[], object], what: str, deadline: Deadline) -> None:
         while not holds():
