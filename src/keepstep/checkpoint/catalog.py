@@ -26,6 +26,7 @@ __all__ = [
     "disk_bytes",
     "find",
     "is_checkpoint",
+    "names_set_aside",
     "next_number",
     "number_of",
     "scan",
@@ -108,6 +109,11 @@ def damage_of(entry: Entry) -> str | None:
     except DamagedCheckpointError as error:
         return error.message
     return None
+
+
+def names_set_aside(root: Path) -> list[str]:
+    """The damaged checkpoints that a resume has moved out of the way, oldest first."""
+    return [path.name for _, path in _numbered(root / INTERNAL_NAME / "damaged")]
 
 
 def next_number(root: Path) -> int:

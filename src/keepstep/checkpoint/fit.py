@@ -6,6 +6,7 @@ takes which saved bytes, which objects are handed their state, what is set at th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,21 @@ import torch
 
 from keepstep.checkpoint.manifest import TensorEntry
 from keepstep.checkpoint.reader import Reader
-from keepstep.errors import ManifestError, MismatchError, RestoreError
-from keepstep.tree import address_of, elements_of, inside_object, is_stateful, items_of, tensors_in, unflatten
+from keepstep.checkpoint.sharing import Place, shared_memory_problems
+from keepstep.errors import ManifestError, MismatchError, RestoreError, StateError
+from keepstep.tree import (
+    address_of,
+    elements_of,
+    flatten,
+    inside_object,
+    is_stateful,
+    items_of,
+    tensors_in,
+    type_name,
+    unflatten,
+)
 
-__all__ = ["Fit", "Handed", "Place", "call_load", "over_untrusted"]
+__all__ = ["Fit", "Handed", "call_load", "over_untrusted", "state_of"]
 
 _Path = tuple[Any, ...]
 
@@ -31,15 +43,6 @@ def over_untrusted(reader: Reader, work: Callable[[], Any]) -> Any:
         if type(error) in {ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError}:
             raise ManifestError(reader.directory, f"state.json: {error}") from error
         raise
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A live tensor that takes the value saved at `address`."""
-
-    path: _Path
-    address: str
-    tensor: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +61,20 @@ class Fit:
     reader: Reader
     places: list[Place] = field(default_factory=list)
     handed_over: list[Handed] = field(default_factory=list)
-    finishing: list[Callable[[], None]] = field(default_factory=list)
+    settling: list[Callable[[], Callable[[], None]]] = field(default_factory=list)
     fresh: set[str] = field(default_factory=set)
     fresh_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
 
+    def settle(self) -> list[Callable[[], None]]:
+        """Read and decode all values that are set at the end; what is left is to set them."""
+        self.fresh_tensors.update(self.reader.fresh(self.fresh))
+        return [decoded() for decoded in self.settling]
+
     def raise_if_any(self) -> None:
+        self.different += shared_memory_problems(self.reader, self.places)
         if self.missing or self.unexpected or self.different:
             raise MismatchError(
                 f"{self.reader.directory} does not fit the live objects; nothing was changed. Build the "
@@ -79,7 +88,7 @@ class Fit:
         if isinstance(live, torch.nn.Module):
             self._module(inside_object(node), live, path)
         elif isinstance(live, torch.optim.Optimizer) and _takes_plain_state(live):
-            self._optimizer(inside_object(node), live, path)
+            self._optimizer(node, live, path)
         elif isinstance(live, torch.Tensor):
             self._tensor(node, live, path)
         elif isinstance(live, np.ndarray):
@@ -96,7 +105,7 @@ class Fit:
     # Each kind of live thing -----------------------------------------------------------------
 
     def _module(self, node: Any, module: torch.nn.Module, path: _Path) -> None:
-        state = module.state_dict()
+        state = state_of(module, path)
         saved = self._compare_keys(node, state, path, "a module")
         if saved is None:
             return
@@ -111,16 +120,19 @@ class Fit:
             if key in saved:
                 self._tensor(saved[key], value, (*path, key))
         if _has_loading_code(module):  # it may rebuild caches; the values are the live ones already
-            self.finishing.append(lambda: call_load(module, state, path))
+            self.settling.append(lambda: lambda: call_load(module, state, path))
 
     def _optimizer(self, node: Any, optimizer: torch.optim.Optimizer, path: _Path) -> None:
-        saved = dict(items_of(node) or ())
+        saved = dict(items_of(inside_object(node)) or ())
         if set(saved) != {"state", "param_groups"}:
             self.different.append(f"{address_of(path)}: saved as something else than an optimizer")
             return
         if not self._same_groups(saved["param_groups"], optimizer, path):
             return
-        live = optimizer.state_dict()["state"]
+        if not self._same_options(node, saved["param_groups"], optimizer, path):
+            return
+        live = state_of(optimizer, path)["state"]
+        self.fresh.update(tensors_in(saved["param_groups"]))  # a learning rate may be a tensor
         state: dict[Any, Any] = {}
         for key, entry_node in items_of(saved["state"]) or ():
             entry = items_of(entry_node)
@@ -132,7 +144,7 @@ class Fit:
             state[key] = {
                 name: self._slot(value, here.get(name), (*path, "state", key, name)) for name, value in entry
             }
-        self.finishing.append(lambda: self._finish_optimizer(optimizer, state, saved["param_groups"], path))
+        self.settling.append(lambda: self._settle_optimizer(optimizer, state, saved["param_groups"], path))
 
     def _same_groups(self, groups_node: Any, optimizer: torch.optim.Optimizer, path: _Path) -> bool:
         groups = (elements_of(groups_node) or ([], False))[0]
@@ -144,6 +156,23 @@ class Fit:
                 f"{live_sizes} in the live {type(optimizer).__name__}"
             )
         return saved_sizes == live_sizes
+
+    def _same_options(
+        self, node: Any, groups_node: Any, optimizer: torch.optim.Optimizer, path: _Path
+    ) -> bool:
+        """PyTorch would take another optimizer's state, and fail (or train wrongly) at the next step."""
+        was = node.get("$object", "an optimizer")
+        if was == type_name(type(optimizer)):
+            return True  # the same one; a newer PyTorch may know more options
+        groups = (elements_of(groups_node) or ([], False))[0]
+        names = [{name for name, _ in items_of(group) or ()} for group in groups]
+        lacking = {name for name in optimizer.defaults for known in names if name not in known}
+        if lacking:
+            self.different.append(
+                f"{address_of(path)}: saved by {was}, without {', '.join(sorted(lacking))}, which the live "
+                f"{type(optimizer).__name__} needs"
+            )
+        return not lacking
 
     def _slot(self, node: Any, live: Any, path: _Path) -> Any:
         """An optimizer's value: its live tensor if that can take the bytes, else the node, read afresh."""
@@ -158,9 +187,9 @@ class Fit:
         self.fresh.add(address)
         return node
 
-    def _finish_optimizer(
+    def _settle_optimizer(
         self, optimizer: torch.optim.Optimizer, state: Any, groups: Any, path: _Path
-    ) -> None:
+    ) -> Callable[[], None]:
         def real(value: Any) -> Any:
             return value if isinstance(value, torch.Tensor) else self.decode(value)
 
@@ -170,8 +199,13 @@ class Fit:
             else self.decode(entry)
             for key, entry in state.items()
         }
-        call_load(optimizer, {"state": decoded, "param_groups": self.decode(groups)}, path)
-        _undo_casts(optimizer, decoded)
+        whole = {"state": decoded, "param_groups": self.decode(groups)}
+
+        def finish() -> None:
+            call_load(optimizer, whole, path)
+            _undo_casts(optimizer, decoded)
+
+        return finish
 
     def _tensor(self, node: Any, live: torch.Tensor, path: _Path, *, read: bool = True) -> None:
         address = _tensor_address(node)
@@ -180,7 +214,12 @@ class Fit:
             return
         entry = self.reader.entry(address)
         dtype = str(live.dtype).removeprefix("torch.")
-        if entry.shape != tuple(live.shape) or entry.dtype != dtype:
+        if live.is_meta or live.layout is not torch.strided:
+            self.different.append(
+                f"{address_of(path)}: the live tensor ({live.layout} on {live.device}) has no plain memory "
+                "to read into; materialize it first (to_empty, to_dense)"
+            )
+        elif entry.shape != tuple(live.shape) or entry.dtype != dtype:
             self.different.append(
                 f"{address_of(path)}: saved with shape {list(entry.shape)} and dtype {entry.dtype}, "
                 f"live with shape {list(live.shape)} and dtype {dtype}"
@@ -205,7 +244,7 @@ class Fit:
             self.different.append(f"{address_of(path)}: the live array is read-only")
             return
         self.fresh.update(tensors_in(node))
-        self.finishing.append(lambda: np.copyto(live, self.decode(node)))
+        self.settling.append(lambda: functools.partial(np.copyto, live, self.decode(node)))
 
     def _dict(self, node: Any, live: dict[Any, Any], path: _Path) -> None:
         saved = self._compare_keys(node, live, path, "a dict")
@@ -232,9 +271,9 @@ class Fit:
     def _value(self, node: Any, live: Any, path: _Path, assign: Callable[[Any], None] | None) -> None:
         if assign is not None:
             self.fresh.update(tensors_in(node))
-            self.finishing.append(lambda: assign(self.decode(node)))
+            self.settling.append(lambda: functools.partial(assign, self.decode(node)))
             return
-        if any(True for _ in tensors_in(node)) or unflatten(node, self.fresh_tensors.__getitem__) != live:
+        if node != _encoded(live):
             self.different.append(
                 f"{address_of(path)}: saved with another value than the live {live!r:.60}, which can't be set"
             )
@@ -259,22 +298,16 @@ class Fit:
         """A saved value; its tensors were read by then."""
         return unflatten(node, self.fresh_tensors.__getitem__)
 
-    def check_shared_memory(self) -> None:
-        """Live tensors that share memory can't take two different saved values."""
-        dense = [place for place in self.places if place.tensor.is_contiguous() and place.tensor.numel()]
-        dense.sort(
-            key=lambda place: (str(place.tensor.device), place.tensor.data_ptr(), -place.tensor.nbytes)
-        )
-        before: Place | None = None
-        for place in dense:
-            if before is not None and _overlap(before.tensor, place.tensor):
-                if not _agree(self.reader, before, place):
-                    self.different.append(
-                        f"{address_of(place.path)} and {address_of(before.path)} share memory in the live "
-                        "objects, but were saved with values of their own"
-                    )
-                continue
-            before = place
+
+def _encoded(value: Any) -> Any:
+    """A plain value as it would be saved, so that NaN equals NaN; equal to nothing if it can't be."""
+    try:
+        return flatten(value).tree
+    except StateError:
+        return _NOTHING
+
+
+_NOTHING: Any = object()
 
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:
@@ -294,19 +327,6 @@ def _is_encoded(entry: Any) -> bool:
 
 def _same_kind(entry: TensorEntry, live: torch.Tensor) -> bool:
     return entry.shape == tuple(live.shape) and entry.dtype == str(live.dtype).removeprefix("torch.")
-
-
-def _overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.device == second.device and second.data_ptr() < first.data_ptr() + first.nbytes
-
-
-def _agree(reader: Reader, first: Place, second: Place) -> bool:
-    """Whether two places over one memory are saved as views of one tensor, or with the same bytes."""
-    a, b = reader.entry(first.address), reader.entry(second.address)
-    if reader.stored(first.address) == reader.stored(second.address):
-        begin = second.tensor.data_ptr() - first.tensor.data_ptr()
-        return (b.offset if b.alias_of else 0) - (a.offset if a.alias_of else 0) == begin
-    return a.digest is not None and a.digest == b.digest and a.bytes == b.bytes
 
 
 # ------------------------------------------------------------------------- modules and optimizers
@@ -358,6 +378,16 @@ def _undo_casts(optimizer: torch.optim.Optimizer, state: Mapping[Any, Any]) -> N
         for name, value in entry.items():
             if isinstance(value, torch.Tensor) and kept[name].dtype != value.dtype:
                 kept[name] = value.to(kept[name].device)
+
+
+def state_of(owner: Any, path: _Path) -> Any:
+    """Ask a live object for its state; what it raises says nothing about the checkpoint."""
+    try:
+        return owner.state_dict()
+    except Exception as error:
+        raise RestoreError(
+            f"{address_of(path) or 'the root'}: {type(owner).__name__}.state_dict raised {error!r}"
+        ) from error
 
 
 def call_load(owner: Any, state: Any, path: _Path) -> None:

@@ -3,7 +3,7 @@
 Three phases:
 
 1. *Fit*: walk the saved tree and the live objects side by side. Every difference is collected; one
-   `MismatchError` names them all, and nothing has been changed.
+   `MismatchError` names them all, and nothing has been changed. Then plain values are read and decoded.
 2. *Hand over*: objects with a `load_state_dict` of their own get their state, read and verified first.
    If one refuses, those before it get their earlier state back.
 3. *Read in place*: tensors of modules, optimizers and containers are read straight into the live memory
@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from keepstep.checkpoint.fit import Fit, Handed, Place, call_load, over_untrusted
+from keepstep.checkpoint.fit import Fit, Handed, call_load, over_untrusted, state_of
 from keepstep.checkpoint.reader import Reader, Target, bytes_of
+from keepstep.checkpoint.sharing import Place, without_views
 from keepstep.errors import DamagedCheckpointError
 from keepstep.tree import address_of, inside_object, select, tensors_in, unflatten
 
@@ -44,15 +45,17 @@ def load_into(reader: Reader, objects: Any, *, only: tuple[str, ...] | None) -> 
     """Restore live objects; see the module's docstring and `Checkpoint.load_into`."""
     tree = reader.tree if only is None else over_untrusted(reader, lambda: select(reader.tree, only))
     fit = Fit(reader)
-    over_untrusted(reader, lambda: fit.walk(inside_object(tree), objects, (), None))
-    fit.check_shared_memory()
-    fit.raise_if_any()
-    hand_over = _HandOver(reader, fit.handed_over)
     try:
-        hand_over.run()
-        _read_in_place(reader, fit, already=hand_over.done)
+        over_untrusted(reader, lambda: fit.walk(inside_object(tree), objects, (), None))
+        fit.raise_if_any()
+        finishing = over_untrusted(reader, fit.settle)
     finally:
-        fit.finishing.clear()  # they hold the plan that holds them; nothing live should wait for the collector
+        fit.settling.clear()  # they hold the plan that holds them; nothing live waits for the collector
+    hand_over = _HandOver(reader, fit.handed_over)
+    hand_over.run()
+    _read_in_place(reader, fit.places, already=hand_over.done)
+    for finish in finishing:
+        finish()
 
 
 # ------------------------------------------------------------------------------ phase 2: hand over
@@ -75,7 +78,7 @@ class _HandOver:
         try:
             for handed in self._handed:
                 state = self._state_of(handed)
-                self._undo.append((handed, _snapshot(handed.owner)))
+                self._undo.append((handed, _copied(state_of(handed.owner, handed.path))))
                 call_load(handed.owner, state, handed.path)
         except BaseException:
             self._roll_back()
@@ -90,12 +93,8 @@ class _HandOver:
             call_load(handed.owner, before, handed.path)
 
 
-def _snapshot(owner: Any) -> Any:
-    """A copy of an object's state that its own later changes don't reach."""
-    return _copied(owner.state_dict())
-
-
 def _copied(value: Any) -> Any:
+    """A copy of an object's state that its own later changes don't reach."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) in {dict, OrderedDict}:
@@ -108,16 +107,14 @@ def _copied(value: Any) -> Any:
 # -------------------------------------------------------------------------- phase 3: read in place
 
 
-def _read_in_place(reader: Reader, fit: Fit, *, already: list[str]) -> None:
+def _read_in_place(reader: Reader, places: Sequence[Place], *, already: list[str]) -> None:
     started: set[str] = set()
     scattered: list[Place] = []
     try:
-        fit.fresh_tensors.update(reader.fresh(fit.fresh))
         targets: dict[str, Target] = {}
-        for place in _without_views(reader, fit.places):
-            entry = reader.entry(place.address)
-            dense = place.tensor.device.type == "cpu" and place.tensor.is_contiguous()
-            if entry.alias_of is None and dense and place.address not in targets:
+        for place in without_views(reader, places):
+            alias = reader.entry(place.address).alias_of is not None
+            if _is_dense(place.tensor) and not alias and place.address not in targets:
                 targets[place.address] = Target(place.address, bytes_of(place.tensor))
             else:
                 scattered.append(place)
@@ -127,27 +124,13 @@ def _read_in_place(reader: Reader, fit: Fit, *, already: list[str]) -> None:
                 value = reader.fresh([place.address])[place.address]
                 started.add(address_of(place.path))
                 place.tensor.copy_(value)
-        for finish in fit.finishing:
-            finish()
     except DamagedCheckpointError as error:
         if started or already:
             raise type(error)(error.path, error.message, overwritten=[*already, *sorted(started)]) from error
         raise
 
 
-def _without_views(reader: Reader, places: list[Place]) -> Iterator[Place]:
-    """Leave out places that are filled when the tensor they are a view of is filled."""
-    filled: dict[tuple[str, torch.device, int], None] = {}
-    ordered = sorted(places, key=lambda place: reader.entry(place.address).alias_of is not None)
-    for place in ordered:
-        entry = reader.entry(place.address)
-        base = entry.alias_of or place.address
-        begin = place.tensor.data_ptr() - (entry.offset if entry.alias_of else 0)
-        key = (base, place.tensor.device, begin)
-        if key in filled and (
-            entry.alias_of is None or place.tensor.stride() == entry.stride or place.tensor.numel() < 2
-        ):
-            continue
-        if place.tensor.is_contiguous():
-            filled[key] = None
-        yield place
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its memory can be read into as it lies."""
+    hidden = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not hidden

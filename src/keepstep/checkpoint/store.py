@@ -313,7 +313,7 @@ class Store:
             MismatchError, RestoreError: as for `Checkpoint.load_into`.
         """
         self.wait()
-        damaged: list[str] = []
+        damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(self.path)]
         for entry in reversed(catalog.scan(self.path)):
             try:
                 checkpoint = Checkpoint(entry.path, read_manifest(entry.path))

@@ -14,7 +14,16 @@ from __future__ import annotations
 
 from keepstep.tree.decode import unflatten
 from keepstep.tree.encode import flatten
-from keepstep.tree.leaf import DTYPES, Flat, Leaf, Stateful, address_of, is_stateful, register_codec
+from keepstep.tree.leaf import (
+    DTYPES,
+    Flat,
+    Leaf,
+    Stateful,
+    address_of,
+    is_stateful,
+    register_codec,
+    type_name,
+)
 from keepstep.tree.navigate import elements_of, inside_object, items_of, select, tensors_in
 
 __all__ = [
@@ -31,5 +40,6 @@ __all__ = [
     "register_codec",
     "select",
     "tensors_in",
+    "type_name",
     "unflatten",
 ]
