@@ -25,7 +25,6 @@ _PARTS: dict[str, Callable[[Settings], list[Bar]]] = {
     "small_tensors": small_tensors.run,
     "overhead": overhead.run,
 }
-_NEEDED_BYTES = 12 << 30
 
 
 @click.command()
@@ -45,26 +44,31 @@ def main(only: tuple[str, ...], quick: bool, directory: Path) -> None:
     quiet_peers()
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
-    _check_space(directory)
+    size = QUICK if quick else FULL
+    _check_space(directory, size.disk_bytes)
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(dir=directory, prefix="run-") as workplace:
-        note(f"{torch.get_num_threads()} torch threads; torch {torch.__version__}; writing below {directory}")
+        free = shutil.disk_usage(directory).free
+        note(f"{torch.get_num_threads()} torch threads; torch {torch.__version__}")
+        note(f"writing below {directory}: {free / 1e9:.0f} GB free, {size.disk_bytes / 1e9:.0f} GB needed")
         for name in only or _PARTS:
             heading(name)
             place = Path(workplace) / name
             place.mkdir()
-            found = _PARTS[name](Settings(size=QUICK if quick else FULL, directory=place.resolve()))
+            part_began = time.perf_counter()
+            found = _PARTS[name](Settings(size=size, directory=place.resolve()))
             show_bars(f"Bars: {name}", found)
+            note(f"{name} took {time.perf_counter() - part_began:.0f} s")
             bars += found
     heading(f"all bars, after {time.perf_counter() - began:.0f} s")
     show_bars("What was promised and what was measured", bars)
 
 
-def _check_space(directory: Path) -> None:
+def _check_space(directory: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
-    if free < _NEEDED_BYTES:
+    if free < needed_bytes:
         raise click.ClickException(
-            f"{directory} has {free / 1e9:.1f} GB free; {_NEEDED_BYTES / 1e9:.0f} GB are needed. "
+            f"{directory} has {free / 1e9:.1f} GB free; {needed_bytes / 1e9:.0f} GB are needed. "
             "Free some, or name another disk with --directory"
         )
 

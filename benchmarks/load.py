@@ -104,8 +104,8 @@ def _show(rounds: Rounds, names: list[str], size_bytes: int) -> None:
 def _memory(settings: Settings, everyone: list[Method], places: dict[str, Path]) -> list[Bar]:
     peaks: dict[tuple[str, str], Peak] = {}
     wanted = [("load", method.name) for method in everyone]
-    wanted += [("save", method.name) for method in everyone if not method.load_only]
-    for operation, name in [*wanted, ("background", "keepstep")]:
+    wanted += [("save", "torch"), ("save", DCP), ("save", "keepstep"), ("background", "keepstep")]
+    for operation, name in wanted:
         with status(f"memory: {operation} by {name}"):
             place = places[name] if operation == "load" else settings.directory / "probed"
             peaks[operation, name] = peak_of(operation, name, place, settings.size)

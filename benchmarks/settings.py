@@ -18,11 +18,12 @@ class Size:
         rounds: timed rounds of each comparison.
         cold_rounds, cold_s: rounds that begin with a rest of so many seconds.
         tensor_counts: points of the small-tensor curve.
-        peers_up_to: peers are left out of the curve beyond this many tensors.
+        dcp_up_to: dcp is left out of the curve beyond this many tensors.
         checkpoints: how many `keepstep ls` lists.
         calls: of a function that takes microseconds.
         starts: processes whose start is timed.
         memory_budget_bytes: of the background save whose peak memory is measured.
+        disk_bytes: most that is on disk at a time.
     """
 
     name: str
@@ -33,11 +34,12 @@ class Size:
     cold_rounds: int
     cold_s: float
     tensor_counts: tuple[int, ...]
-    peers_up_to: int
+    dcp_up_to: int
     checkpoints: int
     calls: int
     starts: int
     memory_budget_bytes: int
+    disk_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,12 @@ FULL = Size(
     cold_rounds=3,
     cold_s=4.0,
     tensor_counts=(1_000, 10_000, 30_000, 100_000),
-    peers_up_to=30_000,
+    dcp_up_to=10_000,
     checkpoints=1_000,
     calls=100_000,
     starts=9,
     memory_budget_bytes=512 << 20,
+    disk_bytes=12 << 30,
 )
 QUICK = Size(
     name="quick",
@@ -76,12 +79,13 @@ QUICK = Size(
     rounds=3,
     cold_rounds=1,
     cold_s=4.0,
-    tensor_counts=(1_000, 10_000, 30_000),
-    peers_up_to=10_000,
+    tensor_counts=(1_000, 3_000, 10_000, 30_000),
+    dcp_up_to=1_000,
     checkpoints=1_000,
     calls=20_000,
     starts=5,
     memory_budget_bytes=128 << 20,
+    disk_bytes=4 << 30,
 )
 TINY = Size(
     name="tiny",
@@ -92,10 +96,11 @@ TINY = Size(
     cold_rounds=1,
     cold_s=0.0,
     tensor_counts=(10, 100),
-    peers_up_to=100,
+    dcp_up_to=100,
     checkpoints=5,
     calls=100,
     starts=1,
     memory_budget_bytes=16 << 20,
+    disk_bytes=1 << 20,
 )
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}

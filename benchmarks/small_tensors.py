@@ -37,8 +37,8 @@ def run(settings: Settings) -> list[Bar]:
     ]
     columns = ("tensors of 64 floats", "keepstep s", "us each", "torch s", "us each", "dcp s", "us each")
     show_table("Small tensors; saves durable, loads warm and into live tensors", columns, rows)
-    if settings.size.peers_up_to < max(counts):
-        note(f"Peers beyond {settings.size.peers_up_to:,} tensors are left out: dcp would take minutes.")
+    if settings.size.dcp_up_to < max(counts):
+        note(f"dcp is left out beyond {settings.size.dcp_up_to:,} tensors: it would take minutes.")
     bars = []
     for operation in ("save", "load"):
         times = {count: curve[count].median_s(f"keepstep {operation}") for count in counts}
@@ -75,7 +75,7 @@ def _cells(rounds: Rounds, operation: str, count: int) -> list[str]:
 def _at(settings: Settings, count: int) -> Rounds:
     state = {"tensors": small_tensors(count)}
     contenders = [*_torch(settings.directory, state)]
-    if count <= settings.size.peers_up_to:
+    if count <= settings.size.dcp_up_to:
         contenders += _dcp(settings.directory, state)
     contenders += _keepstep(settings.directory, state)
     rounds = min(_MOST_ROUNDS, settings.size.rounds, max(1, _ROUNDS_TIMES_TENSORS // count))
@@ -88,14 +88,18 @@ _State = dict[str, dict[str, torch.Tensor]]
 def _pair(name: str, path: Path, save: Callable[[], object], load: Callable[[], object]) -> list[Contender]:
     """Save and load as neighbours; whichever comes first in a round, the load finds a warm checkpoint."""
 
-    def warm() -> None:
+    def saved_and_cached() -> None:
         if not path.exists():
             save()
-        load()
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if file.is_file():
+                file.read_bytes()
 
     return [
         Contender(name=f"{name} save", run=lambda _: save(), before=lambda: remove(path)),
-        Contender(name=f"{name} load", run=lambda _: load(), before=warm, after=lambda: remove(path)),
+        Contender(
+            name=f"{name} load", run=lambda _: load(), before=saved_and_cached, after=lambda: remove(path)
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_the_program_measures_one_part_and_cleans_up(tmp_path: Path, monkeypatch
 
 
 def test_a_full_disk_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_NEEDED_BYTES", 1 << 62)
+    monkeypatch.setattr(program, "FULL", dataclasses.replace(TINY, disk_bytes=1 << 62))
     result = CliRunner().invoke(program.main, ["--directory", str(tmp_path)])
     assert result.exit_code == 1
     assert "--directory" in result.output
