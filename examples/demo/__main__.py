@@ -39,6 +39,9 @@ def main() -> int:
     except (DemoError, KeepstepError) as error:
         console.print(f"FAILED: {error}", style="bold red", markup=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        return 130
     return 0
 
 
@@ -97,10 +100,13 @@ def run_demo(options: argparse.Namespace, console: Console) -> None:
     print_ls(console, killed.out)
     print_kills(console, kills)
     print_times(console, *times)
+    console.print(f"All {compared} losses of all attempts are exactly the twin's: {out / 'losses.png'}")
+    lost = sum(kill.lost_steps for kill in kills)
     console.print(
-        f"All {compared} losses of {len(kills) + 1} attempts are exactly the twin's: {out}/losses.png"
+        f"{len(kills)} kills, {lost} step{'s' * (lost != 1)} done again, and bit for bit the same weights, "
+        f"optimizer, schedule, place in the data and random numbers. {deadline.passed_s:.0f} s",
+        style="bold green",
     )
-    console.print(f"The runs are the same, bit for bit. {deadline.passed_s:.0f} s", style="bold green")
 
 
 def claim(out: Path) -> None:
@@ -133,9 +139,11 @@ def check_final_states(console: Console, killed: Training, twin: Training, *, sa
     different = differences(mine, its)
     if different:
         raise DemoError("The runs differ:\n" + "\n".join(f"  {sentence}" for sentence in different))
-    if [killed.digest_and_sample, twin.digest_and_sample] != [(digests[0], twin.digest_and_sample[1])] * 2:
+    ends = [run.digest_and_sample for run in (killed, twin)]
+    if [end[0] for end in ends] != digests or ends[0][1] != ends[1][1]:
         raise DemoError(
-            f"The checkpoints are the same, but not what the runs printed:\n{killed.output}\n{twin.output}"
+            "The checkpoints are the same, but what the runs printed at their end is not:\n"
+            f"{killed.output}\n{twin.output}"
         )
 
 

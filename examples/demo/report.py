@@ -34,12 +34,12 @@ def print_digests(console: Console, killed: str, twin: str) -> None:
 def print_kills(console: Console, kills: Sequence[Kill]) -> None:
     """Print what each kill cost."""
     table = Table(title="What was lost: at most the steps since the last commit", title_justify="left")
-    for heading in ("killed after step", "newest checkpoint", "went on from step", "steps done again"):
+    for heading in ("killed after", "newest checkpoint", "went on after", "steps done again"):
         table.add_column(heading, justify="right")
-    table.add_column("left unfinished on disk")
+    table.add_column("found unfinished", overflow="fold")
     for kill in kills:
-        numbers = (kill.at_step, f"step {kill.committed_step}", kill.resumed_from, kill.lost_steps)
-        table.add_row(*map(str, numbers), kill.unfinished or "-")
+        steps = [f"step {step}" for step in (kill.at_step, kill.committed_step, kill.resumed_from)]
+        table.add_row(*steps, f"{kill.lost_steps}", kill.unfinished or "-")
     console.print(table)
 
 
@@ -74,7 +74,7 @@ def print_ls(console: Console, directory: Path) -> None:
     if result.returncode:
         raise DemoError(f"`{' '.join(command)}` ended with exit code {result.returncode}:\n{result.stderr}")
     console.print(f"$ keepstep ls {directory}", style="bold", highlight=False)
-    console.print(Text(result.stdout.rstrip()))
+    console.print(Text(result.stdout.rstrip()), soft_wrap=True)
 
 
 def print_sample(console: Console, text: str) -> None:
