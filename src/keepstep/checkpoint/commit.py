@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _TMP = ".tmp-"
+_UNFINISHED = re.compile(r"(.+)\.tmp-[0-9a-f]{12}\Z", re.DOTALL)
 _REPLACED = ".replaced"
 
 log = logging.getLogger(__name__)
@@ -93,16 +95,23 @@ def check_target(directory: Path) -> bool:
         ) from None
     if not entries:
         return False
-    if MANIFEST_NAME in entries:
-        with contextlib.suppress(DamagedCheckpointError):
-            read_manifest(directory)
-            return True
+    if is_ours(directory):
+        return True
     shown = ", ".join(sorted(entries)[:5])
     raise DirectoryNotOursError(
         errno.EEXIST,
         f"{directory} is not empty and was not written by keepstep (it holds {shown}). Nothing was changed. "
         "Choose an empty or new directory",
     )
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint of keepstep's."""
+    try:
+        read_manifest(directory)
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
 class Workspace:
@@ -118,8 +127,20 @@ class Workspace:
         """Make the directory; sweep what dead processes left of the same checkpoint."""
         self._files.make_directory(self.final.parent)
         sweep(self._files, self.final.parent, prefix=self.final.name)
+        self._finish_replacement()
         self._files.make_directory(self.path)
         self._lock = DirectoryLock(self.path)
+
+    def _finish_replacement(self) -> None:
+        """End what a process began that died between the two renames, or just after them."""
+        aside = replaced_path(self.final)
+        if not is_ours(aside):
+            return
+        if self.final.exists():
+            self._remove_aside(aside)
+        else:
+            self._files.rename(aside, self.final)
+            self._files.sync_directory(self.final.parent)
 
     def commit(self, manifest: bytes) -> None:
         """Publish. Everything named by the manifest is durable already."""
@@ -159,17 +180,29 @@ class Workspace:
         """What somebody put beside an older checkpoint stays beside the new one."""
         ours = {MANIFEST_NAME, *read_manifest(self.final).files}
         for entry in sorted(set(os.listdir(self.final)) - ours):
-            if not (self.path / entry).exists():
-                _link_tree(self._files, self.final / entry, self.path / entry)
+            if os.path.lexists(self.path / entry):
+                raise DirectoryNotOursError(
+                    errno.EEXIST,
+                    f"{self.final / entry} was not written by keepstep, and the new checkpoint has a file of "
+                    "that name. Nothing was changed. Move it away, or choose another directory",
+                )
+            _link_tree(self._files, self.final / entry, self.path / entry)
 
     def _replace_in_two_steps(self) -> None:
         aside = replaced_path(self.final)
-        if aside.exists():
-            self._files.remove_tree(aside)
+        if os.path.lexists(aside):
+            raise DirectoryNotOursError(
+                errno.EEXIST, f"{aside} is in the way while {self.final} is replaced; move it away"
+            )
         self._files.rename(self.final, aside)
         self._files.rename(self.path, self.final)  # <- commit; until here readers find `aside`
         self._files.sync_directory(self.final.parent)
-        self._files.remove_tree(aside)
+        self._remove_aside(aside)
+
+    def _remove_aside(self, aside: Path) -> None:
+        self._files.rename(aside, self.path)  # a name that is swept, should the removal be cut off
+        self._files.sync_directory(self.final.parent)
+        self._files.remove_tree(self.path)
 
 
 def _link_tree(files: Files, source: Path, target: Path) -> None:
@@ -185,8 +218,8 @@ def _link_tree(files: Files, source: Path, target: Path) -> None:
 def sweep(files: Files, parent: Path, *, prefix: str = "") -> None:
     """Remove unfinished checkpoints of dead processes; those of living ones are locked and stay."""
     for entry in os.listdir(parent):
-        stem, mark, _ = entry.rpartition(_TMP)
-        if not mark or (prefix and stem != prefix):
+        match = _UNFINISHED.match(entry)
+        if match is None or (prefix and match[1] != prefix):
             continue
         path = parent / entry
         try:

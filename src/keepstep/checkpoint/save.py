@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def describe(
     step: int | None,
     epoch: int | None,
     metrics: Mapping[str, Any] | None,
-    tags: tuple[str, ...] | list[str] | str,
+    tags: Sequence[str],
     pinned: bool,
 ) -> Description:
     """Check what the user says of a checkpoint.

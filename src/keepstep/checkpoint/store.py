@@ -85,8 +85,8 @@ def save_directory(
         DirectoryNotOursError: it holds something else; nothing was touched.
         StateError, StoreError: see `Store.save`.
     """
-    final = Path(directory).absolute()
-    description = describe(step=step, epoch=epoch, metrics=metrics, tags=tuple(tags), pinned=pinned)
+    final = Path(directory).resolve()  # a link to a directory stays a link
+    description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
     engine = _Engine(files, 64 << 20)
     try:
         manifest = engine.save(final, state, description, Lineage(run=secrets.token_hex(8))).write()
@@ -161,7 +161,7 @@ class Store:
                 are whole.
             BackgroundSaveError: an earlier save in the background had failed.
         """
-        description = describe(step=step, epoch=epoch, metrics=metrics, tags=tuple(tags), pinned=pinned)
+        description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
         with self._one_save:
             self.wait()
             save = self._begin(state, description)
@@ -183,7 +183,7 @@ class Store:
         for the first. Arguments and errors as for `save`; an error of the background is raised by
         `PendingSave.wait`, or as `BackgroundSaveError` by the next save or `wait`.
         """
-        description = describe(step=step, epoch=epoch, metrics=metrics, tags=tuple(tags), pinned=pinned)
+        description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
         with self._one_save:
             self.wait()
             began = time.perf_counter()

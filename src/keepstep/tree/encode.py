@@ -208,7 +208,7 @@ def _refuse_unsavable(tensor: torch.Tensor, path: tuple[Any, ...]) -> None:
         )
     elif tensor.is_nested:
         raise TensorNotSavableError(
-            f"cannot save {_place(path)}: it is a nested tensor; save its values and offsets, or tensor.unbind()"
+            f"cannot save {_place(path)}: it is a nested tensor; save tensor.unbind(), or values and offsets"
         )
     else:
         what, way_out = f"has layout {tensor.layout}", "save tensor.to_dense(), or its indices and values"

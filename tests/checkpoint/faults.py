@@ -1,0 +1,237 @@
+"""A fake of `Files` that fails, or "kills" the process, at any single operation.
+
+Killing: the n-th operation raises `Killed` (a BaseException, as nothing catches a SIGKILL) and every
+operation after it is refused, so that no clean-up of a process that still happens to run reaches the disk.
+With `power_cut`, what was not made durable by then is lost: unsynced names are undone, unsynced bytes are
+overwritten with garbage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from keepstep.checkpoint import commit
+from keepstep.files import DirectoryLock, LocalFiles, SegmentFile
+
+
+class Killed(BaseException):
+    """The process is gone from here on."""
+
+
+class FaultyFiles:
+    """Real files whose operation number `at` (from 0) fails.
+
+    Args:
+        at: which operation; None for none.
+        error: what it raises; None kills the process instead.
+        torn: a write that fails writes its first half before it does.
+        power_cut: on a kill, lose what was not durable.
+        exchange: whether directories can be swapped.
+        graveyard: where removed trees wait, so that a power cut can bring them back.
+    """
+
+    def __init__(
+        self,
+        *,
+        at: int | None = None,
+        error: OSError | None = None,
+        torn: bool = True,
+        power_cut: bool = False,
+        exchange: bool = True,
+        graveyard: Path | None = None,
+    ) -> None:
+        self.at = at
+        self.error = error
+        self.torn = torn
+        self.power_cut = power_cut
+        self.can_exchange = exchange
+        self.graveyard = graveyard
+        self.log: list[str] = []
+        self.dead = False
+        self.failed = False
+        self._real = LocalFiles()
+        self._lock = threading.RLock()
+        self._undo: list[tuple[set[Path], Callable[[], None]]] = []
+        self._volatile: dict[Path, int] = {}
+
+    # ---------------------------------------------------------------------------------- the fault
+
+    @contextlib.contextmanager
+    def _operation(self, name: str, path: Path, half: Callable[[], None] | None = None) -> Iterator[None]:
+        with self._lock:
+            if self.dead:
+                raise Killed
+            number = len(self.log)
+            self.log.append(f"{name} {path.name}")
+            if number != self.at:
+                yield
+                return
+            self.failed = True
+            if half is not None and self.torn:
+                half()
+            if self.error is not None:
+                raise self.error
+            self.dead = True
+            if self.power_cut:
+                self._lose_what_is_not_durable()
+            raise Killed
+
+    def _lose_what_is_not_durable(self) -> None:
+        for path, size in self._volatile.items():
+            with contextlib.suppress(FileNotFoundError):
+                path.write_bytes(b"\xa5" * (size // 2))
+        for _, undo in reversed(self._undo):
+            with contextlib.suppress(OSError):
+                undo()
+
+    def _changed(self, parents: set[Path], undo: Callable[[], None]) -> None:
+        if self.power_cut:
+            self._undo.append((parents, undo))
+
+    def _moved(self, source: Path, target: Path) -> None:
+        for path in [p for p in self._volatile if p.is_relative_to(source)]:
+            self._volatile[target / path.relative_to(source)] = self._volatile.pop(path)
+
+    # --------------------------------------------------------------------------------- operations
+
+    def make_directory(self, path: Path) -> None:
+        if path.is_dir():
+            return
+        self.make_directory(path.parent)
+        with self._operation("make_directory", path):
+            path.mkdir(exist_ok=True)
+            self._changed({path.parent}, lambda: shutil.rmtree(path))
+        self.sync_directory(path.parent)
+
+    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
+        with self._operation("create_segment", path, half=path.touch):
+            self._volatile[path] = size_bytes
+            self._changed({path.parent}, path.unlink)
+            return _FaultySegment(self, path, size_bytes, self._real.create_segment(path, size_bytes))
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        with self._operation("write_file", path, half=lambda: _write(path, data[: len(data) // 2])):
+            self._real.write_file(path, data)
+            self._changed({path.parent}, path.unlink)
+
+    def sync_directory(self, path: Path) -> None:
+        with self._operation("sync_directory", path):
+            self._real.sync_directory(path)
+            self._undo = [change for change in self._undo if path not in change[0]]
+
+    def rename(self, source: Path, target: Path) -> None:
+        with self._operation("rename", source):
+            self._real.rename(source, target)
+            self._moved(source, target)
+            self._changed({source.parent, target.parent}, lambda: target.rename(source))
+
+    def exchange(self, first: Path, second: Path) -> bool:
+        if not self.can_exchange:
+            return False
+        with self._operation("exchange", first):
+            done = self._real.exchange(first, second)
+            self._changed({first.parent}, lambda: self._exchange_back(first, second))
+            return done
+
+    def _exchange_back(self, first: Path, second: Path) -> None:
+        self._real.exchange(first, second)
+
+    def link(self, source: Path, target: Path) -> None:
+        with self._operation("link", target):
+            self._real.link(source, target)
+            self._changed({target.parent}, target.unlink)
+
+    def remove_file(self, path: Path) -> None:
+        with self._operation("remove_file", path):
+            if self.graveyard is None or not self.power_cut:
+                self._real.remove_file(path)
+            else:
+                self._bury(path)
+
+    def remove_directory(self, path: Path) -> None:
+        with self._operation("remove_directory", path):
+            self._real.remove_directory(path)
+            self._changed({path.parent}, path.mkdir)
+
+    def remove_tree(self, path: Path) -> None:
+        with self._operation("remove_tree", path, half=lambda: _remove_half(path)):
+            if self.graveyard is None or not self.power_cut:
+                self._real.remove_tree(path)
+            else:
+                self._bury(path)
+
+    def _bury(self, path: Path) -> None:
+        assert self.graveyard is not None
+        self.graveyard.mkdir(exist_ok=True)
+        grave = self.graveyard / str(len(list(self.graveyard.iterdir())))
+        os.rename(path, grave)
+        self._changed({path.parent}, lambda: grave.rename(path))
+
+
+class _FaultySegment:
+    def __init__(self, files: FaultyFiles, path: Path, size_bytes: int, real: SegmentFile) -> None:
+        self._files = files
+        self._path = path
+        self._size_bytes = size_bytes
+        self._real = real
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        half = len(data) // 2 // 4096 * 4096
+        with self._files._operation(
+            "write_at", self._path, half=lambda: self._real.write_at(data[:half], offset) if half else None
+        ):
+            self._real.write_at(data, offset)
+
+    def finish(self) -> None:
+        with self._files._operation("finish", self._path):
+            self._real.finish()
+            self._files._volatile.pop(self._path, None)
+
+    def abandon(self) -> None:
+        self._real.abandon()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _remove_half(path: Path) -> None:
+    for entry in sorted(path.iterdir())[::2]:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+class Locks:
+    """Directory locks go with their process; a kill that is only played has to let go of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held: list[DirectoryLock] = []
+        held = self.held
+
+        class Recorded(DirectoryLock):
+            def __init__(self, path: Path) -> None:
+                super().__init__(path)
+                held.append(self)
+
+        monkeypatch.setattr(commit, "DirectoryLock", Recorded)
+
+    def die(self) -> None:
+        for lock in self.held:
+            lock.release()
+        self.held.clear()
+
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+IO_ERROR = OSError(errno.EIO, os.strerror(errno.EIO))
+READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
+NO_PERMISSION = OSError(errno.EACCES, os.strerror(errno.EACCES))

@@ -1,0 +1,231 @@
+"""Real processes, really killed, at instants that nobody chose."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from keepstep.checkpoint.store import Store
+from tests.checkpoint.equality import assert_same
+from tests.crash.test_kill_at_every_operation import leftovers
+
+TRAIN = textwrap.dedent(
+    """
+    import sys
+    import torch
+    torch.set_num_threads(1)
+    from keepstep.checkpoint.retention import Retention
+    from keepstep.checkpoint.store import Store, save_directory
+    from tests.crash.test_sigkill import state
+
+    root, how, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    store = Store(root, retention=Retention(keep_last=3))
+    live = state(0)
+    taken = store.load_latest_into(live)
+    step = live["train"]["step"] if taken else 0
+    print("ready", step, flush=True)
+    for step in range(step + 1, step + 1 + steps):
+        if how == "background":
+            store.save_in_background(state(step), step=step)
+            done = step - 1
+        else:
+            store.save(state(step), step=step)
+            done = step
+        print("durable", done, flush=True)
+    """
+)
+
+
+def state(number: int) -> dict[str, object]:
+    weights = torch.arange(60_000, dtype=torch.float32) * (number + 1)
+    return {
+        "model": {"w": weights, "tied": weights, "b": torch.full((7,), float(number))},
+        "optimizer": {"m": torch.full((30_000,), number, dtype=torch.int64)},
+        "train": {"step": number},
+    }
+
+
+def start(root: Path, how: str, steps: int = 10_000) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, str(root), how, str(steps)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def kill_in_the_middle(root: Path, how: str, after_s: float) -> tuple[int, str]:
+    """The last step that the killed process said was durable."""
+    process = start(root, how)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert first.startswith("ready"), process.stderr.read() if process.stderr else first
+    time.sleep(after_s)
+    process.send_signal(signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    lines = [line for line in out.splitlines() if line.startswith("durable ")]
+    return int(lines[-1].split()[1]) if lines else int(first.split()[1]), first
+
+
+def rounds(root: Path, how: str, count: int) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    for number in range(count):
+        durable, first = kill_in_the_middle(root, how, draw.uniform(0.0, 0.12))
+        store = Store(root)
+        newest = store.latest()
+        found = -1 if newest is None else newest.step
+        assert found is not None
+        if durable > 0:
+            assert found >= durable, f"round {number}: {durable} was durable, {found} is there ({first})"
+        for checkpoint in store.list():
+            assert checkpoint.verify().sound
+            assert checkpoint.step is not None
+            assert_same(checkpoint.load(), state(checkpoint.step))
+    finished = start(root, how, steps=2)
+    out, err = finished.communicate()
+    assert finished.returncode == 0, err
+    assert leftovers(root) == []
+    assert Store(root).latest() is not None
+
+
+@pytest.mark.parametrize("how", ["save", "background"])
+def test_killed_at_random_instants(tmp_path: Path, how: str) -> None:
+    rounds(tmp_path, how, 2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("how", ["save", "background"])
+def test_killed_hundreds_of_times(tmp_path: Path, how: str) -> None:
+    rounds(tmp_path, how, 200)
+
+
+FORKED = """
+import os, sys, random, time
+import torch
+torch.set_num_threads(1)
+from keepstep.checkpoint.retention import Retention
+from keepstep.checkpoint.store import Store
+from tests.crash.test_sigkill import state
+
+root, seed, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+draw = random.Random(seed)
+for number in range(rounds):
+    instant = draw.uniform(0.0, 0.05)
+    child = os.fork()
+    if child == 0:
+        store = Store(root, retention=Retention(keep_last=2))
+        newest = store.latest()
+        step = newest.step + 1 if newest else 1
+        while True:
+            (store.save_in_background if number % 2 else store.save)(state(step), step=step)
+            step += 1
+    time.sleep(instant)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    newest = Store(root).latest()
+    if newest is not None:
+        report = newest.verify()
+        assert report.sound, (seed, number, report.problems)
+print("sound")
+"""
+
+
+def fork_rounds(root: Path, count: int) -> None:
+    """Children of a warm process: dozens of kills a second, most of them within a save."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(root), str(seed), str(count)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    Store(root).save(state(1))
+    assert leftovers(root) == []
+
+
+def test_thirty_kills_of_forked_children(tmp_path: Path) -> None:
+    fork_rounds(tmp_path, 30)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_thousand_kills_of_forked_children(tmp_path: Path) -> None:
+    fork_rounds(tmp_path, 1000)
+
+
+def test_a_background_save_is_finished_when_the_process_ends(tmp_path: Path) -> None:
+    done = start(tmp_path, "background", steps=1)
+    _, err = done.communicate()
+    assert done.returncode == 0, err
+    newest = Store(tmp_path).latest()
+    assert newest is not None
+    assert newest.step == 1
+    assert_same(newest.load(), state(1))
+
+
+def test_two_processes_on_one_store(tmp_path: Path) -> None:
+    first = start(tmp_path, "save")
+    assert first.stdout is not None
+    while not first.stdout.readline().startswith("durable"):
+        pass
+    second = start(tmp_path, "save", steps=1)
+    _, err = second.communicate()
+    assert second.returncode != 0
+    assert "StoreBusyError" in err
+    holder = json.loads((tmp_path / ".keepstep" / "lock").read_text())
+    assert holder["pid"] == first.pid
+    assert f'"pid": {first.pid}' in err
+    assert "give this run another directory" in err
+    assert first.poll() is None, "the one that was there first is not disturbed"
+    newest = Store(tmp_path).latest()
+    assert newest is not None, "reading needs no lock"
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    third = start(tmp_path, "save", steps=1)  # the lock goes with its holder
+    _, err = third.communicate()
+    assert third.returncode == 0, err
+
+
+def test_data_loader_workers_that_outlive_their_run_keep_nobody_out(tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        """
+        import os, sys, time
+        from keepstep.checkpoint.store import Store
+        store = Store(sys.argv[1])
+        store.save({"x": 1})
+        if os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
+        print("saved", flush=True)
+        os.kill(os.getpid(), 9)
+        """
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "saved\n"
+    run.wait()
+    try:
+        assert Store(tmp_path).save({"x": 2}).name == "checkpoint_1"
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.stdout.close()
