@@ -59,7 +59,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=2, help="pairs of such runs, without and with checkpoints"
     )
-    parser.add_argument("--timeout", type=float, default=300, help="most seconds for everything")
+    parser.add_argument("--timeout", type=float, default=600, help="most seconds for everything")
     parser.add_argument(
         "--sabotage",
         action="store_true",
