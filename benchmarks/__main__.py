@@ -6,6 +6,8 @@ Ratios within a round are what counts; absolute times depend on the machine and 
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,6 +44,7 @@ _PARTS: dict[str, Callable[[Settings], list[Bar]]] = {
 def main(only: tuple[str, ...], quick: bool, directory: Path) -> None:
     """Measure keepstep beside torch.save, Accelerate and DCP."""
     quiet_peers()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written is removed
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     size = QUICK if quick else FULL

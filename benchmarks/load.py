@@ -61,7 +61,7 @@ def _warm(
         ]
         floor = Contender(name=_FLOOR, run=lambda _: floors.read(floor_path, 2))
         rounds = interleaved(
-            [*loads, floor], settings.size.rounds, what="warm load", settle=lambda: warm(2 * state.bytes)
+            [*loads, floor], settings.size.rounds, what="warm load", settle=lambda: warm(state.bytes)
         )
     finally:
         remove(floor_path)

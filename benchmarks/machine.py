@@ -21,11 +21,11 @@ _MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 def warm(size_bytes: int) -> None:
     """Quiet the disk and see that the next `size_bytes` of fresh memory come without the host's help."""
-    os.sync()
     memory = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if _MADV_HUGEPAGE is not None:
         memory.madvise(_MADV_HUGEPAGE)
     np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE] = 1
+    os.sync()  # with the memory held: what the run before freed is still warm, and stays so
 
 
 def cool(seconds: float) -> None:

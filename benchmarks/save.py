@@ -48,7 +48,7 @@ def _durable(settings: Settings, state: TrainingState, floors: Floors) -> list[B
     saves = [_save_contender(method, settings.directory) for method in methods(state) if not method.load_only]
     everyone = [*saves, floor]
     warm_rounds = interleaved(
-        everyone, settings.size.rounds, what="durable save", settle=lambda: warm(2 * state.bytes)
+        everyone, settings.size.rounds, what="durable save", settle=lambda: warm(state.bytes)
     )
     _show_durable("free memory warm", warm_rounds, everyone, state.bytes)
     few = [contender for contender in everyone if contender.name in ("accelerate", "keepstep", _FLOOR)]
@@ -116,7 +116,7 @@ def _blocked(settings: Settings, state: TrainingState, floors: Floors) -> list[B
             contenders,
             settings.size.rounds // 2 + 1,
             what="background save",
-            settle=lambda: warm(2 * state.bytes),
+            settle=lambda: warm(state.bytes),
         )
     rows = []
     for contender in contenders:
