@@ -7,12 +7,13 @@ made-up size.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ class _Checker:
             raise self.fail(f"{key!r} is {value!r:.100}; expected 32 hex digits")
         return str(value)
 
+    @contextlib.contextmanager
+    def depth(self) -> Iterator[None]:
+        """What just fits the JSON parser may be too deep for what looks at it."""
+        try:
+            yield
+        except RecursionError:
+            raise self.fail("it is nested too deep") from None
+
     def load(self, data: bytes) -> dict[str, Any]:
         try:
             node = json.loads(data)
@@ -101,6 +110,11 @@ def read_manifest(directory: Path) -> Manifest:
     """
     data = _read_small(directory, MANIFEST_NAME, _MAX_MANIFEST_BYTES)
     check = _Checker(directory, MANIFEST_NAME)
+    with check.depth():
+        return _parse_manifest(directory, data, check)
+
+
+def _parse_manifest(directory: Path, data: bytes, check: _Checker) -> Manifest:
     node = check.load(data)
     if node.get("format") != "keepstep":
         raise check.fail(f"'format' is {node.get('format')!r:.100}, expected 'keepstep'")
@@ -133,6 +147,9 @@ def _read_small(directory: Path, name: str, limit_bytes: int) -> bytes:
         raise ManifestError(
             directory, f"{name} can't be opened as a plain file ({error.strerror})"
         ) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ManifestError(directory, f"{name} is not a plain file")
     with open(fd, "rb") as file:
         try:
             data = file.read(limit_bytes + 1)
@@ -159,7 +176,7 @@ def _check_self_digest(directory: Path, data: bytes, check: _Checker) -> None:
 def _parse_metrics(node: Mapping[str, Any], check: _Checker) -> dict[str, float | int | str | bool]:
     metrics: dict[str, float | int | str | bool] = {}
     for name, value in check.need(node, "metrics", dict).items():
-        if isinstance(value, dict) and value.get("$float") in {"nan", "inf", "-inf"}:
+        if value in ({"$float": "nan"}, {"$float": "inf"}, {"$float": "-inf"}):
             value = float(value["$float"])
         if not isinstance(value, float | int | str | bool):
             raise check.fail(f"metric {name!r} is {value!r:.100}; allowed: a number, string or boolean")
@@ -246,6 +263,11 @@ def read_state(directory: Path, manifest: Manifest) -> tuple[Any, dict[str, Tens
 def parse_state(directory: Path, data: bytes, manifest: Manifest) -> tuple[Any, dict[str, TensorEntry]]:
     """Check the content of state.json against the manifest; see `read_state`."""
     check = _Checker(directory, STATE_NAME)
+    with check.depth():
+        return _parse_state(data, manifest, check)
+
+
+def _parse_state(data: bytes, manifest: Manifest, check: _Checker) -> tuple[Any, dict[str, TensorEntry]]:
     node = check.load(data)
     check.schema(node)
     if "tree" not in node:
@@ -263,7 +285,7 @@ def _parse_tensor(address: str, node: Any, check: _Checker) -> TensorEntry:
     if not isinstance(node, dict):
         raise check.fail(f"the entry of tensor {address!r} is a {type(node).__name__}")
     dtype = node.get("dtype")
-    if dtype not in ITEMSIZES:
+    if not isinstance(dtype, str) or dtype not in ITEMSIZES:
         raise check.fail(f"tensor {address!r} has the unknown dtype {dtype!r:.100}")
     shape = _parse_dimensions(node, "shape", address, check)
     offset = check.size(node, "offset")

@@ -200,7 +200,12 @@ class Reader:
 
     def _verify_header(self, name: str, fd: int) -> None:
         entry = self.manifest.files[name]
-        header = os.pread(fd, entry.header_bytes or 0, 0)
+        try:
+            header = os.pread(fd, entry.header_bytes or 0, 0)
+        except OSError as error:
+            raise DamagedCheckpointError(
+                self.directory, f"the header of {name} can't be read ({error.strerror})"
+            ) from error
         actual = combine_digests([digest_of(header), *self._digests_by_file.get(name, ())])
         if actual != entry.digest:
             raise DigestError(

@@ -37,7 +37,7 @@ def load_tree(reader: Reader, *, only: tuple[str, ...] | None, verify: bool) -> 
         DamagedCheckpointError, UsageError (`only` matches nothing), UnsupportedTypeError (missing codec).
     """
     tree = reader.tree if only is None else over_untrusted(reader, lambda: select(reader.tree, only))
-    tensors = reader.mapped(tensors_in(tree), verify=verify)
+    tensors = reader.mapped(over_untrusted(reader, lambda: list(tensors_in(tree))), verify=verify)
     return over_untrusted(reader, lambda: unflatten(tree, tensors.__getitem__))
 
 
@@ -85,7 +85,7 @@ class _HandOver:
             raise
 
     def _state_of(self, handed: Handed) -> Any:
-        tensors = self._reader.fresh(tensors_in(handed.node))
+        tensors = self._reader.fresh(over_untrusted(self._reader, lambda: list(tensors_in(handed.node))))
         return over_untrusted(self._reader, lambda: unflatten(handed.node, tensors.__getitem__))
 
     def _roll_back(self) -> None:

@@ -118,7 +118,7 @@ def _header_problem(header: bytes, name: str, inside: list[tuple[str, TensorEntr
     try:
         entries = json.loads(header[8:])
         said = sorted(entry["data_offsets"] for key, entry in entries.items() if key != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"the header of {name} is no safetensors header ({error})"
     indexed = sorted([t.offset - len(header), t.offset - len(header) + t.bytes] for _, t in inside)
     return None if said == indexed else f"the header of {name} places tensors elsewhere than state.json does"

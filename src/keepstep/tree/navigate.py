@@ -46,10 +46,16 @@ def elements_of(node: Any) -> tuple[list[Any], bool] | None:
 
 
 def tensors_in(node: Any) -> Iterator[str]:
-    """Addresses of all tensors and arrays in an encoded tree."""
+    """Addresses of all tensors and arrays in an encoded tree.
+
+    Raises:
+        ValueError: for a reference that `flatten` cannot have made.
+    """
     if type(node) is dict:
         for key, item in node.items():
             if key in ("$tensor", "$ndarray"):
+                if type(item) is not str:
+                    raise ValueError(f"{key} is {item!r:.100}, not an address")
                 yield item
             else:
                 yield from tensors_in(item)

@@ -1,0 +1,296 @@
+"""Saves that meet: several threads, several stores of one path, forks, interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from keepstep import Store
+from keepstep.checkpoint.staging import BLOCK_BYTES
+from keepstep.checkpoint.store import _report_unseen_failures
+from keepstep.errors import BackgroundSaveError, StoreBusyError, StoreError
+from keepstep.files import PAGE_BYTES, LocalFiles, SegmentFile
+
+PATIENCE_S = 60
+
+
+class Gate(LocalFiles):
+    """Holds every commit up until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        if path.name == "manifest.json":
+            self.reached.set()
+            assert self.opened.wait(PATIENCE_S)
+        super().write_file(path, data)
+
+
+class Refusing(LocalFiles):
+    def write_file(self, path: Path, data: bytes) -> None:
+        raise OSError(5, "disk on fire")
+
+
+def steps(store: Store) -> list[int | None]:
+    return [checkpoint.step for checkpoint in store.list()]
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Fork, run `work` and keepstep's part of leaving a program; the exit code."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            _report_unseen_failures()
+            code = 0
+        except StoreBusyError:
+            code = 3
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError("the child hangs")
+
+
+def test_a_wait_that_is_interrupted_leaves_the_save_in_flight(tmp_path: Path) -> None:
+    gate = Gate()
+    store = Store(tmp_path, files=gate)
+    store.save_in_background({"x": 1}, step=1)
+    assert gate.reached.wait(PATIENCE_S)
+    previous = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            store.wait()
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert store.busy
+    gate.opened.set()
+    store.save({"x": 2}, step=2)
+    assert steps(store) == [1, 2]
+
+
+def test_two_threads_that_wait_both_wait(tmp_path: Path) -> None:
+    gate = Gate()
+    store = Store(tmp_path, files=gate)
+    store.save_in_background({"x": 1})
+    waiting = [threading.Thread(target=store.wait) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+        time.sleep(0.05)
+    assert all(thread.is_alive() for thread in waiting)
+    gate.opened.set()
+    for thread in waiting:
+        thread.join(PATIENCE_S)
+    assert not store.busy
+
+
+def test_two_stores_of_one_path_take_different_numbers(tmp_path: Path) -> None:
+    gate = Gate()
+    one, other = Store(tmp_path, files=gate), Store(tmp_path)
+    pending = one.save_in_background({"x": 1}, step=1)
+    assert gate.reached.wait(PATIENCE_S)
+    other.save({"x": 2}, step=2)
+    gate.opened.set()
+    pending.wait()
+    assert sorted(step or 0 for step in steps(one)) == [1, 2]
+
+
+def test_stores_that_begin_at_once_do_not_sweep_each_other(tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def save(step: int) -> None:
+        try:
+            Store(tmp_path).save({"x": torch.ones(10)}, step=step)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(step,)) for step in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not failures
+    assert sorted(step or 0 for step in steps(Store(tmp_path))) == list(range(8))
+
+
+def test_a_checkpoint_of_a_store_is_never_replaced(tmp_path: Path) -> None:
+    """As two processes would meet on a file system without locks."""
+    gate = Gate()
+    store = Store(tmp_path / "a", files=gate)
+    pending = store.save_in_background({"x": 1}, step=1)
+    assert gate.reached.wait(PATIENCE_S)
+    theirs = Store(tmp_path / "b").save({"x": 2}, step=2)
+    theirs.path.rename(tmp_path / "a" / "checkpoint_0")
+    gate.opened.set()
+    with pytest.raises(BackgroundSaveError) as caught:
+        pending.wait()
+    assert isinstance(caught.value.__cause__, StoreError)
+    assert steps(store) == [2]
+
+
+def test_a_forked_child_leaves_while_its_parent_saves(tmp_path: Path) -> None:
+    gate = Gate()
+    store = Store(tmp_path, files=gate)
+    store.save_in_background({"x": 1}, step=1)
+    assert gate.reached.wait(PATIENCE_S)
+    assert in_child(store.wait) == 0
+    gate.opened.set()
+    store.wait()
+    assert steps(store) == [1]
+
+
+def test_a_forked_child_may_not_write_to_its_parents_store(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save({"x": torch.ones(3)})
+    assert in_child(lambda: store.save({"x": torch.ones(3)}) and None) == 3
+    assert len(store.list()) == 1
+
+
+def test_a_forked_child_may_write_to_a_store_of_its_own(tmp_path: Path) -> None:
+    mine, childs = Store(tmp_path / "mine"), Store(tmp_path / "childs")
+    mine.save({"x": torch.ones(3)})
+    assert in_child(lambda: childs.save({"x": torch.ones(3)}, step=4) and None) == 0
+    assert steps(childs) == [4]
+
+
+def test_a_failure_is_told_though_the_store_was_dropped(tmp_path: Path) -> None:
+    program = (
+        "import gc, sys; from keepstep import Store; import test_concurrent_saves as t\n"
+        f"Store({str(tmp_path)!r}, files=t.Refusing()).save_in_background({{'x': 1}})\n"
+        "import time; time.sleep(0.3); gc.collect()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    assert "disk on fire" in done.stderr
+
+
+def test_dropped_stores_leave_no_threads_and_descriptors(tmp_path: Path) -> None:
+    def use(name: str) -> None:
+        Store(tmp_path / name).save_in_background({"x": torch.ones(3)}).wait()
+
+    use("first")
+    gc.collect()
+    descriptors = open_files()
+    for _ in range(20):
+        use("first")
+    gc.collect()
+    assert open_files() <= descriptors
+    deadline = time.monotonic() + PATIENCE_S
+    while any(t.name.startswith("keepstep") for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("keepstep")]
+
+
+def test_failures_while_staging_cost_no_memory_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two blocks in all, a third failure would wait for ever if each kept one."""
+    store = Store(tmp_path, memory_budget_bytes=2 * BLOCK_BYTES)
+
+    def refuse(_: torch.Tensor) -> None:
+        raise RuntimeError("the device fell off the bus")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keepstep.checkpoint.staging.host_bytes", refuse)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="bus"):
+                store.save_in_background({"x": torch.ones(3)})
+    assert store.save({"x": torch.ones(BLOCK_BYTES)}).verify().sound
+
+
+def test_threads_that_meet_a_refused_direct_write_all_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems take O_DIRECT at open and refuse it at write, in two threads at once."""
+    real, both = os.pwrite, threading.Barrier(2)
+    refused = threading.local()
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if not getattr(refused, "once", False):
+            refused.once = True
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(PATIENCE_S)
+            raise OSError(22, "Invalid argument")
+        return real(fd, data, offset)
+
+    segment: SegmentFile = LocalFiles().create_segment(tmp_path / "segment", 2 * PAGE_BYTES)
+    if not getattr(segment, "_direct", False):
+        pytest.skip("this file system knows no direct writes")
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    failures: list[BaseException] = []
+
+    def write(offset: int) -> None:
+        try:
+            segment.write_at(memoryview(bytes(PAGE_BYTES)), offset)
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(offset,)) for offset in (0, PAGE_BYTES)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    segment.finish()
+    assert not failures
+
+
+def test_everything_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    from keepstep import Retention
+
+    store = Store(tmp_path, retention=Retention(keep_last=2))
+    store.save({"x": torch.zeros(100)})
+    stop, failures = threading.Event(), []
+
+    def over_and_over(work: Callable[[], object]) -> None:
+        try:
+            while not stop.is_set():
+                work()
+        except Exception as error:
+            failures.append(error)
+
+    jobs: list[Callable[[], object]] = [
+        lambda: store.save_in_background({"x": torch.ones(100)}),
+        lambda: store.save({"x": torch.ones(100)}),
+        store.wait,
+        store.list,
+        lambda: store.latest() or pytest.fail("there is always one"),
+        lambda: store.load_latest_into({"x": torch.zeros(100)}),
+        store.prune,
+    ]
+    threads = [threading.Thread(target=over_and_over, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    stop.set()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not failures
+    assert not caplog.records
