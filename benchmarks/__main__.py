@@ -44,7 +44,6 @@ _PARTS: dict[str, Callable[[Settings], list[Bar]]] = {
 def main(only: tuple[str, ...], quick: bool, directory: Path) -> None:
     """Measure keepstep beside torch.save, Accelerate and DCP."""
     quiet_peers()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written is removed
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
     size = QUICK if quick else FULL
@@ -77,4 +76,5 @@ def _check_space(directory: Path, needed_bytes: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written is removed
     main()
