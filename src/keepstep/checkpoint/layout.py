@@ -11,11 +11,11 @@ Tensors that share memory are stored once; the others are aliases, kept in state
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from keepstep.checkpoint.manifest import DATA_ALIGNMENT_BYTES
 
@@ -28,15 +28,15 @@ _HEADER_ENTRY_BYTES = 120
 """An estimate of a tensor's header entry without its name."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorInfo:
-    """What the layout has to know of a tensor.
+class TensorInfo(NamedTuple):
+    """What the layout has to know of a tensor. A tuple, since there may be a hundred thousand.
 
     Attributes:
         address, group, name: see `keepstep.tree.Leaf`.
         dtype: torch's name.
         shape: in elements.
         itemsize: bytes of one element.
+        bytes: size when stored densely.
         memory: identity of the storage it is a view of (device and address), None if it can't be shared.
         begin: address of its first element, bytes.
         stride: in elements.
@@ -49,15 +49,11 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     itemsize: int
-    memory: tuple[str, int] | None = None
+    bytes: int
+    memory: tuple[int, int] | None = None
     begin: int = 0
     stride: tuple[int, ...] = ()
     contiguous: bool = True
-
-    @property
-    def bytes(self) -> int:
-        """Size when stored densely."""
-        return math.prod(self.shape) * self.itemsize
 
     @property
     def end(self) -> int:
@@ -138,7 +134,7 @@ def _find_aliases(tensors: Sequence[TensorInfo]) -> list[Alias]:
     The container must be contiguous (or the very same view). Views that overlap without one holding the
     other are stored apart: their values are kept, their sharing is not.
     """
-    by_memory: dict[tuple[str, int], list[int]] = defaultdict(list)
+    by_memory: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         if tensor.memory is not None and tensor.bytes:
             by_memory[tensor.memory].append(index)
@@ -246,27 +242,29 @@ _SAFETENSORS_DTYPES = {
 _AS_PAIRS = {"complex128": "F64", "complex32": "F16"}
 
 
-def _header_entry(tensor: TensorInfo, begin: int) -> dict[str, object]:
+def _header_entry(tensor: TensorInfo, begin: int) -> str:
     """What the header says; dtypes that safetensors lacks are written as what their bytes are."""
-    shape = list(tensor.shape)
+    shape = tensor.shape
     if tensor.dtype in _AS_PAIRS:
-        kind, shape = _AS_PAIRS[tensor.dtype], [*shape, 2]
+        kind, shape = _AS_PAIRS[tensor.dtype], (*shape, 2)
     else:
         kind = _SAFETENSORS_DTYPES.get(tensor.dtype, "U8")
-    return {"dtype": kind, "shape": shape, "data_offsets": [begin, begin + tensor.bytes]}
+    name = tensor.name if tensor.name != "__metadata__" else "__metadata__~2"
+    numbers, where = ",".join(map(str, shape)), f"[{begin},{begin + tensor.bytes}]"
+    return f'{json.dumps(name)}:{{"dtype":"{kind}","shape":[{numbers}],"data_offsets":{where}}}'
 
 
 def _segment(file: str, members: Iterable[int], tensors: Sequence[TensorInfo]) -> Segment:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # Text, not nested objects: with a hundred thousand tensors the garbage collector would feel them.
+    entries = ['"__metadata__":{"format":"pt"}']
     placements: list[tuple[int, int, int]] = []
     position = 0
     for index in members:
         tensor = tensors[index]
-        name = tensor.name if tensor.name != "__metadata__" else "__metadata__~2"
-        header[name] = _header_entry(tensor, position)
+        entries.append(_header_entry(tensor, position))
         placements.append((index, position, tensor.bytes))
         position += tensor.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = f"{{{','.join(entries)}}}".encode()
     padded = -(len(text) + 8) % DATA_ALIGNMENT_BYTES + len(text)
     data = padded.to_bytes(8, "little") + text.ljust(padded)
     return Segment(
