@@ -102,10 +102,11 @@ class _LocalSegment:
 
     def write_at(self, data: memoryview, offset: int) -> None:
         while data:
+            direct = self._direct  # before the write: another thread may leave direct mode meanwhile
             try:
                 written = os.pwrite(self._fd, data, offset)
             except OSError as error:
-                if not (self._direct and error.errno == errno.EINVAL):
+                if not (direct and error.errno == errno.EINVAL):
                     raise
                 self._leave_direct()
                 continue
@@ -254,6 +255,14 @@ class StoreLock:
             os.pwrite(fd, owner.encode(), 0)
             cls._held[path] = (os.getpid(), fd)
             return None
+
+    @classmethod
+    def start_anew_after_fork(cls) -> None:
+        """Another thread of the parent may have been inside; its lock would never be released here."""
+        cls._guard = threading.Lock()
+
+
+os.register_at_fork(after_in_child=StoreLock.start_anew_after_fork)
 
 
 class DirectoryLock:

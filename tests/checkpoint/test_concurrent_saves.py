@@ -127,7 +127,7 @@ def test_stores_that_begin_at_once_do_not_sweep_each_other(tmp_path: Path) -> No
     def save(step: int) -> None:
         try:
             Store(tmp_path).save({"x": torch.ones(10)}, step=step)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             failures.append(error)
 
     threads = [threading.Thread(target=save, args=(step,)) for step in range(8)]
@@ -273,7 +273,7 @@ def test_everything_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         try:
             while not stop.is_set():
                 work()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             failures.append(error)
 
     jobs: list[Callable[[], object]] = [

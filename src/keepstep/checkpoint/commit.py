@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from keepstep.checkpoint.manifest import MANIFEST_NAME
@@ -23,6 +23,7 @@ from keepstep.errors import (
     DirectoryNotOursError,
     KeepstepError,
     NoSpaceError,
+    StoreBusyError,
     StoreError,
     StoreReadOnlyError,
 )
@@ -117,8 +118,9 @@ def is_ours(directory: Path) -> bool:
 class Workspace:
     """An unfinished checkpoint. Published whole by `commit`, or gone after `discard`."""
 
-    def __init__(self, files: Files, final: Path) -> None:
+    def __init__(self, files: Files, final: Path, *, may_replace: bool = True) -> None:
         self.final = final
+        self._may_replace = may_replace
         self.path = final.with_name(f"{final.name}{_TMP}{secrets.token_hex(6)}")
         self._files = files
         self._lock: DirectoryLock | None = None
@@ -145,6 +147,11 @@ class Workspace:
     def commit(self, manifest: bytes) -> None:
         """Publish. Everything named by the manifest is durable already."""
         replaces = check_target(self.final)
+        if replaces and not self._may_replace:
+            raise StoreBusyError(
+                f"{self.final} was written by another process meanwhile. One process at a time may write to "
+                "a store: stop that one, or give this run another directory"
+            )
         if replaces:
             self._keep_foreign_files()
         self._files.write_file(self.path / MANIFEST_NAME, manifest)
@@ -215,8 +222,17 @@ def _link_tree(files: Files, source: Path, target: Path) -> None:
         files.link(source, target)
 
 
-def sweep(files: Files, parent: Path, *, prefix: str = "") -> None:
-    """Remove unfinished checkpoints of dead processes; those of living ones are locked and stay."""
+def sweep(
+    files: Files, parent: Path, *, prefix: str = "", in_flight: Callable[[str], bool] = lambda _: False
+) -> None:
+    """Remove unfinished checkpoints of dead processes; those of living ones are locked and stay.
+
+    Args:
+        files: how the disk is changed.
+        parent: where they lie.
+        prefix: only those that were to become this name.
+        in_flight: whether this process is saving under a name; it may not have come to the lock yet.
+    """
     for entry in os.listdir(parent):
         match = _UNFINISHED.match(entry)
         if match is None or (prefix and match[1] != prefix):
@@ -227,18 +243,32 @@ def sweep(files: Files, parent: Path, *, prefix: str = "") -> None:
         except OSError:  # locked by the process that writes it, or not a directory
             continue
         try:
-            if lock.supported:
+            if lock.supported and not in_flight(match[1]) and not path.is_symlink():
                 log.info("removing %s, left unfinished by a process that died", path)
-                files.remove_tree(path)
+                _remove_if_possible(files, path)
         finally:
             lock.release()
+
+
+def _remove_if_possible(files: Files, path: Path) -> None:
+    """What can't go now is no reason to refuse a save; the next sweep tries again."""
+    try:
+        files.remove_tree(path)
+    except OSError as error:
+        if path.exists():
+            log.warning("could not remove %s (%s); the next save tries again", path, error)
 
 
 def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
     """Delete a checkpoint: out of sight by one rename first, then its files.
 
-    Files that keepstep did not write are not deleted: they stay, in a directory of the old name.
+    Files that keepstep did not write are not deleted: they stay, in a directory of the old name. If a link
+    stands for the checkpoint, the link goes and what it points to stays: it lies outside the store.
     """
+    if directory.is_symlink():
+        log.warning("%s is a link; what it points to, %s, is kept", directory, directory.resolve())
+        files.remove_file(directory)
+        return
     files.make_directory(trash)
     doomed = trash / f"{directory.name}.{secrets.token_hex(4)}"
     files.rename(directory, doomed)
@@ -259,12 +289,18 @@ def _remove_ours(files: Files, directory: Path) -> None:
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             files.remove_file(directory / name)
-    if not os.listdir(directory):
-        files.remove_directory(directory)
+    with contextlib.suppress(FileNotFoundError):  # another thread empties the trash as well
+        if not os.listdir(directory):
+            files.remove_directory(directory)
 
 
 def empty_trash(files: Files, trash: Path) -> None:
-    """Finish deletions that a dead process began."""
+    """Finish deletions that a dead process began; what refuses to go stays in the trash."""
     for entry in os.listdir(trash) if trash.is_dir() else []:
-        if (trash / entry).is_dir():
-            _remove_ours(files, trash / entry)
+        path = trash / entry
+        if path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            _remove_ours(files, path)
+        except OSError as error:
+            log.warning("could not remove %s (%s); the next process that writes tries again", path, error)

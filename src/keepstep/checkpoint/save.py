@@ -114,6 +114,7 @@ class Save:
         *,
         files: Files,
         final: Path,
+        may_replace: bool,
         state: Any,
         description: Description,
         lineage: Lineage,
@@ -131,7 +132,7 @@ class Save:
         self._layout = plan(infos)
         with explained(final):
             check_target(final)
-        self._workspace = Workspace(files, final)
+        self._workspace = Workspace(files, final, may_replace=may_replace)
         self._writer = SegmentWriter(
             files, self._workspace.path, self._layout, [leaf.tensor for leaf in flat.leaves], pool, threads
         )
@@ -157,9 +158,13 @@ class Save:
             try:
                 return work()
             except BaseException:
-                self._writer.abort()
-                self._workspace.discard()
+                self.discard()
                 raise
+
+    def discard(self) -> None:
+        """Stop and remove what was written; a committed checkpoint stays."""
+        self._writer.abort()
+        self._workspace.discard()
 
     def _write_and_commit(self) -> Manifest:
         self._workspace.open()
@@ -218,7 +223,8 @@ def _info(leaf: Leaf) -> TensorInfo:
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),
         itemsize=tensor.itemsize,
-        memory=None if hidden else (str(tensor.device), storage.data_ptr()),
+        bytes=tensor.nbytes,
+        memory=None if hidden else (tensor.get_device(), storage.data_ptr()),
         begin=tensor.data_ptr(),
         stride=tensor.stride(),
         contiguous=tensor.is_contiguous(),

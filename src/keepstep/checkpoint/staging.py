@@ -62,8 +62,9 @@ class BlockPool:
                 self._changed.wait()
             if self._free:
                 return self._free.pop()
+            block = Block(BLOCK_BYTES)
             self._made += 1
-        return Block(BLOCK_BYTES)
+            return block
 
     def release(self, block: Block) -> None:
         """Give a block back."""

@@ -26,7 +26,7 @@ from keepstep.checkpoint.retention import Retention, decide
 from keepstep.checkpoint.save import Description, Lineage, Save, describe
 from keepstep.checkpoint.staging import BlockPool
 from keepstep.checkpoint.verify import Report, verify_checkpoint
-from keepstep.checkpoint.version import Checkpoint, PendingSave
+from keepstep.checkpoint.version import Checkpoint, PendingSave, unseen_failures
 from keepstep.checkpoint.writer import WRITER_THREADS
 from keepstep.errors import (
     BackgroundSaveError,
@@ -50,13 +50,17 @@ class _Engine:
 
     def __init__(self, files: Files | None, memory_budget_bytes: int) -> None:
         self.files: Files = files if files is not None else LocalFiles()
+        self.memory_budget_bytes = memory_budget_bytes
         self.pool = BlockPool(memory_budget_bytes)
         self.threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="keepstep-write")
 
-    def save(self, final: Path, state: Any, description: Description, lineage: Lineage) -> Save:
+    def save(
+        self, final: Path, state: Any, description: Description, lineage: Lineage, *, may_replace: bool
+    ) -> Save:
         return Save(
             files=self.files,
             final=final,
+            may_replace=may_replace,
             state=state,
             description=description,
             lineage=lineage,
@@ -89,13 +93,45 @@ def save_directory(
     description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
     engine = _Engine(files, 64 << 20)
     try:
-        manifest = engine.save(final, state, description, Lineage(run=secrets.token_hex(8))).write()
+        lineage = Lineage(run=secrets.token_hex(8))
+        manifest = engine.save(final, state, description, lineage, may_replace=True).write()
     finally:
         engine.threads.shutdown()
     return Checkpoint(Path(directory), manifest)
 
 
-_stores_with_threads: weakref.WeakSet[Store] = weakref.WeakSet()
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+class _Places:
+    """Where this process is saving: two stores of one path, or two threads, take different numbers."""
+
+    def __init__(self) -> None:
+        self.claiming = threading.Lock()
+        self._guard = threading.Lock()
+        self._taken: set[Path] = set()
+
+    def take(self, root: Path) -> Path:
+        """The next free place of a store, kept free for the caller."""
+        with self._guard:
+            number = catalog.next_number(root)
+            while (resolved := root.resolve() / catalog.checkpoint_name(number)) in self._taken:
+                number += 1
+            self._taken.add(resolved)
+            return root / catalog.checkpoint_name(number)
+
+    def taken(self, final: Path) -> bool:
+        """Whether a save to `final` is in flight in this process."""
+        with self._guard:
+            return final.parent.resolve() / final.name in self._taken
+
+    def release(self, final: Path) -> None:
+        """The save to `final` is over."""
+        with self._guard:
+            self._taken.discard(final.parent.resolve() / final.name)
+
+
+_places = _Places()
 
 
 class Store:
@@ -120,13 +156,17 @@ class Store:
     ) -> None:
         self.path = Path(path)
         self.retention = retention if retention is not None else Retention()
-        self._engine = _Engine(files, memory_budget_bytes)
+        self._lineage = Lineage(run=secrets.token_hex(8))
+        self._start(_Engine(files, memory_budget_bytes))
+        _stores.add(self)
+
+    def _start(self, engine: _Engine) -> None:
+        """Everything that belongs to this process; a fork starts anew, without its parent's threads."""
+        self._engine = engine
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="keepstep-commit")
         self._one_save = threading.RLock()
         self._in_flight: PendingSave | None = None
-        self._lineage = Lineage(run=secrets.token_hex(8))
         self._owned = False
-        _stores_with_threads.add(self)
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r})"
@@ -165,7 +205,10 @@ class Store:
         with self._one_save:
             self.wait()
             save = self._begin(state, description)
-            return self._committed(save.final, save.write())
+            try:
+                return self._committed(save.final, save.write())
+            finally:
+                _places.release(save.final)
 
     def save_in_background(
         self,
@@ -188,9 +231,14 @@ class Store:
             self.wait()
             began = time.perf_counter()
             save = self._begin(state, description)
-            save.stage()
-            future = self._finisher.submit(self._finish, save)
-            self._in_flight = PendingSave(future, time.perf_counter() - began)
+            try:
+                save.stage()
+                future = self._finisher.submit(self._finish, save)
+                self._in_flight = PendingSave(future, time.perf_counter() - began)
+            except BaseException:  # Ctrl-C between the two
+                _places.release(save.final)
+                save.discard()
+                raise
             return self._in_flight
 
     @property
@@ -204,18 +252,30 @@ class Store:
         Raises:
             BackgroundSaveError: it, or an earlier one nobody asked about, failed.
         """
-        pending, self._in_flight = self._in_flight, None
-        if pending is not None:
+        pending = self._in_flight
+        if pending is None:
+            return
+        try:
             with contextlib.suppress(BackgroundSaveError) if pending.seen else contextlib.nullcontext():
                 pending.wait()
+        finally:
+            if pending.done() and self._in_flight is pending:  # not so if the waiting was interrupted
+                self._in_flight = None
 
     def _finish(self, save: Save) -> Checkpoint:
-        return self._committed(save.final, save.finish())
+        try:
+            return self._committed(save.final, save.finish())
+        finally:
+            _places.release(save.final)
 
     def _begin(self, state: Any, description: Description) -> Save:
         self.claim()
-        final = self.path / catalog.checkpoint_name(catalog.next_number(self.path))
-        return self._engine.save(final, state, description, self._lineage)
+        final = _places.take(self.path)
+        try:
+            return self._engine.save(final, state, description, self._lineage, may_replace=False)
+        except BaseException:
+            _places.release(final)
+            raise
 
     def _committed(self, path: Path, manifest: Manifest) -> Checkpoint:
         self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
@@ -237,7 +297,7 @@ class Store:
             StoreReadOnlyError, StoreError: the directory can't be written to.
         """
         if not self._owned:
-            with explained(self.path):
+            with explained(self.path), _places.claiming:
                 self._take_lock()
 
     def _take_lock(self) -> None:
@@ -250,7 +310,7 @@ class Store:
                 f"{self.path} is being written to by {holder}. One process at a time may write to a store: "
                 "stop that one, or give this run another directory"
             )
-        sweep(files, self.path)
+        sweep(files, self.path, in_flight=lambda name: _places.taken(self.path / name))
         empty_trash(files, internal / "trash")
         self._owned = True
 
@@ -385,8 +445,8 @@ class Store:
                 log.debug("deleting %s: %s", decision.entry.path, decision.reason)
                 try:
                     self._delete(decision.entry)
-                except StoreError:
-                    if decision.entry.path.exists():
+                except StoreError as error:
+                    if not isinstance(error.__cause__, FileNotFoundError):
                         raise
                     continue  # somebody else deleted it first
                 dropped.append(decision.entry.name)
@@ -395,9 +455,21 @@ class Store:
 
 @atexit.register
 def _report_unseen_failures() -> None:
-    """The last chance to say that a background save failed."""
-    for store in list(_stores_with_threads):
+    """The last chance to say that a background save failed; Python has waited for the threads by now."""
+    for pending in list(unseen_failures):
         try:
-            store.wait()
+            pending.wait()
         except BackgroundSaveError as error:
             log.critical("keepstep: %s", error)
+
+
+def _start_anew_after_fork() -> None:
+    """A child has none of its parent's threads and locks; the save in flight is its parent's business."""
+    global _places  # noqa: PLW0603
+    _places = _Places()
+    unseen_failures.clear()
+    for store in list(_stores):
+        store._start(_Engine(store._engine.files, store._engine.memory_budget_bytes))
+
+
+os.register_at_fork(after_in_child=_start_anew_after_fork)

@@ -17,7 +17,7 @@ from keepstep.checkpoint.restore import load_into, load_tree
 from keepstep.checkpoint.verify import Report, verify_checkpoint
 from keepstep.errors import BackgroundSaveError, CheckpointNotFoundError
 
-__all__ = ["Checkpoint", "PendingSave"]
+__all__ = ["Checkpoint", "PendingSave", "unseen_failures"]
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +158,11 @@ class PendingSave:
         self._future = future
         self.staging_s = staging_s
         self.seen = False
+        future.add_done_callback(self._done)
+
+    def _done(self, future: Future[Checkpoint]) -> None:
+        if isinstance(future.exception(), Exception) and not self.seen:
+            unseen_failures.add(self)
 
     def done(self) -> bool:
         """Whether it is committed, or has failed."""
@@ -173,7 +178,12 @@ class PendingSave:
             checkpoint = self._future.result()
         except Exception as error:
             self.seen = True
+            unseen_failures.discard(self)
             raise BackgroundSaveError(
                 f"a checkpoint could not be saved in the background: {error}"
             ) from error
         return checkpoint
+
+
+unseen_failures: set[PendingSave] = set()
+"""Saves that failed and that nobody has asked about, whether or not their store is still there."""

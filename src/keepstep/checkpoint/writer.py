@@ -91,7 +91,7 @@ class SegmentWriter:
         self._next_block = threading.Lock()
         self._aborted = threading.Event()
         self._hasher = OrderedHasher(self._aborted)
-        self._staged: list[Future[None]] = []
+        self._running: list[Future[None]] = []
         self.digests: dict[int, str] = {}
         """Digest of each stored tensor, by its index; complete after `write` or `drain`."""
 
@@ -99,17 +99,21 @@ class SegmentWriter:
 
     def write(self) -> None:
         """Copy, hash and write everything; durable on return."""
-        self._settle(
-            [self._threads.submit(self._guarded, self._copy_and_write_blocks) for _ in range(WRITER_THREADS)]
-        )
+        for _ in range(WRITER_THREADS):
+            self._running.append(self._threads.submit(self._guarded, self._copy_and_write_blocks))
+        self._settle(self._running)
 
     def stage(self) -> None:
         """Copy everything; hashing and writing go on behind. The tensors may change afterwards."""
         try:
             while (job := self._take_block()) is not None:
                 block = self._pool.acquire(self._aborted)
-                self._fill(job, block)
-                self._staged.append(self._threads.submit(self._guarded, self._hash_and_write, job, block))
+                try:
+                    self._fill(job, block)
+                except BaseException:
+                    self._pool.release(block)
+                    raise
+                self._running.append(self._threads.submit(self._guarded, self._hash_and_write, job, block))
         except Aborted:
             pass  # drain() raises what really happened
         except BaseException:
@@ -120,12 +124,12 @@ class SegmentWriter:
 
     def drain(self) -> None:
         """Wait until all that was staged is durable."""
-        self._settle(self._staged)
+        self._settle(self._running)
 
     def abort(self) -> None:
         """Stop as soon as possible, wait for the threads, close the files without any promise."""
         self._stop_threads()
-        wait(self._staged)
+        wait(self._running)
         for segment in self._segments:
             if segment.file is not None:
                 segment.file.abandon()
