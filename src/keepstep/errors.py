@@ -21,7 +21,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     │   └── DigestError            a digest differs: flipped bits
     ├── NoValidCheckpointError     there are checkpoints, and every one of them is damaged
     ├── MismatchError              a sound checkpoint that does not fit the live objects
-    ├── RestoreError               an object's own load_state_dict raised
+    ├── RestoreError               an object's own load_state_dict, or a codec, raised
     ├── BackgroundSaveError        a save in the background failed; raised at the next call
     └── UsageError                 a call or configuration that cannot work (also a ValueError)
         └── NotPreparedError       an object that has to go through prepare() first
@@ -32,6 +32,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "BackgroundSaveError",
@@ -83,6 +84,9 @@ class TensorNotSavableError(StateError, ValueError):
 class StoreError(KeepstepError):
     """The place where checkpoints live refuses; checkpoints already there are untouched."""
 
+    def __str__(self) -> str:
+        return str(self.args[-1]) if self.args else ""  # OSError would put "[Errno 17]" in front
+
 
 class DirectoryNotOursError(StoreError, FileExistsError):
     """A target directory holds files that keepstep did not write; none of them is touched."""
@@ -102,8 +106,8 @@ class NoSpaceError(StoreError, OSError):
     def __init__(self, message: str) -> None:
         super().__init__(errno.ENOSPC, message)
 
-    def __str__(self) -> str:
-        return str(self.args[1])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self),)  # an error may have to reach another process
 
 
 class CheckpointNotFoundError(StoreError, FileNotFoundError):
@@ -125,6 +129,9 @@ class DamagedCheckpointError(KeepstepError):
         self.overwritten = tuple(overwritten)
         super().__init__(message)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _damage, (type(self), self.path, self.message, self.overwritten)
+
     def __str__(self) -> str:
         text = f"{self.path}: {self.message}"
         if self.overwritten:
@@ -135,6 +142,12 @@ class DamagedCheckpointError(KeepstepError):
                 "The live objects are in a mixed state: load another checkpoint into them before you go on"
             )
         return text
+
+
+def _damage(
+    kind: type[DamagedCheckpointError], path: Path, message: str, overwritten: Sequence[str]
+) -> DamagedCheckpointError:
+    return kind(path, message, overwritten=overwritten)
 
 
 class ManifestError(DamagedCheckpointError):
@@ -192,7 +205,7 @@ class MismatchError(KeepstepError, ValueError):
 
 
 class RestoreError(KeepstepError):
-    """An object's own load_state_dict raised; the cause is chained."""
+    """An object's own load_state_dict, or a codec, raised; the cause is chained."""
 
 
 class BackgroundSaveError(KeepstepError):

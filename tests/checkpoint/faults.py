@@ -172,7 +172,7 @@ class FaultyFiles:
         assert self.graveyard is not None
         self.graveyard.mkdir(exist_ok=True)
         grave = self.graveyard / str(len(list(self.graveyard.iterdir())))
-        os.rename(path, grave)
+        path.rename(grave)
         self._changed({path.parent}, lambda: grave.rename(path))
 
 

@@ -376,7 +376,7 @@ def test_nesting_at_the_edge_of_the_stack(target: Path, original: Path, where: s
     for depth in range(600, 1000, 13):
         shutil.rmtree(target)
         shutil.copytree(original, target)
-        rewrite(target, lambda m, s: places[where](m, s).update({keys.get(where, where): "@deep@"}))  # noqa: B023
+        rewrite(target, lambda m, s: places[where](m, s).update({keys.get(where, where): "@deep@"}))
         deepen(target, depth)
         checkpoint = None
         with contextlib.suppress(DamagedCheckpointError):
@@ -394,7 +394,7 @@ def test_nesting_at_the_edge_of_the_stack(target: Path, original: Path, where: s
 def test_a_newer_schema_says_so(target: Path) -> None:
     rewrite(target, put("m", "schema")(7))
     with pytest.raises(
-        SchemaVersionError, match="schema version 7; this keepstep reads up to 1: upgrade keepstep"
+        SchemaVersionError, match=r"schema version 7; this keepstep reads up to 1: upgrade keepstep"
     ):
         Checkpoint.open(target)
 
@@ -417,7 +417,7 @@ def _replace(path: Path, make: Callable[[Path], None]) -> None:
 
 IN_PLACE: dict[str, Callable[[Path], None]] = {
     "a directory": lambda path: path.mkdir(),
-    "a fifo": lambda path: os.mkfifo(path),
+    "a fifo": os.mkfifo,
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a dangling link": lambda path: path.symlink_to("nowhere"),
     "a device": lambda path: path.symlink_to("/dev/zero"),
@@ -542,7 +542,7 @@ def test_missing_files_have_their_own_error(target: Path) -> None:
 def test_a_changed_manifest_has_its_own_error(target: Path) -> None:
     text = (target / "manifest.json").read_text().replace('"step": 3', '"step": 4')
     (target / "manifest.json").write_text(text)
-    with pytest.raises(DigestError, match="manifest.json says its digest is"):
+    with pytest.raises(DigestError, match=r"manifest.json says its digest is"):
         Checkpoint.open(target)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.checkpoint.equality import assert_same, difference
 from torch import nn
 
 from keepstep.checkpoint.store import Store
@@ -27,7 +28,6 @@ from keepstep.errors import (
     UsageError,
 )
 from keepstep.tree import leaf, register_codec
-from tests.checkpoint.equality import assert_same, difference
 
 
 class Counter:
@@ -248,16 +248,16 @@ def test_interleaved_views_are_no_conflict(tmp_path: Path) -> None:
 def test_different_values_never_go_into_one_memory(tmp_path: Path, live: Any) -> None:
     b = torch.zeros(3, 3)
     checkpoint = Store(tmp_path).save({"t": [torch.randn(3, 3), torch.randn(3, 3)]})
-    with pytest.raises(MismatchError, match="t/1 and t/0 share memory"):
+    with pytest.raises(MismatchError, match=r"t/1 and t/0 share memory"):
         checkpoint.load_into({"t": live(b)})
     assert_same(b, torch.zeros(3, 3))
 
 
 def test_a_transposed_tie_is_not_a_plain_tie(tmp_path: Path) -> None:
     a, b = torch.randn(3, 3), torch.zeros(3, 3)
-    with pytest.raises(MismatchError, match="share memory"):
+    with pytest.raises(MismatchError, match=r"share memory"):
         Store(tmp_path).save({"t": [a, a.t()]}).load_into({"t": [b, b]})
-    with pytest.raises(MismatchError, match="share memory"):
+    with pytest.raises(MismatchError, match=r"share memory"):
         Store(tmp_path).save({"t": [a, a]}).load_into({"t": [b, b.t()]})
     assert_same(b, torch.zeros(3, 3))
 
@@ -325,7 +325,7 @@ def test_tuples_must_hold_the_same_plain_values(tmp_path: Path) -> None:
     live = (1, torch.zeros(2), float("nan"))
     checkpoint.load_into({"a": live})
     assert_same(live[1], torch.ones(2))
-    with pytest.raises(MismatchError, match="a/0: saved with another value than the live 2"):
+    with pytest.raises(MismatchError, match=r"a/0: saved with another value than the live 2"):
         checkpoint.load_into({"a": (2, torch.zeros(2), float("nan"))})
 
 
@@ -336,9 +336,9 @@ def test_only_restores_a_part(tmp_path: Path) -> None:
     checkpoint.load_into({"model": live["model"]}, only="model")
     assert_same(frozen(live["model"]), frozen(saved["model"]))
     assert_same(frozen(live["optimizer"]), optimizer)
-    with pytest.raises(UsageError, match="matches nothing"):
+    with pytest.raises(UsageError, match=r"matches nothing"):
         checkpoint.load_into({"modle": live["model"]}, only="modle")
-    with pytest.raises(MismatchError, match="unexpected in the checkpoint: optimizer"):
+    with pytest.raises(MismatchError, match=r"unexpected in the checkpoint: optimizer"):
         checkpoint.load_into({"model": live["model"]})
 
 
@@ -350,7 +350,7 @@ def test_an_object_that_refuses_leaves_all_as_it_was(tmp_path: Path) -> None:
     checkpoint = Store(tmp_path).save(saved)
     live = {**everything(2), "zz": Refuses(0)}
     before = frozen({k: v for k, v in live.items() if k != "zz"})
-    with pytest.raises(RestoreError, match="zz: Refuses.load_state_dict .*not this one") as caught:
+    with pytest.raises(RestoreError, match=r"zz: Refuses.load_state_dict .*not this one") as caught:
         checkpoint.load_into(live)
     assert isinstance(caught.value.__cause__, ValueError)
     assert_same(frozen({k: v for k, v in live.items() if k != "zz"}), before)
@@ -364,7 +364,7 @@ def test_an_object_that_cannot_say_its_state_is_no_damage(tmp_path: Path, error:
 
     store = Store(tmp_path)
     store.save({"model": nn.Linear(2, 2), "n": Counter()})
-    with pytest.raises(RestoreError, match="model: Broken.state_dict raised"):
+    with pytest.raises(RestoreError, match=r"model: Broken.state_dict raised"):
         store.load_latest_into({"model": Broken(2, 2), "n": Counter()})
     assert len(store.list()) == 1, "it was not set aside"
 
@@ -383,7 +383,7 @@ def test_a_missing_codec_is_met_before_anything_is_changed(tmp_path: Path) -> No
         leaf.codecs_by_type.clear()
     live = {"model": nn.Linear(2, 2), "train": {"t": None}}
     before = frozen(live)
-    with pytest.raises(UnsupportedTypeError, match="'celsius', which is not registered"):
+    with pytest.raises(UnsupportedTypeError, match=r"'celsius', which is not registered"):
         checkpoint.load_into(live)
     assert_same(frozen(live), before)
 
@@ -407,7 +407,7 @@ def test_damage_names_what_was_overwritten_and_the_older_one_repairs_it(
     newer = store.save(everything(3), step=2)
     damage(newer, "optimizer.safetensors")
     live = everything(2)
-    with pytest.raises(DigestError, match="optimizer") as caught:
+    with pytest.raises(DigestError, match=r"optimizer") as caught:
         newer.load_into(live)
     overwritten = caught.value.overwritten
     assert "counter" in overwritten
@@ -444,7 +444,7 @@ def test_when_all_are_damaged_it_is_an_error_every_time(tmp_path: Path) -> None:
     for step in range(2):
         damage(store.save({"w": torch.ones(3)}, step=step), "w.safetensors")
     for _ in range(2):  # a supervisor starts the run again: it must not start over in silence
-        with pytest.raises(NoValidCheckpointError, match="checkpoint_1"):
+        with pytest.raises(NoValidCheckpointError, match=r"checkpoint_1"):
             Store(tmp_path).load_latest_into({"w": torch.zeros(3)})
 
 
@@ -475,12 +475,12 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     checkpoint = Store(tmp_path).save({"w": torch.ones(3)})
     (checkpoint.path / "w.safetensors").unlink()
     for load in (checkpoint.load, lambda: checkpoint.load_into({"w": torch.zeros(3)})):
-        with pytest.raises(MissingFileError, match="w.safetensors"):
+        with pytest.raises(MissingFileError, match=r"w.safetensors"):
             load()
 
 
 def test_no_such_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match="no such directory"):
+    with pytest.raises(CheckpointNotFoundError, match=r"no such directory"):
         Checkpoint.open(tmp_path / "nothing")
     with pytest.raises(CheckpointNotFoundError, match=r"no manifest.json"):
         Checkpoint.open(tmp_path)

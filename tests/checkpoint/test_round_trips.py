@@ -13,14 +13,14 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
+from tests.checkpoint.equality import assert_same, tensor_bytes
+from tests.test_tree import EXAMPLES, NUMPY, states
 from torch import nn
 from torch.optim import lr_scheduler
 
 from keepstep.checkpoint.manifest import ITEMSIZES
 from keepstep.checkpoint.store import Store
 from keepstep.tree import DTYPES
-from tests.checkpoint.equality import assert_same, tensor_bytes
-from tests.test_tree import EXAMPLES, NUMPY, states
 
 
 def saved(tmp_path: Path, state: Any) -> Any:
@@ -73,7 +73,15 @@ def test_all_dtypes_in_one_file_stay_aligned(tmp_path: Path) -> None:
     assert_same(live, state)
 
 
-x = torch.arange(24.0)
+def over(base: Any, *views: Callable[[Any], Any]) -> list[Any]:
+    """Views of one memory."""
+    return [view(base) for view in views]
+
+
+def it(base: Any) -> Any:
+    return base
+
+
 LAYOUTS: dict[str, Callable[[], Any]] = {
     "transposed": lambda: torch.randn(3, 5).t(),
     "strided": lambda: torch.randn(20)[::3],
@@ -83,27 +91,35 @@ LAYOUTS: dict[str, Callable[[], Any]] = {
     "expanded scalar": lambda: torch.tensor(2.5).expand(1000, 1000),
     "conj": lambda: torch.randn(4, dtype=torch.complex64).conj(),
     "neg": lambda: torch.randn(4, dtype=torch.complex64).conj().imag,
-    "conj beside its base": lambda: (lambda c: [c, c.conj(), torch.view_as_real(c)])(
-        torch.randn(4, dtype=torch.cfloat)
+    "conj beside its base": lambda: over(
+        torch.randn(4, dtype=torch.cfloat), it, torch.conj, torch.view_as_real
     ),
     "flipped": lambda: torch.randn(4, 5).flip(0),
-    "views of one storage": lambda: (lambda b: [b, b[2:5], b.view(4, 6), b[3], b[::2], b[:0]])(
-        torch.randn(24)
+    "views of one storage": lambda: over(
+        torch.randn(24),
+        it,
+        lambda b: b[2:5],
+        lambda b: b.view(4, 6),
+        lambda b: b[3],
+        lambda b: b[::2],
+        lambda b: b[:0],
     ),
-    "views without their base": lambda: (lambda b: [b[2:5], b[4:9], b[10:12]])(torch.randn(24)),
-    "tied": lambda: (lambda b: {"a": b, "b": b})(torch.randn(24)),
-    "tied transposed": lambda: (lambda b: {"a": b, "b": b.t()})(torch.randn(3, 4)),
-    "transposed twice": lambda: (lambda b: {"a": b.t(), "b": b.t()})(torch.randn(3, 4)),
-    "other dtype over the same bytes": lambda: (lambda b: [b, b.view(torch.int32), b.view(torch.uint8)])(
-        torch.randn(6)
+    "views without their base": lambda: over(
+        torch.randn(24), lambda b: b[2:5], lambda b: b[4:9], lambda b: b[10:12]
     ),
-    "odd offset": lambda: (lambda b: [b, b[1:5], torch.zeros(3, dtype=torch.uint8)])(
-        torch.arange(9, dtype=torch.uint8)
+    "tied": lambda: over(torch.randn(24), it, it),
+    "tied transposed": lambda: over(torch.randn(3, 4), it, torch.t),
+    "transposed twice": lambda: over(torch.randn(3, 4), torch.t, torch.t),
+    "other dtype over the same bytes": lambda: over(
+        torch.randn(6), it, lambda b: b.view(torch.int32), lambda b: b.view(torch.uint8)
+    ),
+    "odd offset": lambda: over(
+        torch.arange(9, dtype=torch.uint8), it, lambda b: b[1:5], lambda b: torch.zeros_like(b)[:3]
     ),
     "parameter": lambda: nn.Parameter(torch.randn(3)),
     "requires grad": lambda: torch.randn(3, requires_grad=True) * 2,
-    "array and tensor over the same memory": lambda: (lambda a: [a, torch.from_numpy(a), a[1:]])(
-        np.arange(5.0)
+    "array and tensor over the same memory": lambda: over(
+        np.arange(5.0), it, torch.from_numpy, lambda a: a[1:]
     ),
     "many dimensions": lambda: torch.randn([1] * 20 + [2]),
 }
@@ -174,8 +190,28 @@ def test_any_state_for_long(tmp_path_factory: pytest.TempPathFactory, state: Any
     assert_same(checkpoint.load(), state)
 
 
-@pytest.mark.parametrize("state", [torch.ones(3), 5, [1, torch.ones(2)], {}, None, {"": torch.ones(1)}, {"a/b": {"c": torch.ones(2)}, "a": {"b/c": torch.zeros(2)}}, {"__metadata__": {"__metadata__": torch.ones(2)}}, {"x" * 300: torch.ones(1)}, {"../../etc": torch.ones(1)}, {".": torch.ones(1), "..": torch.ones(2)}, {"A": torch.ones(1), "a": torch.zeros(1)}, {"\ud800": {"\udfff": torch.ones(1)}}, {"manifest": torch.ones(1), "state": torch.ones(2)}, {("t", 1): torch.ones(1), 5: torch.ones(2), None: torch.ones(3)}], ids=lambda s: repr(s)[:30])  # fmt: skip
-def test_odd_roots_and_names(tmp_path: Path, state: Any) -> None:
+ODD_ROOTS: dict[str, Any] = {
+    "a tensor": torch.ones(3),
+    "a number": 5,
+    "a list": [1, torch.ones(2)],
+    "an empty dict": {},
+    "none": None,
+    "an empty name": {"": torch.ones(1)},
+    "slashes": {"a/b": {"c": torch.ones(2)}, "a": {"b/c": torch.zeros(2)}},
+    "safetensors' own name": {"__metadata__": {"__metadata__": torch.ones(2)}},
+    "a long name": {"x" * 300: torch.ones(1)},
+    "a way out": {"../../etc": torch.ones(1)},
+    "dots": {".": torch.ones(1), "..": torch.ones(2)},
+    "two cases": {"A": torch.ones(1), "a": torch.zeros(1)},
+    "surrogates": {"\ud800": {"\udfff": torch.ones(1)}},
+    "names of ours": {"manifest": torch.ones(1), "state": torch.ones(2)},
+    "no strings": {("t", 1): torch.ones(1), 5: torch.ones(2), None: torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROOTS)
+def test_odd_roots_and_names(tmp_path: Path, name: str) -> None:
+    state = ODD_ROOTS[name]
     checkpoint = saved(tmp_path, state)
     assert_same(checkpoint.load(), state)
     assert {p.parent for p in tmp_path.rglob("*.safetensors")} <= {checkpoint.path}
@@ -257,12 +293,10 @@ class WithHooks(nn.Module):
         self.register_state_dict_post_hook(self._rename)
         self.register_load_state_dict_pre_hook(self._rename_back)
 
-    @staticmethod
-    def _rename(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def _rename(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         state[prefix + "kernel"] = state.pop(prefix + "lin.weight").t().contiguous()
 
-    @staticmethod
-    def _rename_back(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _rename_back(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         state[prefix + "lin.weight"] = state.pop(prefix + "kernel").t()
 
 
@@ -275,8 +309,7 @@ class WithCache(nn.Module):
         self.cache = self.lin.weight.detach().sum()
         self.register_load_state_dict_post_hook(self._refresh)
 
-    @staticmethod
-    def _refresh(module: Any, keys: Any) -> None:
+    def _refresh(self, module: Any, keys: Any) -> None:
         module.cache = module.lin.weight.detach().sum()
 
 
@@ -367,17 +400,17 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
     "AdamW named": lambda p: torch.optim.AdamW([(f"p{i}", q) for i, q in enumerate(p)]),
-    "Adafactor": lambda p: torch.optim.Adafactor(p),
+    "Adafactor": torch.optim.Adafactor,
     "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, history_size=3),
-    "Adagrad": lambda p: torch.optim.Adagrad(p),
-    "Adadelta": lambda p: torch.optim.Adadelta(p),
-    "Adamax": lambda p: torch.optim.Adamax(p),
-    "NAdam": lambda p: torch.optim.NAdam(p),
-    "RAdam": lambda p: torch.optim.RAdam(p),
-    "Rprop": lambda p: torch.optim.Rprop(p),
-    "ASGD": lambda p: torch.optim.ASGD(p),
-    "Muon": lambda p: torch.optim.Muon(p),
+    "Adagrad": torch.optim.Adagrad,
+    "Adadelta": torch.optim.Adadelta,
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "Rprop": torch.optim.Rprop,
+    "ASGD": torch.optim.ASGD,
+    "Muon": torch.optim.Muon,
 }
 
 
@@ -402,7 +435,7 @@ def test_optimizers_go_on_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("live_steps", [0, 1])
 def test_float32_optimizer_state_of_bfloat16_weights_survives(tmp_path: Path, live_steps: int) -> None:
-    model, optimizer = trained(OPTIMIZERS["AdamW"], 2, seed=1, dtype=torch.bfloat16)
+    _model, optimizer = trained(OPTIMIZERS["AdamW"], 2, seed=1, dtype=torch.bfloat16)
     for entry in optimizer.state.values():
         entry["exp_avg"] = torch.randn(entry["exp_avg"].shape)
         entry["master"] = torch.randn(entry["exp_avg"].shape, dtype=torch.float64)
@@ -413,7 +446,7 @@ def test_float32_optimizer_state_of_bfloat16_weights_survives(tmp_path: Path, li
 
 
 def test_a_stepped_optimizer_keeps_its_memory(tmp_path: Path) -> None:
-    model, optimizer = trained(OPTIMIZERS["AdamW"], 2, seed=1)
+    _model, optimizer = trained(OPTIMIZERS["AdamW"], 2, seed=1)
     checkpoint = saved(tmp_path, {"optimizer": optimizer})
     _, other = trained(OPTIMIZERS["AdamW"], 1, seed=2)
     before = [entry["exp_avg"].data_ptr() for entry in other.state.values()]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from keepstep.checkpoint.store import Store
 from tests.checkpoint.equality import assert_same
 from tests.crash.test_kill_at_every_operation import leftovers
+
+from keepstep.checkpoint.store import Store
 
 TRAIN = textwrap.dedent(
     """
@@ -96,7 +96,7 @@ def rounds(root: Path, how: str, count: int) -> None:
             assert checkpoint.step is not None
             assert_same(checkpoint.load(), state(checkpoint.step))
     finished = start(root, how, steps=2)
-    out, err = finished.communicate()
+    _out, err = finished.communicate()
     assert finished.returncode == 0, err
     assert leftovers(root) == []
     assert Store(root).latest() is not None

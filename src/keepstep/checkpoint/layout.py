@@ -190,6 +190,8 @@ def _stems(groups: dict[str, list[int]]) -> dict[str, list[int]]:
     taken: set[str] = set()
     for group, members in groups.items():
         stem = re.sub(r"[^A-Za-z0-9_.+=@-]", "_", group)[:120].lstrip(".+=@-") or "group"
+        if re.search(r"-\d+-of-\d+\Z", stem):
+            stem += "="  # or it could be the name of a part of another group
         candidate, n = stem, 1
         while candidate.lower() in taken:  # some file systems don't tell cases apart
             n += 1
