@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,31 @@ def test_generators_are_found_where_they_are_kept() -> None:
     with Replacement(kept, 5):
         again = deep.legacy.rand(), deep.transforms[0].rng.random(), torch.rand(1, generator=deep.generator)
     assert again == first
+
+
+def test_generators_are_found_in_containers_helpers_and_behind_methods() -> None:
+    class Helper:
+        def __init__(self) -> None:
+            self.rng = random.Random(1)
+
+        def apply(self, *_: Any) -> float:
+            return self.rng.random()
+
+    class Holder(runs.Noisy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.helper = Helper()
+            self.by_name = {"one": random.Random(2)}
+            self.listed = [random.Random(3)]
+            self.partial = partial(Helper().apply, rng=random.Random(4))
+
+    for root, expected in ((Holder(), 5), (Helper().apply, 1), (partial(Helper().apply), 1)):
+        kept = find_generators(root)
+        assert len(kept) == expected
+        before = [owner[name] for owner, name in kept]
+        with Replacement(kept, 5):
+            assert not any(owner[name] is mine for (owner, name), mine in zip(kept, before, strict=True))
+        assert all(owner[name] is mine for (owner, name), mine in zip(kept, before, strict=True))
 
 
 def test_a_changed_option_is_not_overwritten_by_what_was_remembered() -> None:

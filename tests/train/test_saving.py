@@ -188,6 +188,12 @@ def test_places_that_were_never_given() -> None:
         _ = accelerator.save_iteration
 
 
+def test_a_missing_place_is_told_at_the_first_call_and_not_when_a_save_is_due() -> None:
+    accelerator = Run(None, checkpoint_policy=CheckpointPolicy(every_n_steps=1000)).accelerator
+    with pytest.raises(UsageError, match="project_dir"):
+        accelerator.checkpoint()
+
+
 def test_nothing_to_load_or_resume(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.accelerator.resume() is None

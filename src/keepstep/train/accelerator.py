@@ -180,9 +180,9 @@ class Accelerator:
         window = self._window
         if window.num_steps > 1:
             loss = loss / window.num_steps
-        self._precision.scale(loss).backward(**kwargs)  # type: ignore[no-untyped-call]
         for optimizer in self._state.optimizers:
-            optimizer.pending = True
+            optimizer.note_backward()
+        self._precision.scale(loss).backward(**kwargs)  # type: ignore[no-untyped-call]
 
     def accumulate(self, *models: torch.nn.Module) -> AbstractContextManager[None]:
         """A context for one micro-batch: inside, optimizers step only at the end of a window.

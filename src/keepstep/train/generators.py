@@ -7,56 +7,64 @@ generator is replaced by one seeded for exactly that piece, and the object's own
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
+from collections import deque
 from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
 
 __all__ = ["KeptGenerator", "Replacement", "find_generators", "fresh_generator"]
 
 _MAX_DEPTH = 5
 _MAX_ITEMS = 64
-_PLAIN = (str, bytes, int, float, complex, torch.Tensor, torch.nn.Module, type)
+_MAX_OBJECTS = 10_000
+_PLAIN = (str, bytes, int, float, complex, torch.Tensor, torch.nn.Module, type, ModuleType, logging.Logger)
 
-KeptGenerator = tuple[dict[str, Any], str]
-"""The attribute dictionary of the object that keeps a generator, and the attribute's name."""
+KeptGenerator = tuple[Any, Any]
+"""What keeps a generator (attributes of an object, a dict or a list), and under which name or number."""
 
 
 def find_generators(root: object) -> list[KeptGenerator]:
-    """Find the generators that `root` and the datasets, samplers and callables within it keep.
+    """Find the generators that `root` and the objects within it keep.
 
-    Looked at are attributes, and lists and tuples of up to 64 items, five levels deep: enough for
-    transforms in a pipeline in a dataset in a subset.
+    Looked at are attributes, what methods are bound to, and the first 64 items of dicts, lists and tuples,
+    five levels deep and 10,000 objects in all: enough for transforms in a pipeline in a dataset in a subset.
     """
     found: list[KeptGenerator] = []
     seen: set[int] = set()
-    waiting: list[tuple[object, int]] = [(root, 0)]
-    while waiting:
-        holder, depth = waiting.pop(0)
+    waiting: deque[tuple[object, int]] = deque([(root, 0)])
+    while waiting and len(seen) < _MAX_OBJECTS:
+        holder, depth = waiting.popleft()
         if id(holder) in seen or depth > _MAX_DEPTH:
             continue
         seen.add(id(holder))
-        if isinstance(holder, list | tuple):
-            waiting += [(item, depth + 1) for item in holder[:_MAX_ITEMS] if _may_hold(item)]
-            continue
-        attributes = getattr(holder, "__dict__", None)
-        if not isinstance(attributes, dict):
-            continue
-        for name, value in attributes.items():
-            if _is_generator(value):
-                found.append((attributes, name))
-            elif _may_hold(value):
+        owner, items = _contents(holder)
+        for name, value in items:
+            if _is_generator(value) and not isinstance(owner, tuple):
+                found.append((owner, name))
+            elif not isinstance(value, _PLAIN):
                 waiting.append((value, depth + 1))
     return found
 
 
-def _may_hold(value: object) -> bool:
-    if isinstance(value, _PLAIN):
-        return False
-    return isinstance(value, list | tuple | Dataset | Sampler) or callable(value)
+def _contents(holder: object) -> tuple[Any, list[tuple[Any, Any]]]:
+    """What keeps the values of an object, and the values by name or number."""
+    if isinstance(holder, list | tuple):
+        return holder, list(enumerate(holder[:_MAX_ITEMS]))
+    if type(holder) is dict:
+        return holder, list(islice(holder.items(), _MAX_ITEMS))
+    if isinstance(holder, MethodType):
+        return (), [(0, holder.__self__)]
+    if isinstance(holder, partial):
+        return holder.keywords, [*holder.keywords.items(), (None, holder.func), (None, holder.args)]
+    attributes = getattr(holder, "__dict__", None)
+    return (attributes, list(attributes.items())) if isinstance(attributes, dict) else (holder, [])
 
 
 def _is_generator(value: object) -> bool:

@@ -92,9 +92,11 @@ class PreparedLoader(DataLoader[Any]):
         try:
             seed = derive_seed(self.seed, cursor.index, cursor.pass_number)
             for batch in self._source.batches(cursor, seed):
-                if cursor.current is entry:
-                    cursor.position += 1
+                progress.advance(entry)
                 yield place(batch)
+        except GeneratorExit:
+            progress.leave(entry)
+            raise
         finally:
             progress.end(entry)
 

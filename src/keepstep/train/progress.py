@@ -17,6 +17,7 @@ began first in this epoch, the *outermost*, says where the script stands:
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class OpenPass:
         ended_before: passes that had ended in this epoch when it began, by loader.
         carried: it says nothing about where the script stands.
         waiting: it was restored, and its loader was not iterated since.
+        handling: id of the exception that was being handled when it began.
     """
 
     cursor: Cursor
@@ -63,6 +65,7 @@ class OpenPass:
     ended_before: Counter[int] = field(default_factory=Counter)
     carried: bool = False
     waiting: bool = False
+    handling: int = 0
 
 
 class Progress:
@@ -79,6 +82,7 @@ class Progress:
         self._open: list[OpenPass] = []
         self._ended: Counter[int] = Counter()
         self._skip: Counter[int] = Counter()
+        self._before_leaving: tuple[int, dict[str, Any]] | None = None
 
     def new_cursor(self) -> Cursor:
         """Add a loader."""
@@ -120,7 +124,25 @@ class Progress:
         cursor.current, cursor.length = entry, None
         if first is not None:
             cursor.position = first
+        entry.handling = id(sys.exception())
+        self._before_leaving = None
         return entry
+
+    def advance(self, entry: OpenPass) -> None:
+        """Note that a pass gives out its next batch."""
+        if entry.cursor.current is entry:
+            entry.cursor.position += 1
+            self._before_leaving = None
+
+    def leave(self, entry: OpenPass) -> None:
+        """Note that a pass was left before its end: by `break`, or by an exception.
+
+        Which of them can't be told yet. Should a checkpoint be made while an exception is handled and before
+        anything else was iterated, it was that one, and the pass is still open in the checkpoint.
+        """
+        before = self._before_leaving or (entry.handling, self.state_dict())
+        self.end(entry)
+        self._before_leaving = before
 
     def next_pass(self, cursor: Cursor, number: int) -> None:
         """Make the loader's next pass number `number`, from its first batch."""
@@ -133,6 +155,7 @@ class Progress:
         if entry.cursor.current is not entry:
             return
         outermost = self._outermost()
+        self._before_leaving = None
         entry.cursor.current = None
         self._open.remove(entry)
         self._ended[entry.cursor.index] += 1
@@ -183,6 +206,7 @@ class Progress:
         self.epoch = max(first, count) - 1
 
     def _enter_epoch(self, loop: int, epoch: int, repeats: bool) -> None:
+        self._before_leaving = None
         self._loop, self.epoch, self._done, self._inside = loop, epoch, False, True
         self._ended.clear()
         outermost = self._outermost()
@@ -196,6 +220,10 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values."""
+        if self._before_leaving is not None:
+            handling, before = self._before_leaving
+            if sys.exception() is not None and id(sys.exception()) != handling:
+                return before
         going_on = self._going_on()
         ended = self._inside and self._outermost() is None and self._ended.total() > 0
         return {
@@ -232,6 +260,7 @@ class Progress:
         """Take on what was saved; passes that are still open here are forgotten."""
         self.epoch, self._loop, self._done = state["epoch"], state["loop"], state["done"]
         self._inside = False
+        self._before_leaving = None
         self._loops_begun = 0
         self._resume_loop = self._loop if self._loop >= 0 else None
         self._ended.clear()

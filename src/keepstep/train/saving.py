@@ -65,6 +65,7 @@ class Saver:
 
     def checkpoint(self, metrics: Mapping[str, Any] | None, tags: Sequence[str]) -> PendingSave | None:
         """Save in the background if the policy says so; return None if not."""
+        store = self._store or self._require_store("checkpoint()")
         busy = False
         if self._pending is not None:
             busy = not self._pending.done()
@@ -81,7 +82,6 @@ class Saver:
                     "it, or use save_state()."
                 )
             return None
-        store = self._require_store("checkpoint()")
         # An earlier save that fails while this one waits for it is reported here, once.
         self._pending = None
         self._pending = store.save_in_background(

@@ -22,6 +22,7 @@ import torch
 from keepstep.errors import MismatchError, RestoreError, UsageError
 from keepstep.train import rng
 from keepstep.train.loader import PreparedLoader
+from keepstep.train.options import options_of, warn_of_replaced
 from keepstep.train.precision import Precision
 from keepstep.train.progress import Progress
 from keepstep.train.step import AccumulationWindow, PreparedOptimizer, PreparedScheduler
@@ -105,11 +106,13 @@ class TrainState:
             MismatchError: the checkpoint doesn't fit what was prepared; nothing was changed.
         """
         run, gradients = _RunState(self), _Gradients(self.optimizers)
+        before = self._options()
         try:
             loaded = load(self._tree(run, gradients))
             if loaded is not None:
                 gradients.apply()
                 run.apply()
+                warn_of_replaced(before, self._options())
             return loaded
         except RestoreError as error:
             if isinstance(error.__cause__, MismatchError):
@@ -119,6 +122,12 @@ class TrainState:
             # Whoever keeps the tree must not keep worker processes alive through it: freed late, by the
             # garbage collector, they take seconds to stop.
             run.detach()
+
+    def _options(self) -> dict[str, Any]:
+        return options_of(
+            [prepared.optimizer for prepared in self.optimizers],
+            [prepared.scheduler for prepared in self.schedulers],
+        )
 
     def _tree(self, run: Any, gradients: Any) -> dict[str, Any]:
         tree: dict[str, Any] = {}
@@ -153,16 +162,20 @@ class _Gradients:
         self._received: dict[str, dict[str, torch.Tensor]] = {}
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{optimizer: {index of the parameter: gradient}}; without those that have nothing pending."""
-        return {
+        """{optimizer: {index of the parameter: gradient}}; without those that have none that count.
+
+        A zero is not the same as None: the optimizer applies momentum and decay to the one and not the other.
+        """
+        found = {
             _numbered("optimizer", number): {
                 str(index): parameter.grad
                 for index, parameter in enumerate(optimizer.parameters())
                 if parameter.grad is not None
             }
             for number, optimizer in enumerate(self._optimizers)
-            if optimizer.pending
+            if not optimizer.has_spent_gradients
         }
+        return {key: gradients for key, gradients in found.items() if gradients}
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
         """Check that the gradients have parameters, and keep them."""
@@ -184,7 +197,7 @@ class _Gradients:
         """Set every gradient as it was: None where none was pending."""
         for number, optimizer in enumerate(self._optimizers):
             saved = self._received.get(_numbered("optimizer", number))
-            optimizer.pending = saved is not None
+            optimizer.forget_gradients(pending=saved is not None)
             for index, parameter in enumerate(optimizer.parameters()):
                 gradient = None if saved is None else saved.get(str(index))
                 parameter.grad = (
@@ -217,6 +230,7 @@ class _RunState:
             "precision": state.precision.name,
             "scaler": state.precision.state_dict(),
             "window": state.window.state_dict(),
+            "schedulers": [type(prepared.scheduler).__qualname__ for prepared in state.schedulers],
             "steps": [[prepared.steps_done, prepared.step_was_skipped] for prepared in state.optimizers],
             "progress": state.progress.state_dict(),
             "loaders": [loader.state_dict() for loader in state.loaders],
@@ -225,11 +239,15 @@ class _RunState:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Check that it fits, and keep it."""
-        different = [*self._precision_differences(saved), *self._loader_differences(saved)]
+        different = [
+            *self._precision_differences(saved),
+            *self._scheduler_differences(saved),
+            *self._loader_differences(saved),
+        ]
         if different:
             raise MismatchError(
-                "The checkpoint doesn't fit this run; nothing was changed. Prepare the same loaders with the "
-                "same settings, or start a new project_dir.",
+                "The checkpoint doesn't fit this run; nothing was changed. Prepare the same schedulers and "
+                "loaders with the same settings, or start a new project_dir.",
                 different=different,
             )
         self._received = saved
@@ -237,6 +255,15 @@ class _RunState:
     def _precision_differences(self, saved: dict[str, Any]) -> list[str]:
         was, now = saved["precision"], self._state.precision.name
         return [] if was == now else [f"mixed_precision was {was!r} and is {now!r} now"]
+
+    def _scheduler_differences(self, saved: dict[str, Any]) -> list[str]:
+        # Schedulers take whatever state they are handed, another kind's too.
+        kinds = [type(prepared.scheduler).__qualname__ for prepared in self._state.schedulers]
+        return [
+            f"scheduler {number} was {was} and is {now} now"
+            for number, (was, now) in enumerate(zip(saved.get("schedulers", []), kinds, strict=False))
+            if was != now
+        ]
 
     def _loader_differences(self, saved: dict[str, Any]) -> list[str]:
         loaders, states = self._state.loaders, saved["loaders"]

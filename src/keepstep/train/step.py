@@ -60,7 +60,7 @@ class PreparedOptimizer(Optimizer):
         optimizer: the one that was prepared.
         steps_done: steps that changed the parameters.
         step_was_skipped: the last step was left out, as gradients had overflowed (fp16).
-        pending: gradients that a step has not used yet may be there.
+        pending: `backward` was called since the last step.
 
     Args:
         optimizer: the user's.
@@ -76,6 +76,8 @@ class PreparedOptimizer(Optimizer):
         self.step_was_skipped = False
         self.pending = False
         self._window = window
+        self._spent = False
+        self._clears: bool | None = None
         self._precision = precision
         precision.prepare_optimizer(optimizer)
 
@@ -120,6 +122,7 @@ class PreparedOptimizer(Optimizer):
         self.step_was_skipped = not changed
         self.steps_done += changed
         self.pending = False
+        self._spent = True
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -127,6 +130,8 @@ class PreparedOptimizer(Optimizer):
         if self._window.sync_gradients:
             self.optimizer.zero_grad(set_to_none=set_to_none)
             self.pending = False
+            if self._spent:
+                self._spent, self._clears = False, self._clears is not False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add to the wrapped optimizer."""
@@ -157,6 +162,24 @@ class PreparedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
+
+    @property
+    def has_spent_gradients(self) -> bool:
+        """Whether a checkpoint can do without the gradients that are there.
+
+        A step has used them, and this script clears what a step has used before it adds to it.
+        """
+        return self._spent and self._clears is True
+
+    def note_backward(self) -> None:
+        """Note that gradients are about to be added to those that are there."""
+        if self._spent and any(parameter.grad is not None for parameter in self.parameters()):
+            self._clears = False
+        self._spent, self.pending = False, True
+
+    def forget_gradients(self, *, pending: bool) -> None:
+        """Note that gradients were replaced by those of a checkpoint."""
+        self._spent, self.pending = False, pending
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """All parameters, in the order of the parameter groups."""

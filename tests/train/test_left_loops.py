@@ -1,0 +1,59 @@
+"""Loops that are left: a checkpoint in an exception's handler is one in the middle of the epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.train.runs import Interrupted, Noisy, Tape, assert_same, attempt, outcome, small_model
+from torch.utils.data import DataLoader
+
+from keepstep import Accelerator
+
+
+def test_a_checkpoint_in_the_handler_of_an_exception_goes_on_in_the_epoch(tmp_path: Path) -> None:
+    stop_at: int | None = None
+
+    def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
+        model = small_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        train, held_out = DataLoader(Noisy(), 4, shuffle=True), DataLoader(Noisy(9), 4, shuffle=True)
+        model, optimizer, train, held_out = accelerator.prepare(model, optimizer, train, held_out)
+        tape.resume()
+        try:
+            for epoch in accelerator.epochs(2):
+                for inputs, indices in train:
+                    accelerator.backward(model(inputs).pow(2).mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    for _ in held_out:
+                        break
+                    tape.note(epoch, indices.tolist())
+                    if accelerator.step == stop_at:
+                        raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            accelerator.save_state()
+            raise Interrupted from None
+        return outcome(model, optimizer)
+
+    whole, entries = attempt(script, tmp_path / "whole")
+    for stop_at in (1, 4, 8):
+        project = tmp_path / f"stopped_{stop_at}"
+        nothing, before = attempt(script, project)
+        assert nothing is None
+        stop_at = None
+        result, after = attempt(script, project)
+        assert before + after == entries
+        assert_same(result, whole)
+
+
+def test_a_break_inside_of_a_handler_is_a_break(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    loader = accelerator.prepare(DataLoader(Noisy(), 4))
+    try:
+        raise ValueError
+    except ValueError:
+        for _ in loader:
+            break
+        assert accelerator._state.progress.state_dict()["open"] == []
