@@ -293,10 +293,12 @@ class WithHooks(nn.Module):
         self.register_state_dict_post_hook(self._rename)
         self.register_load_state_dict_pre_hook(self._rename_back)
 
-    def _rename(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    @staticmethod
+    def _rename(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         state[prefix + "kernel"] = state.pop(prefix + "lin.weight").t().contiguous()
 
-    def _rename_back(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    @staticmethod
+    def _rename_back(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
         state[prefix + "lin.weight"] = state.pop(prefix + "kernel").t()
 
 
@@ -309,7 +311,8 @@ class WithCache(nn.Module):
         self.cache = self.lin.weight.detach().sum()
         self.register_load_state_dict_post_hook(self._refresh)
 
-    def _refresh(self, module: Any, keys: Any) -> None:
+    @staticmethod
+    def _refresh(module: Any, _keys: Any) -> None:
         module.cache = module.lin.weight.detach().sum()
 
 
