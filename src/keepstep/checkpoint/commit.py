@@ -52,8 +52,8 @@ def replaced_path(directory: Path) -> Path:
 
 
 @contextlib.contextmanager
-def explained(directory: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into keepstep's errors.
+def explained(directory: Path, doing: str = "saving") -> Iterator[None]:
+    """Turn the operating system's refusals into keepstep's errors; `doing` says what was under way.
 
     Raises:
         NoSpaceError, StoreReadOnlyError, StoreError: with the directory and the way out.
@@ -74,7 +74,7 @@ def explained(directory: Path) -> Iterator[None]:
                 error.errno,
                 f"cannot write to {directory}: {reason}. Change its permissions or choose another directory",
             ) from error
-        raise StoreError(f"saving {directory} failed: {reason}. Older checkpoints are whole") from error
+        raise StoreError(f"{doing} {directory} failed: {reason}. Other checkpoints are whole") from error
 
 
 def check_target(directory: Path) -> bool:

@@ -55,7 +55,12 @@ def _git() -> dict[str, Any] | None:
 def _run_git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=False
+            ["git", *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # names of files may be in any encoding
+            timeout=_GIT_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

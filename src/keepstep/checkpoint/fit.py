@@ -22,6 +22,7 @@ from keepstep.tree import (
     address_of,
     elements_of,
     flatten,
+    has_codec,
     inside_object,
     is_stateful,
     items_of,
@@ -93,12 +94,14 @@ class Fit:
             self._tensor(node, live, path)
         elif isinstance(live, np.ndarray):
             self._array(node, live, path)
+        elif has_codec(live) or isinstance(live, torch.Size):
+            self._value(node, live, path, assign)
+        elif is_stateful(live):
+            self.handed_over.append(Handed(path, live, inside_object(node)))
         elif isinstance(live, dict):
             self._dict(inside_object(node), live, path)
         elif isinstance(live, list | tuple):
             self._sequence(inside_object(node), live, path)
-        elif is_stateful(live):
-            self.handed_over.append(Handed(path, live, inside_object(node)))
         else:
             self._value(node, live, path, assign)
 
@@ -108,6 +111,9 @@ class Fit:
         state = state_of(module, path)
         saved = self._compare_keys(node, state, path, "a module")
         if saved is None:
+            return
+        if unshaped := [key for key, value in state.items() if torch.nn.parameter.is_lazy(value)]:
+            self.different += [f"{address_of((*path, key))}: {_UNSHAPED}" for key in unshaped]
             return
         plain = not any(not isinstance(value, torch.Tensor) for value in state.values())
         if not (plain and _is_live_memory(module, state)):
@@ -308,6 +314,9 @@ def _encoded(value: Any) -> Any:
 
 
 _NOTHING: Any = object()
+
+
+_UNSHAPED = "the live one is lazy and has no shape yet; run one batch through the module before restoring it"
 
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:

@@ -24,7 +24,7 @@ import torch
 from keepstep.checkpoint.fit import Fit, Handed, call_load, over_untrusted, state_of
 from keepstep.checkpoint.reader import Reader, Target, bytes_of
 from keepstep.checkpoint.sharing import Place, without_views
-from keepstep.errors import DamagedCheckpointError
+from keepstep.errors import DamagedCheckpointError, RestoreError
 from keepstep.tree import address_of, inside_object, select, tensors_in, unflatten
 
 __all__ = ["load_into", "load_tree"]
@@ -53,9 +53,20 @@ def load_into(reader: Reader, objects: Any, *, only: tuple[str, ...] | None) -> 
         fit.settling.clear()  # they hold the plan that holds them; nothing live waits for the collector
     hand_over = _HandOver(reader, fit.handed_over)
     hand_over.run()
-    _read_in_place(reader, fit.places, already=hand_over.done)
-    for finish in finishing:
-        finish()
+    try:
+        _read_in_place(reader, fit.places, already=hand_over.done)
+        for finish in finishing:
+            finish()
+    except BaseException as error:
+        if not isinstance(error, DamagedCheckpointError):  # which says so itself
+            error.add_note(_MIXED)
+        raise
+
+
+_MIXED = (
+    "The live objects hold parts of the checkpoint by now and are in a mixed state: load one into them "
+    "before you go on"
+)
 
 
 # ------------------------------------------------------------------------------ phase 2: hand over
@@ -80,17 +91,20 @@ class _HandOver:
                 state = self._state_of(handed)
                 self._undo.append((handed, _copied(state_of(handed.owner, handed.path))))
                 call_load(handed.owner, state, handed.path)
-        except BaseException:
-            self._roll_back()
+        except BaseException as error:
+            self._roll_back(error)
             raise
 
     def _state_of(self, handed: Handed) -> Any:
         tensors = self._reader.fresh(over_untrusted(self._reader, lambda: list(tensors_in(handed.node))))
         return over_untrusted(self._reader, lambda: unflatten(handed.node, tensors.__getitem__))
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, reason: BaseException) -> None:
         for handed, before in reversed(self._undo):
-            call_load(handed.owner, before, handed.path)
+            try:
+                call_load(handed.owner, before, handed.path)
+            except RestoreError as error:
+                reason.add_note(f"Nor could its earlier state be given back: {error}")
 
 
 def _copied(value: Any) -> Any:
@@ -98,7 +112,10 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) in {dict, OrderedDict}:
-        return type(value)((key, _copied(item)) for key, item in value.items())
+        copied = type(value)((key, _copied(item)) for key, item in value.items())
+        if hasattr(value, "_metadata"):  # a module's versions
+            copied._metadata = copy.deepcopy(value._metadata)
+        return copied
     if type(value) in {list, tuple}:
         return type(value)(_copied(item) for item in value)
     return copy.deepcopy(value)
@@ -116,18 +133,25 @@ def _read_in_place(reader: Reader, places: Sequence[Place], *, already: list[str
             alias = reader.entry(place.address).alias_of is not None
             if _is_dense(place.tensor) and not alias and place.address not in targets:
                 targets[place.address] = Target(place.address, bytes_of(place.tensor))
+                _tell_autograd(place.tensor)
             else:
                 scattered.append(place)
         reader.read_into(list(targets.values()), started=started)
-        with torch.no_grad():
-            for place in scattered:  # one at a time: never a second copy of the state
-                value = reader.fresh([place.address])[place.address]
-                started.add(address_of(place.path))
+        for place in scattered:  # one at a time: never a second copy of the state
+            value = reader.fresh([place.address])[place.address]
+            started.add(address_of(place.path))
+            with torch.inference_mode(place.tensor.is_inference()), torch.no_grad():
                 place.tensor.copy_(value)
     except DamagedCheckpointError as error:
         if started or already:
             raise type(error)(error.path, error.message, overwritten=[*already, *sorted(started)]) from error
         raise
+
+
+def _tell_autograd(tensor: torch.Tensor) -> None:
+    """A graph that needs the value from before must refuse to go backward, as after any change in place."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

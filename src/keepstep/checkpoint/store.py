@@ -325,12 +325,16 @@ class Store:
 
         Damaged ones are named in a warning and passed over. Data is verified when it is loaded.
         """
+        gone = False
         for entry in reversed(catalog.scan(self.path)):
             damage = catalog.damage_of(entry)
             if damage is None and entry.manifest is not None:
                 return Checkpoint(entry.path, entry.manifest)
+            if not entry.path.exists():
+                gone = True
+                continue
             log.warning("passing over the damaged checkpoint %s: %s", entry.path, damage)
-        return None
+        return self.latest() if gone else None  # who deletes an older one has saved a newer one
 
     def get(self, name: str) -> Checkpoint:
         """The checkpoint with this name ("checkpoint_12").
@@ -370,17 +374,25 @@ class Store:
 
         Raises:
             NoValidCheckpointError: there are checkpoints, and all are damaged.
+            StoreError: the system refuses to read (permission, open files, memory); nothing is set aside.
             MismatchError, RestoreError: as for `Checkpoint.load_into`.
         """
         self.wait()
         damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(self.path)]
-        for entry in reversed(catalog.scan(self.path)):
+        passed: set[Path] = set()
+        while entries := [entry for entry in catalog.scan(self.path) if entry.path not in passed]:
+            entry = entries[-1]
+            passed.add(entry.path)
             try:
                 checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
                 checkpoint.load_into(objects)
+            except CheckpointNotFoundError:
+                continue  # dropped meanwhile by the process that writes; it has a newer one
             except DamagedCheckpointError as error:
-                damaged.append(f"{entry.name}: {error.message}")
-                self._set_aside(entry, error)
+                if entry.path.exists():
+                    _raise_if_refused(entry, error)
+                    damaged.append(f"{entry.name}: {error.message}")
+                    self._set_aside(entry, error)
                 continue
             manifest = checkpoint.manifest
             self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
@@ -408,6 +420,7 @@ class Store:
             self.claim()
             self._engine.files.make_directory(place)
             self._engine.files.rename(entry.path, target)
+            self._engine.files.sync_directory(place)  # first where it is now, then where it is no more
             self._engine.files.sync_directory(self.path)
         except (OSError, StoreError) as refused:  # read-only, or another's: passing it over is enough
             log.warning("%s could not be set aside: %s", entry.path, refused)
@@ -427,10 +440,15 @@ class Store:
             raise CheckpointNotFoundError(
                 errno.ENOENT, f"{checkpoint.path} is not in {self.path}; delete it through its own store"
             )
-        self._delete(entry)
+        try:
+            self._delete(entry)
+        except StoreError as error:
+            if entry.path.exists() or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise CheckpointNotFoundError(errno.ENOENT, f"{entry.path} was deleted meanwhile") from error
 
     def _delete(self, entry: catalog.Entry) -> None:
-        with explained(entry.path):
+        with explained(entry.path, "deleting"):
             delete_checkpoint(self._engine.files, entry.path, self.path / catalog.INTERNAL_NAME / "trash")
 
     def prune(self) -> Sequence[str]:
@@ -451,6 +469,33 @@ class Store:
                     continue  # somebody else deleted it first
                 dropped.append(decision.entry.name)
         return dropped
+
+
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
+
+def _raise_if_refused(entry: catalog.Entry, error: BaseException) -> None:
+    """A system that refuses to read says nothing about the bytes: such a checkpoint is not damaged.
+
+    Raises:
+        StoreError: with what the process lacks.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _REFUSALS:
+            raise StoreError(
+                f"{entry.path} can't be read: {cause.strerror}. It may well be whole, so it was not set "
+                "aside and no older checkpoint was taken. Give this process what it lacks and start it again"
+            ) from error
+        cause = cause.__cause__
 
 
 @atexit.register

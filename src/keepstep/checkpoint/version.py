@@ -112,11 +112,12 @@ class Checkpoint:
             verify: hash what is loaded first. Without it a flipped bit goes unnoticed.
 
         Raises:
+            CheckpointNotFoundError: it was deleted or replaced meanwhile.
             DamagedCheckpointError: in one of its kinds, naming file and tensor.
             UsageError: `only` matches nothing.
             UnsupportedTypeError: a value's codec is not registered.
         """
-        return load_tree(Reader(self.path), only=_patterns(only), verify=verify)
+        return load_tree(self._reader(), only=_patterns(only), verify=verify)
 
     def load_into(self, objects: Any, only: str | Sequence[str] | None = None) -> None:
         """Restore live objects in place: all of it or nothing.
@@ -134,7 +135,22 @@ class Checkpoint:
             DamagedCheckpointError: damage was met while reading; `overwritten` names what had been
                 overwritten by then. Load another checkpoint into the same objects before going on.
         """
-        load_into(Reader(self.path), objects, only=_patterns(only))
+        load_into(self._reader(), objects, only=_patterns(only))
+
+    def _reader(self) -> Reader:
+        """What lies at the path, if it is still this checkpoint."""
+        if not self.path.is_dir():
+            raise CheckpointNotFoundError(
+                f"{self.path} is gone: it was deleted, or dropped by the store's retention. Pin or tag a "
+                "checkpoint that has to stay"
+            )
+        reader = Reader(self.path)
+        if reader.manifest.id != self.manifest.id:
+            raise CheckpointNotFoundError(
+                f"{self.path} holds another checkpoint by now (step {reader.manifest.step}, this one was of "
+                f"step {self.step}): it was replaced. Open the path again to load the new one"
+            )
+        return reader
 
     def verify(self, *, quick: bool = False) -> Report:
         """Whether every byte is what was committed; see `keepstep.checkpoint.verify`."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepstep.errors import KeepstepError, UnsupportedTypeError
+from keepstep.errors import KeepstepError, RestoreError, UnsupportedTypeError
 from keepstep.tree.leaf import ALL_DTYPES, FACTORIES, MAX_DEPTH, codecs_by_name
 
 __all__ = ["KINDS", "unflatten"]
@@ -31,6 +31,7 @@ def unflatten(tree: Any, tensor_at: Callable[[str], torch.Tensor]) -> Any:
     Raises:
         ValueError: for a tree that `flatten` cannot have made.
         UnsupportedTypeError: a value's codec is not registered.
+        RestoreError: a codec refused what it once wrote.
     """
     try:
         return _Unflattener(tensor_at).decode(tree)
@@ -138,7 +139,11 @@ def _decode_codec(u: _Unflattener, node: dict[str, Any]) -> Any:
             "registered; call keepstep.register_codec before loading "
             f"(registered: {', '.join(sorted(codecs_by_name)) or 'none'})"
         )
-    return codec.decode(u.decode(node["value"]))
+    value = u.decode(node["value"])
+    try:
+        return codec.decode(value)
+    except Exception as error:  # the user's code; it says nothing about the checkpoint's bytes
+        raise RestoreError(f"the codec {codec.name!r} can't read what it wrote: {error!r}") from error
 
 
 def _decode_datetime(node: dict[str, Any]) -> dt.datetime:

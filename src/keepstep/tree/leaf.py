@@ -22,6 +22,7 @@ __all__ = [
     "address_of",
     "codecs_by_name",
     "codecs_by_type",
+    "has_codec",
     "is_stateful",
     "register_codec",
     "type_name",
@@ -139,6 +140,11 @@ def register_codec(
     codec = Codec(type=type, name=name, encode=encode, decode=decode)
     codecs_by_type[type] = codec
     codecs_by_name[name] = codec
+
+
+def has_codec(value: object) -> bool:
+    """Whether values of exactly this class are written by a codec."""
+    return type(value) in codecs_by_type
 
 
 def type_name(kind: type) -> str:
