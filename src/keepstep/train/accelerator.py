@@ -209,19 +209,26 @@ class Accelerator:
         """
         if not self._window.sync_gradients:
             return None
-        self._unscale()
+        parameters = self._unscale(parameters)
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clip each element of complete gradients, at their true size."""
         if self._window.sync_gradients:
-            self._unscale()
+            parameters = self._unscale(parameters)
             torch.nn.utils.clip_grad_value_(parameters, clip_value)
 
-    def _unscale(self) -> None:
+    def _unscale(self, parameters: Any) -> list[torch.Tensor]:
+        """Bring gradients to their true size: those of the optimizers that own one of the parameters.
+
+        Others may have gradients that no step is going to use, such as a critic's in its adversary's step.
+        """
+        clipped = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        numbers = {id(parameter) for parameter in clipped}
         for prepared in self._state.optimizers:
-            if prepared.pending:
+            if prepared.pending and any(id(parameter) in numbers for parameter in prepared.parameters()):
                 self._precision.unscale(prepared.optimizer)
+        return clipped
 
     def epochs(self, count: int) -> Iterator[int]:
         """Yield the epochs of 0 to count - 1 that are still to run."""
