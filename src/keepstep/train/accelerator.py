@@ -259,6 +259,9 @@ class Accelerator:
     ) -> PendingSave | None:
         """Save in the background if the policy says so. Call it after each optimizer step.
 
+        A resumed run goes on with the next batch, so what follows this call in the loop's body is not run
+        again: make it the last statement, and leave a loop that has done its steps before it, not after.
+
         Args:
             metrics: to find the best checkpoint by.
             tags: names; a tagged checkpoint is never deleted automatically.
