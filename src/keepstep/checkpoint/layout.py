@@ -207,7 +207,7 @@ def _split(members: list[int], tensors: Sequence[TensorInfo], limit: int) -> lis
     parts: list[list[int]] = [[]]
     data = header = 0
     for index in ordered:
-        size, entry = tensors[index].bytes, len(tensors[index].name) + _HEADER_ENTRY_BYTES
+        size, entry = tensors[index].bytes, len(json.dumps(tensors[index].name)) + _HEADER_ENTRY_BYTES
         if parts[-1] and (data + size > limit or header + entry > _HEADER_LIMIT_BYTES):
             parts.append([])
             data = header = 0
@@ -253,7 +253,12 @@ def _header_entry(tensor: TensorInfo, begin: int) -> str:
         kind = _SAFETENSORS_DTYPES.get(tensor.dtype, "U8")
     name = tensor.name if tensor.name != "__metadata__" else "__metadata__~2"
     numbers, where = ",".join(map(str, shape)), f"[{begin},{begin + tensor.bytes}]"
-    return f'{json.dumps(name)}:{{"dtype":"{kind}","shape":[{numbers}],"data_offsets":{where}}}'
+    return f'{json.dumps(_writable(name))}:{{"dtype":"{kind}","shape":[{numbers}],"data_offsets":{where}}}'
+
+
+def _writable(name: str) -> str:
+    """A name that any reader of JSON takes; half a surrogate pair is written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _segment(file: str, members: Iterable[int], tensors: Sequence[TensorInfo]) -> Segment:
@@ -280,7 +285,8 @@ def _segment(file: str, members: Iterable[int], tensors: Sequence[TensorInfo]) -
 
 
 def _index(segments: Sequence[Segment], tensors: Sequence[TensorInfo]) -> bytes:
-    weight_map = {tensors[p.index].name: segment.file for segment in segments for p in segment.placements}
+    placed = [(segment.file, tensors[p.index].name) for segment in segments for p in segment.placements]
+    weight_map = {_writable(name): file for file, name in placed}
     total = sum(p.bytes for segment in segments for p in segment.placements)
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(body, indent=1).encode() + b"\n"

@@ -154,7 +154,7 @@ class Store:
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
         files: Files | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a program may change its directory between two saves
         self.retention = retention if retention is not None else Retention()
         self._lineage = Lineage(run=secrets.token_hex(8))
         self._start(_Engine(files, memory_budget_bytes))
