@@ -398,12 +398,7 @@ class Store:
             self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
             return checkpoint
         if damaged:
-            raise NoValidCheckpointError(
-                f"every checkpoint in {self.path} is damaged:\n  "
-                + "\n  ".join(damaged)
-                + "\nThe live objects may be in a mixed state. Restore one of them from a copy, or give the "
-                "run a new directory to start over"
-            )
+            raise NoValidCheckpointError(_ALL_DAMAGED.format(path=self.path, damaged="\n  ".join(damaged)))
         return None
 
     def _set_aside(self, entry: catalog.Entry, error: DamagedCheckpointError) -> None:
@@ -471,6 +466,10 @@ class Store:
         return dropped
 
 
+_ALL_DAMAGED = (
+    "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore one "
+    "of them from a copy, or give the run a new directory to start over"
+)
 _REFUSALS = {
     errno.EACCES,
     errno.EPERM,
