@@ -46,6 +46,9 @@ class Files(Protocol):
     def make_directory(self, path: Path) -> None:
         """Make `path` and its missing parents; parents of new directories are made durable."""
 
+    def make_unfinished(self, path: Path) -> None:
+        """Make one directory that may be gone after a power cut until it is renamed and that is synced."""
+
     def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
         """Create a file of `size_bytes`; it must not exist."""
 
@@ -146,6 +149,9 @@ class LocalFiles:
             if not path.is_dir():
                 raise
         self.sync_directory(path.parent)
+
+    def make_unfinished(self, path: Path) -> None:
+        path.mkdir()
 
     def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
         return _LocalSegment(path, size_bytes)

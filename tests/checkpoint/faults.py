@@ -102,6 +102,11 @@ class FaultyFiles:
 
     # --------------------------------------------------------------------------------- operations
 
+    def make_unfinished(self, path: Path) -> None:
+        with self._operation("make_unfinished", path):
+            self._real.make_unfinished(path)
+            self._changed({path.parent}, lambda: shutil.rmtree(path))
+
     def make_directory(self, path: Path) -> None:
         if path.is_dir():
             return

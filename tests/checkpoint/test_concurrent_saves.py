@@ -195,6 +195,10 @@ def test_dropped_stores_leave_no_threads_and_descriptors(tmp_path: Path) -> None
     def use(name: str) -> None:
         Store(tmp_path / name).save_in_background({"x": torch.ones(3)}).wait()
 
+    def threads_of_ours() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("keepstep")} - before
+
+    before: set[threading.Thread] = set(threading.enumerate())  # stores of other tests may be alive
     use("first")
     gc.collect()
     descriptors = open_files()
@@ -203,9 +207,9 @@ def test_dropped_stores_leave_no_threads_and_descriptors(tmp_path: Path) -> None
     gc.collect()
     assert open_files() <= descriptors
     deadline = time.monotonic() + PATIENCE_S
-    while any(t.name.startswith("keepstep") for t in threading.enumerate()) and time.monotonic() < deadline:
+    while threads_of_ours() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("keepstep")]
+    assert not threads_of_ours()
 
 
 def test_failures_while_staging_cost_no_memory_for_good(

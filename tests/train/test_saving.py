@@ -329,3 +329,102 @@ def test_pending_gradients_are_restored_and_others_removed(tmp_path: Path) -> No
     assert other.accelerator.sync_gradients
     assert [parameter.grad for parameter in other.plain.parameters()] == [None, None]
     assert_same(other.weights(), run.weights())
+
+
+def test_a_full_disk_need_not_end_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy = CheckpointPolicy(every_n_steps=1, on_error="warn")
+    run = Run(tmp_path, checkpoint_policy=policy)
+    run.step()
+    run.accelerator.checkpoint()
+    run.accelerator.wait_for_checkpoint()
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    (tmp_path / "checkpoints").write_text("a file stands where the store was")
+    run.step()
+    assert run.accelerator.checkpoint() is None
+    assert "was not saved" in caplog.text
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    run.step()
+    run.accelerator.checkpoint()
+    run.accelerator.wait_for_checkpoint()
+    newest = Store(tmp_path / "checkpoints").latest()
+    assert newest is not None
+    assert newest.step == 3
+
+
+def test_the_first_resume_holds_the_store(tmp_path: Path) -> None:
+    Run(tmp_path).accelerator.resume()
+    assert (tmp_path / "checkpoints" / ".keepstep" / "lock").stat().st_size > 0
+
+
+def test_another_window_in_the_middle_of_one_is_refused(tmp_path: Path) -> None:
+    first = Run(tmp_path, gradient_accumulation_steps=3)
+    with first.accelerator.accumulate(first.model):
+        first.step()
+    first.accelerator.save_state()
+    with pytest.raises(MismatchError, match="gradient_accumulation_steps was 3 and is 2 now, with 1 micro"):
+        Run(tmp_path, gradient_accumulation_steps=2).accelerator.resume()
+
+
+def test_the_position_goes_on_after_a_resume(tmp_path: Path) -> None:
+    first = Run(tmp_path)
+    for _ in itertools.islice(first.loader, 3):
+        assert first.loader.position > 0
+    assert first.loader.position == 0, "a pass that was left is over"
+    for _ in first.loader:
+        if first.loader.position == 2:
+            first.accelerator.save_state()
+            break
+    second = Run(tmp_path)
+    second.accelerator.resume()
+    assert second.loader.position == 2
+    assert [second.loader.position for _ in second.loader] == [3, 4, 5]
+
+
+def test_seeding_before_and_after_the_accelerator_is_made_gives_the_same_order(tmp_path: Path) -> None:
+    def order(seed: int, *, first: bool) -> list[Any]:
+        torch.manual_seed(seed if first else 99)
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(seed)
+        loader = accelerator.prepare(DataLoader(range(20), 20, shuffle=True))
+        return [batch.tolist() for batch in loader]
+
+    assert order(1, first=True) == order(1, first=False)
+    assert order(1, first=False) != order(2, first=False)
+
+
+class OtherScheduler:
+    """As another library would write one: no LRScheduler, but it steps an optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.updates = optimizer, 0
+
+    def step(self) -> None:
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updates = state["updates"]
+
+
+def test_schedulers_of_other_libraries_are_saved(tmp_path: Path) -> None:
+    def build() -> tuple[Run, Any]:
+        run = Run(tmp_path)
+        return run, run.accelerator.prepare(OtherScheduler(run.optimizer))
+
+    run, scheduler = build()
+    run.step()
+    scheduler.step()
+    run.accelerator.save_state()
+    run, scheduler = build()
+    run.accelerator.resume()
+    assert scheduler.updates == 1
+
+
+def test_prepare_tells_what_it_will_not_save(caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator(cpu=True)
+    counter = Counter()
+    assert accelerator.prepare(counter) is counter
+    assert "register_for_checkpointing" in caplog.text

@@ -130,7 +130,7 @@ class Workspace:
         self._files.make_directory(self.final.parent)
         sweep(self._files, self.final.parent, prefix=self.final.name)
         self._finish_replacement()
-        self._files.make_directory(self.path)
+        self._files.make_unfinished(self.path)
         self._lock = DirectoryLock(self.path)
 
     def _finish_replacement(self) -> None:

@@ -100,8 +100,10 @@ class Fit:
             self.handed_over.append(Handed(path, live, inside_object(node)))
         elif isinstance(live, dict):
             self._dict(inside_object(node), live, path)
-        elif isinstance(live, list | tuple):
+        elif isinstance(live, list | tuple) and not _is_plain_twin(node, live):
             self._sequence(inside_object(node), live, path)
+        elif isinstance(live, list):
+            self._value(node, live, path, _filler(live))
         else:
             self._value(node, live, path, assign)
 
@@ -317,6 +319,30 @@ _NOTHING: Any = object()
 
 
 _UNSHAPED = "the live one is lazy and has no shape yet; run one batch through the module before restoring it"
+
+
+def _is_plain_twin(node: Any, live: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether a list (or tuple) of nothing but plain values was saved as one, of whatever length."""
+    found = elements_of(node)
+    return found is not None and found[1] == isinstance(live, tuple) and not _holds_live(live)
+
+
+def _holds_live(value: Any) -> bool:
+    """Whether a list or tuple holds, at any depth, something that takes its state in place."""
+    if isinstance(value, list | tuple):
+        return any(_holds_live(item) for item in value)
+    if isinstance(value, dict):
+        return any(_holds_live(item) for item in value.values())
+    return isinstance(value, torch.Tensor | np.ndarray) or is_stateful(value)
+
+
+def _filler(live: list[Any]) -> Callable[[Any], None]:
+    """A list of plain values takes those that were saved, however many; it stays the same list."""
+
+    def fill(values: list[Any]) -> None:
+        live[:] = values
+
+    return fill
 
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:

@@ -467,8 +467,8 @@ class Store:
 
 
 _ALL_DAMAGED = (
-    "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore one "
-    "of them from a copy, or give the run a new directory to start over"
+    "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
+    "one of them from a copy, or give the run a new directory to start over"
 )
 _REFUSALS = {
     errno.EACCES,

@@ -43,7 +43,7 @@ class Parts:
     policy: CheckpointPolicy
     retention: Retention
     pin_explicit_saves: bool
-    data_seed: int
+    data_seed: int | None
 
 
 def build_parts(
@@ -83,7 +83,7 @@ def build_parts(
         # With no word on what to keep, what the user saves by hand stays, as in Accelerate; what is saved
         # automatically must not fill the disk.
         pin_explicit_saves=project.total_limit is None and checkpoint_policy is None,
-        data_seed=torch.initial_seed() if loading.data_seed is None else loading.data_seed,
+        data_seed=loading.data_seed,
     )
 
 

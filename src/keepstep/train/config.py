@@ -44,6 +44,8 @@ class CheckpointPolicy:
         keep_best: (metric, "min" or "max", how many): keep the best by a metric that is given when saving.
         keep_every_n_steps: keep each checkpoint whose step is a multiple of this.
         byte_budget: delete old checkpoints that are not otherwise kept once the store is larger, in bytes.
+        on_error: what `checkpoint()` does when a save fails, of a full disk say: "raise" ends the loop with
+            the error, "warn" logs it and lets the training go on; the next one that is due is tried again.
 
     Raises:
         UsageError: a value is impossible.
@@ -56,6 +58,7 @@ class CheckpointPolicy:
     keep_best: tuple[str, Literal["min", "max"], int] | None = None
     keep_every_n_steps: int | None = None
     byte_budget: int | None = None
+    on_error: Literal["raise", "warn"] = "raise"
 
     def __post_init__(self) -> None:
         for field in ("every_n_steps", "keep_last", "keep_every_n_steps", "byte_budget"):
@@ -64,6 +67,7 @@ class CheckpointPolicy:
         _require(self.every_s is None or self.every_s > 0, self, "every_s", "more than 0 seconds, or None")
         share = self.max_overhead
         _require(share is None or 0 < share < 1, self, "max_overhead", "between 0 and 1, or None")
+        _require(self.on_error in ("raise", "warn"), self, "on_error", '"raise" or "warn"')
         best = self.keep_best
         fine = best is None or (
             len(best) == 3 and isinstance(best[0], str) and best[1] in ("min", "max") and _is_count(best[2])
@@ -140,7 +144,7 @@ class DataLoaderConfiguration:
     Args:
         split_batches: with several ranks, split each batch over them instead of multiplying its size.
         data_seed: what the order of the data and all randomness in loading it derive from; None takes
-            `torch.initial_seed()` at the time the Accelerator is made.
+            `torch.initial_seed()` at the time the first loader is prepared.
         non_blocking: let copies to the device overlap with computation.
     """
 

@@ -111,6 +111,14 @@ class PreparedLoader(DataLoader[Any]):
             self._progress.next_pass(cursor, epoch)
 
     @property
+    def position(self) -> int:
+        """Batches of the pass under way that were given out, those before a resume included.
+
+        After a resume in the middle of a pass `enumerate(loader)` counts from 0; this goes on.
+        """
+        return self.cursor.position if self.cursor.current is not None else 0
+
+    @property
     def total_batch_size(self) -> int | None:
         """Samples in a batch over all ranks; None when a batch sampler decides."""
         size: int | None = getattr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from keepstep.train.loader import PreparedLoader
 from keepstep.train.placement import Placement
 from keepstep.train.state import TrainState
 from keepstep.train.step import PreparedOptimizer, PreparedScheduler
+from keepstep.tree import is_stateful
 
 __all__ = ["Preparer"]
+
+_log = logging.getLogger(__name__)
 
 
 class Preparer:
@@ -43,13 +47,8 @@ class Preparer:
 
     def prepare(self, objects: tuple[Any, ...]) -> tuple[Any, ...]:
         """Prepare each object by its type; schedulers last, as they look for their optimizers."""
-        others = [
-            value if isinstance(value, LRScheduler | PreparedScheduler) else self._by_type(value)
-            for value in objects
-        ]
-        return tuple(
-            self.prepare_scheduler(value) if isinstance(value, LRScheduler) else value for value in others
-        )
+        others = [value if _is_scheduler(value) else self._by_type(value) for value in objects]
+        return tuple(self.prepare_scheduler(value) if _is_scheduler(value) else value for value in others)
 
     def _by_type(self, value: Any) -> Any:
         if isinstance(value, torch.nn.Module):
@@ -58,6 +57,12 @@ class Preparer:
             return self.prepare_optimizer(value)
         if isinstance(value, DataLoader):
             return self.prepare_loader(value)
+        if is_stateful(value) and not any(value is known for known in self._state.registered):
+            _log.warning(
+                "prepare() was given a %s and returns it unchanged: its state is not saved. Pass it to "
+                "register_for_checkpointing() as well.",
+                type(value).__qualname__,
+            )
         return value
 
     def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -84,6 +89,9 @@ class Preparer:
         for known in self._state.loaders:
             if loader is known or loader is known.prepared_from:
                 return known
+        if self._state.seed is None:
+            # Not earlier: scripts seed before or after they make the Accelerator.
+            self._state.seed = torch.initial_seed()
         prepared = PreparedLoader(
             loader,
             source=make_source(loader),
@@ -125,6 +133,14 @@ class Preparer:
         for known in (state.models, state.optimizers, state.schedulers, state.loaders, state.registered):
             known.clear()
         state.progress.cursors.clear()
+
+
+def _is_scheduler(value: Any) -> bool:
+    """PyTorch's, a prepared one, or another library's: something with a state that steps an optimizer."""
+    if isinstance(value, LRScheduler | PreparedScheduler):
+        return True
+    other_kind = isinstance(value, torch.nn.Module | Optimizer | DataLoader)
+    return not other_kind and is_stateful(value) and hasattr(value, "step") and hasattr(value, "optimizer")
 
 
 def _without_compilation(model: torch.nn.Module) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,20 @@ from typing import Any
 from keepstep.checkpoint.catalog import next_number
 from keepstep.checkpoint.store import Store, save_directory
 from keepstep.checkpoint.version import Checkpoint, PendingSave
-from keepstep.errors import CheckpointNotFoundError, NotPreparedError, UsageError
+from keepstep.errors import (
+    BackgroundSaveError,
+    CheckpointNotFoundError,
+    NotPreparedError,
+    StoreError,
+    UsageError,
+)
 from keepstep.train.config import CheckpointPolicy, ProjectConfiguration
 from keepstep.train.schedule import LastSave, is_due
 from keepstep.train.state import TrainState
 
 __all__ = ["Saver"]
+
+_log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -66,12 +75,9 @@ class Saver:
     def checkpoint(self, metrics: Mapping[str, Any] | None, tags: Sequence[str]) -> PendingSave | None:
         """Save in the background if the policy says so; return None if not."""
         store = self._store or self._require_store("checkpoint()")
-        busy = False
-        if self._pending is not None:
-            busy = not self._pending.done()
-            if not busy:
-                finished, self._pending = self._pending, None
-                finished.wait()
+        busy = self._pending is not None and not self._pending.done()
+        if not busy:
+            self._ask_finished()
         state, began_s = self._state, self._clock()
         if not state.window.sync_gradients:
             return None
@@ -84,12 +90,29 @@ class Saver:
             return None
         # An earlier save that fails while this one waits for it is reported here, once.
         self._pending = None
-        self._pending = store.save_in_background(
-            state.capture(), step=state.step, epoch=state.progress.epoch, metrics=metrics, tags=tags
-        )
+        try:
+            self._pending = store.save_in_background(
+                state.capture(), step=state.step, epoch=state.progress.epoch, metrics=metrics, tags=tags
+            )
+        except (StoreError, BackgroundSaveError) as error:
+            self._failed(error)
         now_s = self._clock()
         self._last = LastSave(step=state.step, at_s=now_s, blocked_s=now_s - began_s)
         return self._pending
+
+    def _ask_finished(self) -> None:
+        """Ask what became of the last save in the background."""
+        finished, self._pending = self._pending, None
+        if finished is not None:
+            try:
+                finished.wait()
+            except BackgroundSaveError as error:
+                self._failed(error)
+
+    def _failed(self, error: StoreError | BackgroundSaveError) -> None:
+        if self._policy.on_error == "raise":
+            raise error
+        _log.error("A checkpoint was not saved; the training goes on as the policy says: %s", error)
 
     def save(
         self,
@@ -144,6 +167,7 @@ class Saver:
         store = self._require_store("resume()")
         if self._state.is_empty:
             raise NotPreparedError("resume() has nothing to restore into. Call prepare() first.")
+        store.claim()  # whoever still writes there is named now, not at the first checkpoint
         return self._restore(store.load_latest_into)
 
     def _restore(self, load: Callable[[dict[str, Any]], Checkpoint | None]) -> Checkpoint | None:

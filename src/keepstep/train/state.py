@@ -38,7 +38,7 @@ class TrainState:
         precision: of the run.
         window: of gradient accumulation.
         progress: epochs and passes.
-        seed: of the data.
+        seed: of the data; None until the first loader is prepared.
         models: modules as they are saved, without wrappers.
         optimizers: prepared ones.
         schedulers: prepared ones.
@@ -49,7 +49,7 @@ class TrainState:
     precision: Precision
     window: AccumulationWindow
     progress: Progress
-    seed: int
+    seed: int | None
     models: list[torch.nn.Module] = field(default_factory=list)
     optimizers: list[PreparedOptimizer] = field(default_factory=list)
     schedulers: list[PreparedScheduler] = field(default_factory=list)
@@ -241,6 +241,7 @@ class _RunState:
         """Check that it fits, and keep it."""
         different = [
             *self._precision_differences(saved),
+            *self._window_differences(saved),
             *self._scheduler_differences(saved),
             *self._loader_differences(saved),
         ]
@@ -255,6 +256,15 @@ class _RunState:
     def _precision_differences(self, saved: dict[str, Any]) -> list[str]:
         was, now = saved["precision"], self._state.precision.name
         return [] if was == now else [f"mixed_precision was {was!r} and is {now!r} now"]
+
+    def _window_differences(self, saved: dict[str, Any]) -> list[str]:
+        done, was = saved["window"]["micro_batches"], saved["window"]["num_steps"]
+        now = self._state.window.num_steps
+        if not done or was == now:
+            return []
+        return [
+            f"gradient_accumulation_steps was {was} and is {now} now, with {done} micro-batches of a window done"
+        ]
 
     def _scheduler_differences(self, saved: dict[str, Any]) -> list[str]:
         # Schedulers take whatever state they are handed, another kind's too.
@@ -290,7 +300,7 @@ class _RunState:
         self._note_earlier_steps()
         state.progress.load_state_dict(saved["progress"])
         for loader, loader_state in zip(state.loaders, saved["loaders"], strict=True):
-            loader.seed = state.seed
+            loader.seed = saved["seed"]
             loader.load_state_dict(loader_state)
         rng.restore(saved["rng"])
 

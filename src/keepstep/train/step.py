@@ -46,7 +46,11 @@ class AccumulationWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the window."""
-        return {"micro_batches": self._micro_batches % self.num_steps, "sync": self.sync_gradients}
+        return {
+            "micro_batches": self._micro_batches % self.num_steps,
+            "num_steps": self.num_steps,
+            "sync": self.sync_gradients,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
