@@ -272,18 +272,30 @@ os.register_at_fork(after_in_child=StoreLock.start_anew_after_fork)
 
 
 class DirectoryLock:
-    """Marks an unfinished directory as somebody's, so that only dead ones are swept."""
+    """Marks an unfinished directory as somebody's, so that only dead ones are swept.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the directory.
+        wait: until whoever holds it (a sweep that looks at it) lets go, instead of raising BlockingIOError.
+    """
+
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.supported = True
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise
         except OSError:
             self.supported = False
+
+    def holds(self, path: Path) -> bool:
+        """Whether the directory at `path` is the one that is locked: it may have been swept just before."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(path))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Let go; safe to call twice."""

@@ -527,3 +527,19 @@ def test_a_list_of_tensors_must_have_the_saved_length(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="a list of 2"):
         checkpoint.load_into(live)
     assert live["shadow"][0].tolist() == [0.0, 0.0]
+
+
+def test_views_that_overlap_in_part_come_back_into_the_same_memory(tmp_path: Path) -> None:
+    base = torch.arange(10.0)
+    checkpoint = Store(tmp_path).save({"left": base[:6], "right": base[4:]})
+    live = torch.zeros(10)
+    checkpoint.load_into({"left": live[:6], "right": live[4:]})
+    assert live.tolist() == base.tolist()
+
+
+def test_views_that_overlap_in_part_and_were_saved_with_other_values_are_refused(tmp_path: Path) -> None:
+    checkpoint = Store(tmp_path).save({"left": torch.zeros(6), "right": torch.ones(6)})
+    live = torch.full((10,), 7.0)
+    with pytest.raises(MismatchError, match="share memory"):
+        checkpoint.load_into({"left": live[:6], "right": live[4:]})
+    assert live.tolist() == [7.0] * 10

@@ -362,7 +362,7 @@ def test_another_window_in_the_middle_of_one_is_refused(tmp_path: Path) -> None:
     with first.accelerator.accumulate(first.model):
         first.step()
     first.accelerator.save_state()
-    with pytest.raises(MismatchError, match="gradient_accumulation_steps was 3 and is 2 now, with 1 micro"):
+    with pytest.raises(MismatchError, match="gradient_accumulation_steps was 3 and is 2 now, 1 micro"):
         Run(tmp_path, gradient_accumulation_steps=2).accelerator.resume()
 
 

@@ -130,8 +130,16 @@ class Workspace:
         self._files.make_directory(self.final.parent)
         sweep(self._files, self.final.parent, prefix=self.final.name)
         self._finish_replacement()
-        self._files.make_unfinished(self.path)
-        self._lock = DirectoryLock(self.path)
+        while self._lock is None:
+            self._files.make_unfinished(self.path)
+            try:
+                lock = DirectoryLock(self.path, wait=True)
+            except FileNotFoundError:  # another process swept it before it was locked
+                continue
+            if lock.holds(self.path):
+                self._lock = lock
+            else:
+                lock.release()
 
     def _finish_replacement(self) -> None:
         """End what a process began that died between the two renames, or just after them."""

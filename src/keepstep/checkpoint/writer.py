@@ -83,6 +83,7 @@ class SegmentWriter:
         self._threads = threads
         self._segments = [_OpenSegment(segment) for segment in layout.segments]
         self._sources = [TensorBytes(tensor) for tensor in tensors]
+        self._devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
         self._blocks = iter(
             (index, begin)
             for index, segment in enumerate(layout.segments)
@@ -99,6 +100,8 @@ class SegmentWriter:
 
     def write(self) -> None:
         """Copy, hash and write everything; durable on return."""
+        for device in self._devices:  # what the caller has queued on a stream of its own comes first
+            torch.accelerator.synchronize(device)
         for _ in range(WRITER_THREADS):
             self._running.append(self._threads.submit(self._guarded, self._copy_and_write_blocks))
         self._settle(self._running)

@@ -263,7 +263,7 @@ class _RunState:
         if not done or was == now:
             return []
         return [
-            f"gradient_accumulation_steps was {was} and is {now} now, with {done} micro-batches of a window done"
+            f"gradient_accumulation_steps was {was} and is {now} now, {done} micro-batches of a window done"
         ]
 
     def _scheduler_differences(self, saved: dict[str, Any]) -> list[str]:
