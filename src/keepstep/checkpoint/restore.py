@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.fit import Fit, Handed, call_load, over_untrusted, state_of
 from keepstep.checkpoint.reader import Reader, Target, bytes_of
 from keepstep.checkpoint.sharing import Place, without_views
@@ -30,6 +31,7 @@ from keepstep.tree import address_of, inside_object, select, tensors_in, unflatt
 __all__ = ["load_into", "load_tree"]
 
 
+@collector_paused()
 def load_tree(reader: Reader, *, only: tuple[str, ...] | None, verify: bool) -> Any:
     """Rebuild the saved state as new objects, tensors mapped from the files.
 
@@ -41,6 +43,7 @@ def load_tree(reader: Reader, *, only: tuple[str, ...] | None, verify: bool) -> 
     return over_untrusted(reader, lambda: unflatten(tree, tensors.__getitem__))
 
 
+@collector_paused()
 def load_into(reader: Reader, objects: Any, *, only: tuple[str, ...] | None) -> None:
     """Restore live objects; see the module's docstring and `Checkpoint.load_into`."""
     tree = reader.tree if only is None else over_untrusted(reader, lambda: select(reader.tree, only))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.commit import Workspace, check_target, explained
 from keepstep.checkpoint.environment import describe_environment
 from keepstep.checkpoint.layout import Layout, TensorInfo, plan
@@ -121,15 +122,14 @@ class Save:
         pool: BlockPool,
         threads: ThreadPoolExecutor,
     ) -> None:
-        flat = flatten(state)
         self.final = final
         self._files = files
         self._description = description
         self._lineage = lineage
-        self._flat = flat
-        infos = [_info(leaf) for leaf in flat.leaves]
-        self._infos = infos
-        self._layout = plan(infos)
+        with collector_paused():
+            self._flat = flat = flatten(state)
+            self._infos = [_info(leaf) for leaf in flat.leaves]
+            self._layout = plan(self._infos)
         with explained(final):
             check_target(final)
         self._workspace = Workspace(files, final, may_replace=may_replace)
@@ -143,7 +143,8 @@ class Save:
         Raises:
             StoreError: any of its kinds; the unfinished directory is gone.
         """
-        return self._discarding(self._write_and_commit)
+        with collector_paused():
+            return self._discarding(self._write_and_commit)
 
     def stage(self) -> None:
         """Copy the state out; writing goes on behind. Call `finish` afterwards."""
@@ -184,9 +185,10 @@ class Save:
         directory = self._workspace.path
         entries = self._writer.file_entries()
         small = dict(self._layout.indexes)
-        small[STATE_NAME] = dump_state(
-            self._flat.tree, _tensor_entries(self._infos, self._layout, self._writer.digests)
-        )
+        with collector_paused():
+            small[STATE_NAME] = dump_state(
+                self._flat.tree, _tensor_entries(self._infos, self._layout, self._writer.digests)
+            )
         for name, data in small.items():
             self._files.write_file(directory / name, data)
             entries[name] = FileEntry(bytes=len(data), digest=digest_of(data))
