@@ -54,7 +54,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the kills; drawn and printed if not given")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=250, help="optimizer steps in an epoch")
+    parser.add_argument("--batches", type=int, default=200, help="optimizer steps in an epoch")
     parser.add_argument("--timed-steps", type=int, default=110, help="in each of the runs that time a step")
     parser.add_argument(
         "--rounds", type=int, default=2, help="pairs of such runs, without and with checkpoints"

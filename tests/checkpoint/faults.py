@@ -224,8 +224,8 @@ class Locks:
         held = self.held
 
         class Recorded(DirectoryLock):
-            def __init__(self, path: Path) -> None:
-                super().__init__(path)
+            def __init__(self, path: Path, *, wait: bool = False) -> None:
+                super().__init__(path, wait=wait)
                 held.append(self)
 
         monkeypatch.setattr(commit, "DirectoryLock", Recorded)

@@ -185,8 +185,13 @@ class SegmentWriter:
             return next(self._blocks, None)
 
     def _copy_and_write_blocks(self) -> None:
-        while (job := self._take_block()) is not None:
+        while True:
+            # Memory first: whoever has taken a part must be able to finish it, since others may wait for it.
             block = self._pool.acquire(self._aborted)
+            job = self._take_block()
+            if job is None:
+                self._pool.release(block)
+                return
             try:
                 self._fill(job, block)
             except BaseException:
