@@ -42,7 +42,7 @@ def difference(left: Any, right: Any, place: str = "state") -> str | None:
             difference(a, b, f"{place}[{i}]") for i, (a, b) in enumerate(zip(left, right, strict=True))
         )
     if isinstance(left, set | frozenset):
-        a, b = sorted(left, key=repr), sorted(right, key=repr)
+        a, b = sorted(left, key=_order), sorted(right, key=_order)
         return difference(a, b, place)
     if hasattr(left, "fold"):
         same = (left.replace(tzinfo=None), left.fold, left.tzinfo, left.tzname()) == (
@@ -68,11 +68,20 @@ def _mapping_difference(left: Any, right: Any, place: str) -> str | None:
             return found
     pairs = zip(left.items(), right.items(), strict=True)
     if isinstance(left, Counter):
-        pairs = zip(sorted(left.items(), key=repr), sorted(right.items(), key=repr), strict=True)
+        pairs = zip(sorted(left.items(), key=_order), sorted(right.items(), key=_order), strict=True)
     return _first(
         difference(k1, k2, f"{place}<key {k1!r}>") or difference(v1, v2, f"{place}[{k1!r}]")
         for (k1, v1), (k2, v2) in pairs
     )
+
+
+def _order(value: Any) -> str:
+    """A text to sort by that does not depend on the order in which a set shows its items."""
+    if isinstance(value, set | frozenset):
+        return f"{type(value).__name__}{sorted(map(_order, value))}"
+    if isinstance(value, tuple):
+        return f"tuple{[_order(item) for item in value]}"
+    return repr(value)
 
 
 def _first(found: Any) -> str | None:

@@ -75,7 +75,10 @@ def kill_in_the_middle(root: Path, how: str, after_s: float) -> tuple[int, str]:
     process.send_signal(signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err
-    lines = [line for line in out.splitlines() if line.startswith("durable ")]
+    # The kill may cut the last line off.
+    lines = [
+        line for line in out.splitlines(keepends=True) if line.startswith("durable ") and line.endswith("\n")
+    ]
     return int(lines[-1].split()[1]) if lines else int(first.split()[1]), first
 
 
