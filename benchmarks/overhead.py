@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.measure import median_us_per_call
 from benchmarks.report import Bar, at_most, show_table, status
 from benchmarks.settings import Settings
-from keepstep.checkpoint.catalog import checkpoint_name
-from keepstep.checkpoint.manifest import MANIFEST_NAME, dump_manifest
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, dump_manifest
+from keepstep.checkpoint.keeping.catalog import checkpoint_name
 from keepstep.checkpoint.store import Store
 from keepstep.train.accelerator import Accelerator
 from keepstep.train.config import CheckpointPolicy

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from keepstep.checkpoint.staging import Block
+from keepstep.checkpoint.saving.staging import Block
 from keepstep.files import PAGE_BYTES, DirectoryLock, LocalFiles, StoreLock
 
 
@@ -253,5 +253,5 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
 def test_importing_needs_no_torch() -> None:
     import subprocess
 
-    code = "import sys, keepstep.files, keepstep.checkpoint.verify; assert 'torch' not in sys.modules"
+    code = "import sys, keepstep.files, keepstep.checkpoint.keeping.verify; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

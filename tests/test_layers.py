@@ -18,10 +18,10 @@ TORCH_FREE = [
     "keepstep",
     "keepstep.errors",
     "keepstep.files",
-    "keepstep.checkpoint.manifest",
-    "keepstep.checkpoint.catalog",
-    "keepstep.checkpoint.retention",
-    "keepstep.checkpoint.verify",
+    "keepstep.checkpoint.format.manifest",
+    "keepstep.checkpoint.keeping.catalog",
+    "keepstep.checkpoint.keeping.retention",
+    "keepstep.checkpoint.keeping.verify",
     "keepstep.cli.main",
 ]
 
@@ -110,7 +110,7 @@ def test_banned_names_stay_where_they_are_allowed() -> None:
         ("from os import environ as e", "files.py", True),
         ("from pickle import loads", "train/build.py", True),
         ("import torch as t\nt.load('x')", "checkpoint/convert/torch_save.py", False),
-        ("import torch as t\nt.load('x')", "checkpoint/reader.py", True),
+        ("import torch as t\nt.load('x')", "checkpoint/loading/reader.py", True),
         ("from keepstep import Store", "cli/main.py", True),
         ("from keepstep import __version__", "cli/main.py", False),
     ],

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keepstep.checkpoint.retention import Retention as Retention
+    from keepstep.checkpoint.keeping.retention import Retention as Retention
     from keepstep.checkpoint.store import Store as Store
     from keepstep.checkpoint.store import save_directory as save_directory
     from keepstep.checkpoint.version import Checkpoint as Checkpoint
@@ -29,7 +29,7 @@ _HOME_OF_NAME = {
     "CheckpointPolicy": "keepstep.train.config",
     "PendingSave": "keepstep.checkpoint.version",
     "ProjectConfiguration": "keepstep.train.config",
-    "Retention": "keepstep.checkpoint.retention",
+    "Retention": "keepstep.checkpoint.keeping.retention",
     "Store": "keepstep.checkpoint.store",
     "register_codec": "keepstep.tree",
     "save_directory": "keepstep.checkpoint.store",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from keepstep.checkpoint import commit
+from keepstep.checkpoint.place import local
 from keepstep.files import DirectoryLock, LocalFiles, SegmentFile
 
 
@@ -228,7 +228,7 @@ class Locks:
                 super().__init__(path, wait=wait)
                 held.append(self)
 
-        monkeypatch.setattr(commit, "DirectoryLock", Recorded)
+        monkeypatch.setattr(local, "DirectoryLock", Recorded)
 
     def die(self) -> None:
         for lock in self.held:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from keepstep import Store
-from keepstep.checkpoint.staging import BLOCK_BYTES
+from keepstep.checkpoint.saving.staging import BLOCK_BYTES
 from keepstep.checkpoint.store import _report_unseen_failures
 from keepstep.errors import BackgroundSaveError, StoreBusyError, StoreError
 from keepstep.files import PAGE_BYTES, LocalFiles, SegmentFile
@@ -222,7 +222,7 @@ def test_failures_while_staging_cost_no_memory_for_good(
         raise RuntimeError("the device fell off the bus")
 
     with monkeypatch.context() as patch:
-        patch.setattr("keepstep.checkpoint.staging.host_bytes", refuse)
+        patch.setattr("keepstep.checkpoint.saving.staging.host_bytes", refuse)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="bus"):
                 store.save_in_background({"x": torch.ones(3)})

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepstep.checkpoint.layout import Layout, TensorInfo, plan
-from keepstep.checkpoint.manifest import DATA_ALIGNMENT_BYTES, ITEMSIZES
-from keepstep.checkpoint.parse import _FILE_NAME
+from keepstep.checkpoint.format.manifest import DATA_ALIGNMENT_BYTES, ITEMSIZES
+from keepstep.checkpoint.format.parse import _FILE_NAME
+from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
 
 
 def info(

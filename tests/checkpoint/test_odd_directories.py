@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keepstep import Store
-from keepstep.checkpoint.commit import sweep
+from keepstep.checkpoint.place.local import sweep
 from keepstep.files import LocalFiles
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from keepstep import Store
-from keepstep.checkpoint import layout
+from keepstep.checkpoint.saving import layout
 
 NAMES = [
     "é",

@@ -17,9 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from keepstep.checkpoint.manifest import BLANK_DIGEST, combine_digests, digest_of
+from keepstep.checkpoint.format.manifest import BLANK_DIGEST, combine_digests, digest_of
+from keepstep.checkpoint.keeping.verify import verify_checkpoint
 from keepstep.checkpoint.store import Store
-from keepstep.checkpoint.verify import verify_checkpoint
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
     CheckpointNotFoundError,

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepstep.checkpoint.catalog import Entry
-from keepstep.checkpoint.manifest import FileEntry, Manifest
-from keepstep.checkpoint.retention import Retention, decide
+from keepstep.checkpoint.format.manifest import FileEntry, Manifest
+from keepstep.checkpoint.keeping.catalog import Entry
+from keepstep.checkpoint.keeping.retention import Retention, decide
 from keepstep.errors import UsageError
 
 

@@ -18,7 +18,7 @@ from tests.test_tree import EXAMPLES, NUMPY, states
 from torch import nn
 from torch.optim import lr_scheduler
 
-from keepstep.checkpoint.manifest import ITEMSIZES
+from keepstep.checkpoint.format.manifest import ITEMSIZES
 from keepstep.checkpoint.store import Store
 from keepstep.tree import DTYPES
 
@@ -218,7 +218,9 @@ def test_odd_roots_and_names(tmp_path: Path, name: str) -> None:
 
 
 def test_a_large_group_is_split_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keepstep.checkpoint.layout.plan.__kwdefaults__", {"segment_limit_bytes": 10_000})
+    monkeypatch.setattr(
+        "keepstep.checkpoint.saving.layout.plan.__kwdefaults__", {"segment_limit_bytes": 10_000}
+    )
     state = {
         "model": {f"w{i}": torch.randn(1000) for i in range(7)}
         | {"big": torch.randn(5000), "e": torch.zeros(0)}

@@ -17,8 +17,8 @@ import torch
 from tests.checkpoint.equality import assert_same
 from tests.checkpoint.faults import IO_ERROR, NO_PERMISSION, NO_SPACE, READ_ONLY, FaultyFiles
 
-from keepstep.checkpoint.retention import Retention
-from keepstep.checkpoint.staging import BLOCK_BYTES
+from keepstep.checkpoint.keeping.retention import Retention
+from keepstep.checkpoint.saving.staging import BLOCK_BYTES
 from keepstep.checkpoint.store import Store, save_directory
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
@@ -233,7 +233,7 @@ def test_failed_copies_do_not_use_up_the_budget(tmp_path: Path, monkeypatch: pyt
         def fail(*_: Any) -> None:
             raise MemoryError("no memory to copy to")
 
-        broken.setattr("keepstep.checkpoint.staging.TensorBytes.copy_into", fail)
+        broken.setattr("keepstep.checkpoint.saving.staging.TensorBytes.copy_into", fail)
         for _ in range(5):
             for save in (store.save, store.save_in_background):
                 with pytest.raises(MemoryError):

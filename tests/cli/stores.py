@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from keepstep.checkpoint.manifest import (
+from keepstep.checkpoint.format.manifest import (
     DATA_ALIGNMENT_BYTES,
     FileEntry,
     Manifest,

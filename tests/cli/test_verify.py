@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from tests.cli.processes import on_terminal, run, without_styles
 from tests.cli.stores import write_store
 
-from keepstep.checkpoint.verify import Report
+from keepstep.checkpoint.keeping.verify import Report
 from keepstep.cli.main import main
 
 

@@ -13,7 +13,7 @@ import torch
 from tests.checkpoint.equality import assert_same, difference
 from tests.checkpoint.faults import IO_ERROR, NO_SPACE, FaultyFiles, Killed, Locks
 
-from keepstep.checkpoint.retention import Retention
+from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.store import Store, save_directory
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import BackgroundSaveError, NoSpaceError, StoreError

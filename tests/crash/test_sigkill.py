@@ -24,7 +24,7 @@ TRAIN = textwrap.dedent(
     import sys
     import torch
     torch.set_num_threads(1)
-    from keepstep.checkpoint.retention import Retention
+    from keepstep.checkpoint.keeping.retention import Retention
     from keepstep.checkpoint.store import Store, save_directory
     from tests.crash.test_sigkill import state
 
@@ -121,7 +121,7 @@ FORKED = """
 import os, sys, random, time
 import torch
 torch.set_num_threads(1)
-from keepstep.checkpoint.retention import Retention
+from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.store import Store
 from tests.crash.test_sigkill import state
 

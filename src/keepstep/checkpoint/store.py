@@ -18,16 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from keepstep.checkpoint import catalog
-from keepstep.checkpoint.commit import delete_checkpoint, empty_trash, explained, sweep
-from keepstep.checkpoint.manifest import Manifest
-from keepstep.checkpoint.parse import read_manifest
-from keepstep.checkpoint.retention import Retention, decide
-from keepstep.checkpoint.save import Description, Lineage, Save, describe
-from keepstep.checkpoint.staging import BlockPool
-from keepstep.checkpoint.verify import Report, verify_checkpoint
+from keepstep.checkpoint.format.manifest import Manifest
+from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.keeping import catalog
+from keepstep.checkpoint.keeping.retention import Retention, decide
+from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
+from keepstep.checkpoint.place.local import delete_checkpoint, empty_trash, explained, sweep
+from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
+from keepstep.checkpoint.saving.staging import BlockPool
+from keepstep.checkpoint.saving.writer import WRITER_THREADS
 from keepstep.checkpoint.version import Checkpoint, PendingSave, unseen_failures
-from keepstep.checkpoint.writer import WRITER_THREADS
 from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,

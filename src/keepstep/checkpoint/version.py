@@ -9,12 +9,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from keepstep.checkpoint.commit import replaced_path
-from keepstep.checkpoint.manifest import MANIFEST_NAME, Manifest
-from keepstep.checkpoint.parse import read_manifest
-from keepstep.checkpoint.reader import Reader
-from keepstep.checkpoint.restore import load_into, load_tree
-from keepstep.checkpoint.verify import Report, verify_checkpoint
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
+from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
+from keepstep.checkpoint.loading.reader import Reader
+from keepstep.checkpoint.loading.restore import load_into, load_tree
+from keepstep.checkpoint.place.local import replaced_path
 from keepstep.errors import BackgroundSaveError, CheckpointNotFoundError
 
 __all__ = ["Checkpoint", "PendingSave", "unseen_failures"]
@@ -153,7 +153,7 @@ class Checkpoint:
         return reader
 
     def verify(self, *, quick: bool = False) -> Report:
-        """Whether every byte is what was committed; see `keepstep.checkpoint.verify`."""
+        """Whether every byte is what was committed; see `keepstep.checkpoint.keeping.verify`."""
         return verify_checkpoint(self.path, quick=quick)
 
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepstep.checkpoint.catalog import (
+from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.keeping.catalog import (
     INTERNAL_NAME,
     Entry,
     damage_of,
     is_checkpoint,
     scan,
 )
-from keepstep.checkpoint.parse import read_manifest
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
 
 __all__ = ["Found", "Leftover", "choose", "health_of", "leftovers", "locate"]

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import click
 
-from keepstep.checkpoint.catalog import Entry, disk_bytes
-from keepstep.checkpoint.manifest import Manifest
+from keepstep.checkpoint.format.manifest import Manifest
+from keepstep.checkpoint.keeping.catalog import Entry, disk_bytes
 from keepstep.cli.columns import Column, fit, render, wrapped
 from keepstep.cli.locate import Found, health_of, leftovers, locate
 from keepstep.cli.metrics import Metric, all_metrics, choose_metric, direction_of, merit

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from keepstep.checkpoint.catalog import Entry
+from keepstep.checkpoint.keeping.catalog import Entry
 from keepstep.errors import UsageError
 
 __all__ = ["Metric", "all_metrics", "choose_metric", "direction_of", "merit"]

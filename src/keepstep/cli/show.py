@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
-from keepstep.checkpoint.catalog import Entry, damage_of
-from keepstep.checkpoint.manifest import Manifest, TensorEntry
-from keepstep.checkpoint.parse import read_manifest, read_state
+from keepstep.checkpoint.format.manifest import Manifest, TensorEntry
+from keepstep.checkpoint.format.parse import read_manifest, read_state
+from keepstep.checkpoint.keeping.catalog import Entry, damage_of
 from keepstep.cli.columns import Column, fit, render, render_pairs, wrapped
 from keepstep.cli.locate import Found, choose, health_of, locate
 from keepstep.cli.output import Cell, Output, open_output, write_json, write_lines

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from keepstep.checkpoint.catalog import Entry
-from keepstep.checkpoint.verify import Report, verify_checkpoint
+from keepstep.checkpoint.keeping.catalog import Entry
+from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.cli.columns import wrapped
 from keepstep.cli.locate import Leftover, choose, leftovers, locate
 from keepstep.cli.output import Cell, Output, open_bar, open_output, write_json

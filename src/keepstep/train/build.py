@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from keepstep.checkpoint.retention import Retention
+from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.errors import UsageError
 from keepstep.train.config import (
     CheckpointPolicy,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keepstep.checkpoint.catalog import next_number
+from keepstep.checkpoint.keeping.catalog import next_number
 from keepstep.checkpoint.store import Store, save_directory
 from keepstep.checkpoint.version import Checkpoint, PendingSave
 from keepstep.errors import (

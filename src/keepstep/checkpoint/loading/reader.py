@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepstep.checkpoint.hashing import Aborted, OrderedHasher
-from keepstep.checkpoint.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
-from keepstep.checkpoint.parse import check_files, read_manifest, read_state
+from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
+from keepstep.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
+from keepstep.checkpoint.format.parse import check_files, read_manifest, read_state
 from keepstep.errors import (
     DamagedCheckpointError,
     DigestError,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from keepstep.checkpoint.manifest import DATA_ALIGNMENT_BYTES
+from keepstep.checkpoint.format.manifest import DATA_ALIGNMENT_BYTES
 
 __all__ = ["SEGMENT_LIMIT_BYTES", "Alias", "Layout", "Placement", "Segment", "TensorInfo", "plan"]
 

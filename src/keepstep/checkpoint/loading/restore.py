@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from keepstep.checkpoint.collector import collector_paused
-from keepstep.checkpoint.fit import Fit, Handed, call_load, over_untrusted, state_of
-from keepstep.checkpoint.reader import Reader, Target, bytes_of
-from keepstep.checkpoint.sharing import Place, without_views
+from keepstep.checkpoint.loading.fit import Fit, Handed, call_load, over_untrusted, state_of
+from keepstep.checkpoint.loading.reader import Reader, Target, bytes_of
+from keepstep.checkpoint.loading.sharing import Place, without_views
 from keepstep.errors import DamagedCheckpointError, RestoreError
 from keepstep.tree import address_of, inside_object, select, tensors_in, unflatten
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from keepstep.checkpoint.manifest import MANIFEST_NAME, Manifest
-from keepstep.checkpoint.parse import check_files, read_manifest
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
+from keepstep.checkpoint.format.parse import check_files, read_manifest
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
 
 __all__ = [

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepstep.checkpoint.manifest import TensorEntry
-from keepstep.checkpoint.reader import Reader
-from keepstep.checkpoint.sharing import Place, shared_memory_problems
+from keepstep.checkpoint.format.manifest import TensorEntry
+from keepstep.checkpoint.loading.reader import Reader
+from keepstep.checkpoint.loading.sharing import Place, shared_memory_problems
 from keepstep.errors import ManifestError, MismatchError, RestoreError, StateError
 from keepstep.tree import (
     address_of,

@@ -14,10 +14,7 @@ import numpy as np
 import torch
 
 from keepstep.checkpoint.collector import collector_paused
-from keepstep.checkpoint.commit import Workspace, check_target, explained
-from keepstep.checkpoint.environment import describe_environment
-from keepstep.checkpoint.layout import Layout, TensorInfo, plan
-from keepstep.checkpoint.manifest import (
+from keepstep.checkpoint.format.manifest import (
     STATE_NAME,
     FileEntry,
     Manifest,
@@ -26,8 +23,12 @@ from keepstep.checkpoint.manifest import (
     dump_manifest,
     dump_state,
 )
-from keepstep.checkpoint.staging import BlockPool
-from keepstep.checkpoint.writer import SegmentWriter
+from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.place.local import LocalWorkspace, check_target, explained
+from keepstep.checkpoint.saving.environment import describe_environment
+from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
+from keepstep.checkpoint.saving.staging import BlockPool
+from keepstep.checkpoint.saving.writer import SegmentWriter
 from keepstep.errors import UsageError
 from keepstep.files import Files
 from keepstep.tree import Flat, Leaf, flatten
@@ -123,7 +124,6 @@ class Save:
         threads: ThreadPoolExecutor,
     ) -> None:
         self.final = final
-        self._files = files
         self._description = description
         self._lineage = lineage
         with collector_paused():
@@ -132,9 +132,9 @@ class Save:
             self._layout = plan(self._infos)
         with explained(final):
             check_target(final)
-        self._workspace = Workspace(files, final, may_replace=may_replace)
+        self._workspace: Workspace = LocalWorkspace(files, final, may_replace=may_replace)
         self._writer = SegmentWriter(
-            files, self._workspace.path, self._layout, [leaf.tensor for leaf in flat.leaves], pool, threads
+            self._workspace, self._layout, [leaf.tensor for leaf in flat.leaves], pool, threads
         )
 
     def write(self) -> Manifest:
@@ -182,7 +182,6 @@ class Save:
         return self._commit()
 
     def _commit(self) -> Manifest:
-        directory = self._workspace.path
         entries = self._writer.file_entries()
         small = dict(self._layout.indexes)
         with collector_paused():
@@ -190,7 +189,7 @@ class Save:
                 self._flat.tree, _tensor_entries(self._infos, self._layout, self._writer.digests)
             )
         for name, data in small.items():
-            self._files.write_file(directory / name, data)
+            self._workspace.write_file(name, data)
             entries[name] = FileEntry(bytes=len(data), digest=digest_of(data))
         manifest = self._manifest(entries)
         self._workspace.commit(dump_manifest(manifest))

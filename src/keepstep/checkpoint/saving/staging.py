@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from keepstep.checkpoint.hashing import Aborted
+from keepstep.checkpoint.format.hashing import Aborted
 from keepstep.errors import UsageError
 
 __all__ = ["BLOCK_BYTES", "Block", "BlockPool", "TensorBytes"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepstep.checkpoint.reader import Reader, bytes_of
+from keepstep.checkpoint.loading.reader import Reader, bytes_of
 from keepstep.tree import address_of
 
 __all__ = ["Place", "shared_memory_problems", "without_views"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import xxhash
 
-from keepstep.checkpoint.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
-from keepstep.checkpoint.parse import check_files, read_manifest, read_state
+from keepstep.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
+from keepstep.checkpoint.format.parse import check_files, read_manifest, read_state
 from keepstep.errors import DamagedCheckpointError, DigestError, ManifestError
 
 __all__ = ["Report", "verify_checkpoint"]

@@ -17,16 +17,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from keepstep.checkpoint.hashing import Aborted, OrderedHasher
-from keepstep.checkpoint.layout import Layout, Placement, Segment
-from keepstep.checkpoint.manifest import FileEntry, combine_digests, digest_of
-from keepstep.checkpoint.staging import BLOCK_BYTES, Block, BlockPool, TensorBytes
-from keepstep.files import PAGE_BYTES, Files, SegmentFile
+from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
+from keepstep.checkpoint.format.manifest import FileEntry, combine_digests, digest_of
+from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.saving.layout import Layout, Placement, Segment
+from keepstep.checkpoint.saving.staging import BLOCK_BYTES, Block, BlockPool, TensorBytes
+from keepstep.files import PAGE_BYTES, SegmentFile
 
 __all__ = ["WRITER_THREADS", "SegmentWriter"]
 
@@ -67,19 +67,17 @@ class _OpenSegment:
 
 
 class SegmentWriter:
-    """Writes the segments of one checkpoint into a directory."""
+    """Writes the segments of one checkpoint into a workspace."""
 
     def __init__(
         self,
-        files: Files,
-        directory: Path,
+        workspace: Workspace,
         layout: Layout,
         tensors: Sequence[torch.Tensor],
         pool: BlockPool,
         threads: ThreadPoolExecutor,
     ) -> None:
-        self._files = files
-        self._directory = directory
+        self._workspace = workspace
         self._pool = pool
         self._threads = threads
         self._segments = [_OpenSegment(segment) for segment in layout.segments]
@@ -239,7 +237,7 @@ class SegmentWriter:
         with opened.lock:
             if opened.file is None:
                 segment = opened.segment
-                opened.file = self._files.create_segment(self._directory / segment.file, segment.bytes)
+                opened.file = self._workspace.create_segment(segment.file, segment.bytes)
         padded = -(-(end - begin) // PAGE_BYTES) * PAGE_BYTES
         opened.file.write_at(block.view[:padded], begin)
         with opened.lock:

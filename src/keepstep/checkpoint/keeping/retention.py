@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from keepstep.checkpoint.catalog import Entry, number_of
+from keepstep.checkpoint.keeping.catalog import Entry, number_of
 from keepstep.errors import UsageError
 
 __all__ = ["Decision", "Retention", "decide"]

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from keepstep.checkpoint.manifest import (
+from keepstep.checkpoint.format.manifest import (
     BLANK_DIGEST,
     ITEMSIZES,
     MANIFEST_NAME,

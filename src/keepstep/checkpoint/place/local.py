@@ -16,8 +16,8 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from keepstep.checkpoint.manifest import MANIFEST_NAME
-from keepstep.checkpoint.parse import read_manifest
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME
+from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.errors import (
     DamagedCheckpointError,
     DirectoryNotOursError,
@@ -27,10 +27,10 @@ from keepstep.errors import (
     StoreError,
     StoreReadOnlyError,
 )
-from keepstep.files import DirectoryLock, Files
+from keepstep.files import DirectoryLock, Files, SegmentFile
 
 __all__ = [
-    "Workspace",
+    "LocalWorkspace",
     "check_target",
     "delete_checkpoint",
     "empty_trash",
@@ -115,8 +115,8 @@ def is_ours(directory: Path) -> bool:
     return True
 
 
-class Workspace:
-    """An unfinished checkpoint. Published whole by `commit`, or gone after `discard`."""
+class LocalWorkspace:
+    """A `Workspace` beside the final directory."""
 
     def __init__(self, files: Files, final: Path, *, may_replace: bool = True) -> None:
         self.final = final
@@ -126,7 +126,6 @@ class Workspace:
         self._lock: DirectoryLock | None = None
 
     def open(self) -> None:
-        """Make the directory; sweep what dead processes left of the same checkpoint."""
         self._files.make_directory(self.final.parent)
         sweep(self._files, self.final.parent, prefix=self.final.name)
         self._finish_replacement()
@@ -140,6 +139,12 @@ class Workspace:
                 self._lock = lock
             else:
                 lock.release()
+
+    def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
+        return self._files.create_segment(self.path / name, size_bytes)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        self._files.write_file(self.path / name, data)
 
     def _finish_replacement(self) -> None:
         """End what a process began that died between the two renames, or just after them."""

@@ -1,0 +1,1 @@
+"""What a store holds, what it keeps, and whether it is sound. No torch."""

@@ -1,0 +1,28 @@
+"""What every place for checkpoints can do. `local.py` is a directory on a file system."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from keepstep.files import SegmentFile
+
+__all__ = ["Workspace"]
+
+
+class Workspace(Protocol):
+    """An unfinished checkpoint. Published whole by `commit`, or gone after `discard`."""
+
+    def open(self) -> None:
+        """Make room for it; clear what dead processes left of the same checkpoint."""
+
+    def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
+        """Create a segment of `size_bytes`, to be filled by several threads; it must not exist."""
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a small file; its bytes are durable on return."""
+
+    def commit(self, manifest: bytes) -> None:
+        """Make everything durable, then publish the checkpoint in one step."""
+
+    def discard(self) -> None:
+        """Remove what was written. Never raises: the error that led here is the one that counts."""
