@@ -21,9 +21,11 @@ from typing import Any, Literal
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping import catalog
+from keepstep.checkpoint.keeping.quarantine import set_aside
 from keepstep.checkpoint.keeping.retention import Retention, decide
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.place.local import delete_checkpoint, empty_trash, explained, sweep
+from keepstep.checkpoint.recovery import restore_newest
 from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.checkpoint.saving.writer import WRITER_THREADS
@@ -32,7 +34,6 @@ from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,
     DamagedCheckpointError,
-    NoValidCheckpointError,
     StoreBusyError,
     StoreError,
 )
@@ -378,28 +379,11 @@ class Store:
             MismatchError, RestoreError: as for `Checkpoint.load_into`.
         """
         self.wait()
-        damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(self.path)]
-        passed: set[Path] = set()
-        while entries := [entry for entry in catalog.scan(self.path) if entry.path not in passed]:
-            entry = entries[-1]
-            passed.add(entry.path)
-            try:
-                checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
-                checkpoint.load_into(objects)
-            except CheckpointNotFoundError:
-                continue  # dropped meanwhile by the process that writes; it has a newer one
-            except DamagedCheckpointError as error:
-                if entry.path.exists():
-                    _raise_if_refused(entry, error)
-                    damaged.append(f"{entry.name}: {error.message}")
-                    self._set_aside(entry, error)
-                continue
+        checkpoint = restore_newest(self.path, objects, self._set_aside)
+        if checkpoint is not None:
             manifest = checkpoint.manifest
             self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
-            return checkpoint
-        if damaged:
-            raise NoValidCheckpointError(_ALL_DAMAGED.format(path=self.path, damaged="\n  ".join(damaged)))
-        return None
+        return checkpoint
 
     def _set_aside(self, entry: catalog.Entry, error: DamagedCheckpointError) -> None:
         log.error(
@@ -407,16 +391,9 @@ class Store:
             entry.path,
             error.message,
         )
-        place = self.path / catalog.INTERNAL_NAME / "damaged"
-        target = place / entry.name
-        if target.exists():
-            target = target.with_name(f"{entry.name}.{secrets.token_hex(4)}")
         try:
             self.claim()
-            self._engine.files.make_directory(place)
-            self._engine.files.rename(entry.path, target)
-            self._engine.files.sync_directory(place)  # first where it is now, then where it is no more
-            self._engine.files.sync_directory(self.path)
+            set_aside(self._engine.files, self.path, entry.path)
         except (OSError, StoreError) as refused:  # read-only, or another's: passing it over is enough
             log.warning("%s could not be set aside: %s", entry.path, refused)
 
@@ -464,37 +441,6 @@ class Store:
                     continue  # somebody else deleted it first
                 dropped.append(decision.entry.name)
         return dropped
-
-
-_ALL_DAMAGED = (
-    "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
-    "one of them from a copy, or give the run a new directory to start over"
-)
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
-
-
-def _raise_if_refused(entry: catalog.Entry, error: BaseException) -> None:
-    """A system that refuses to read says nothing about the bytes: such a checkpoint is not damaged.
-
-    Raises:
-        StoreError: with what the process lacks.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _REFUSALS:
-            raise StoreError(
-                f"{entry.path} can't be read: {cause.strerror}. It may well be whole, so it was not set "
-                "aside and no older checkpoint was taken. Give this process what it lacks and start it again"
-            ) from error
-        cause = cause.__cause__
 
 
 @atexit.register

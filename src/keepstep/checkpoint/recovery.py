@@ -1,0 +1,89 @@
+"""Resuming: the newest checkpoint that loads, falling back over any number of damaged ones."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.keeping import catalog
+from keepstep.checkpoint.version import Checkpoint
+from keepstep.errors import (
+    CheckpointNotFoundError,
+    DamagedCheckpointError,
+    NoValidCheckpointError,
+    StoreError,
+)
+
+__all__ = ["restore_newest"]
+
+_ALL_DAMAGED = (
+    "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
+    "one of them from a copy, or give the run a new directory to start over"
+)
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
+
+def restore_newest(
+    root: Path, objects: Any, set_aside: Callable[[catalog.Entry, DamagedCheckpointError], None]
+) -> Checkpoint | None:
+    """Restore the newest checkpoint of a store that loads.
+
+    Args:
+        root: of the store.
+        objects: live objects; see `Checkpoint.load_into`.
+        set_aside: is handed each damaged one; the next older one overwrites what that one had written.
+
+    Returns:
+        The checkpoint that was restored; None if the store holds none.
+
+    Raises:
+        NoValidCheckpointError: there are checkpoints, and all are damaged.
+        StoreError: the system refuses to read; nothing more is set aside.
+    """
+    damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
+    passed: set[Path] = set()
+    while entries := [entry for entry in catalog.scan(root) if entry.path not in passed]:
+        entry = entries[-1]
+        passed.add(entry.path)
+        try:
+            checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
+            checkpoint.load_into(objects)
+        except CheckpointNotFoundError:
+            continue  # dropped meanwhile by the process that writes; it has a newer one
+        except DamagedCheckpointError as error:
+            if entry.path.exists():
+                _raise_if_refused(entry, error)
+                damaged.append(f"{entry.name}: {error.message}")
+                set_aside(entry, error)
+            continue
+        return checkpoint
+    if damaged:
+        raise NoValidCheckpointError(_ALL_DAMAGED.format(path=root, damaged="\n  ".join(damaged)))
+    return None
+
+
+def _raise_if_refused(entry: catalog.Entry, error: BaseException) -> None:
+    """A system that refuses to read says nothing about the bytes: such a checkpoint is not damaged.
+
+    Raises:
+        StoreError: with what the process lacks.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _REFUSALS:
+            raise StoreError(
+                f"{entry.path} can't be read: {cause.strerror}. It may well be whole, so it was not set "
+                "aside and no older checkpoint was taken. Give this process what it lacks and start it again"
+            ) from error
+        cause = cause.__cause__
