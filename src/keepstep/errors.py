@@ -81,6 +81,27 @@ class TensorNotSavableError(StateError, ValueError):
     """A tensor has no plain bytes to write: meta, sparse, quantized, or a subclass with hidden parts."""
 
 
+class StateChangedError(KeepstepError):
+    """Tensors were written to while they were being copied in the background; nothing was committed.
+
+    Attributes:
+        tensors: their addresses in the state.
+    """
+
+    def __init__(self, tensors: Sequence[str]) -> None:
+        self.tensors = tuple(tensors)
+        shown = ", ".join(map(repr, self.tensors[:3]))
+        more = f" and {len(self.tensors) - 3} more" if len(self.tensors) > 3 else ""
+        super().__init__(
+            f"{shown}{more} changed while a checkpoint copied them in the background, so it was not "
+            "committed. Step optimizers that went through prepare(), write to saved tensors only after such "
+            'a step, or choose CheckpointPolicy(staging="awaited")'
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tensors,)
+
+
 class StoreError(KeepstepError):
     """The place where checkpoints live refuses; checkpoints already there are untouched."""
 

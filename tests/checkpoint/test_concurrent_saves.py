@@ -222,7 +222,7 @@ def test_failures_while_staging_cost_no_memory_for_good(
         raise RuntimeError("the device fell off the bus")
 
     with monkeypatch.context() as patch:
-        patch.setattr("keepstep.checkpoint.saving.staging.host_bytes", refuse)
+        patch.setattr("keepstep.checkpoint.saving.staging.dense_bytes", refuse)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="bus"):
                 store.save_in_background({"x": torch.ones(3)})

@@ -157,7 +157,7 @@ def test_a_background_save_returns_before_it_is_committed(tmp_path: Path) -> Non
     assert store.busy
     assert not pending.done()
     assert store.latest() is None
-    assert 0 <= pending.staging_s < 20
+    assert 0 <= pending.blocked_s < 20
     files.go.set()
     checkpoint = pending.wait()
     assert checkpoint.step == 1

@@ -13,10 +13,11 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
@@ -24,11 +25,12 @@ from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.quarantine import set_aside
 from keepstep.checkpoint.keeping.retention import Retention, decide
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
-from keepstep.checkpoint.place.local import delete_checkpoint, empty_trash, explained, sweep
+from keepstep.checkpoint.place.local import LocalWorkspace, delete_checkpoint, empty_trash, explained, sweep
 from keepstep.checkpoint.recovery import restore_newest
+from keepstep.checkpoint.saving.crew import Crew
+from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
 from keepstep.checkpoint.saving.staging import BlockPool
-from keepstep.checkpoint.saving.writer import WRITER_THREADS
 from keepstep.checkpoint.version import Checkpoint, PendingSave, unseen_failures
 from keepstep.errors import (
     BackgroundSaveError,
@@ -39,34 +41,39 @@ from keepstep.errors import (
 )
 from keepstep.files import Files, LocalFiles, StoreLock
 
-__all__ = ["DEFAULT_MEMORY_BUDGET_BYTES", "Store", "save_directory"]
+__all__ = ["AWAITED_UP_TO_BYTES", "DEFAULT_MEMORY_BUDGET_BYTES", "Staging", "Store", "save_directory"]
 
 DEFAULT_MEMORY_BUDGET_BYTES = 2 << 30
+
+AWAITED_UP_TO_BYTES = 128 << 20
+"""States of at most this size are copied at once by default: that blocks for about 20 ms."""
+
+Staging = Literal["auto", "awaited", "overlapped"]
+"""Whether the training waits until a state is copied, or goes on; see `Store.save_in_background`."""
 
 log = logging.getLogger(__name__)
 
 
 class _Engine:
-    """Threads and reusable memory of a writer."""
+    """Reusable memory of a writer, and what it knows of the save before."""
 
     def __init__(self, files: Files | None, memory_budget_bytes: int) -> None:
         self.files: Files = files if files is not None else LocalFiles()
         self.memory_budget_bytes = memory_budget_bytes
         self.pool = BlockPool(memory_budget_bytes)
-        self.threads = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="keepstep-write")
+        self.planner = Planner()
 
     def save(
         self, final: Path, state: Any, description: Description, lineage: Lineage, *, may_replace: bool
     ) -> Save:
         return Save(
-            files=self.files,
+            workspace=LocalWorkspace(self.files, final, may_replace=may_replace),
             final=final,
-            may_replace=may_replace,
+            planner=self.planner,
             state=state,
             description=description,
             lineage=lineage,
             pool=self.pool,
-            threads=self.threads,
         )
 
 
@@ -92,16 +99,21 @@ def save_directory(
     """
     final = Path(directory).resolve()  # a link to a directory stays a link
     description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
-    engine = _Engine(files, 64 << 20)
-    try:
-        lineage = Lineage(run=secrets.token_hex(8))
-        manifest = engine.save(final, state, description, lineage, may_replace=True).write()
-    finally:
-        engine.threads.shutdown()
+    engine, lineage = _Engine(files, 64 << 20), Lineage(run=secrets.token_hex(8))
+    manifest = engine.save(final, state, description, lineage, may_replace=True).write()
     return Checkpoint(Path(directory), manifest)
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _stage_at_once(save: Save) -> None:
+    """Copy with two threads: one alone does not get all that memory can give."""
+    copiers = Crew(1, "keepstep-copy")
+    try:
+        save.stage(copiers)
+    finally:
+        copiers.close()
 
 
 class _Places:
@@ -164,7 +176,6 @@ class Store:
     def _start(self, engine: _Engine) -> None:
         """Everything that belongs to this process; a fork starts anew, without its parent's threads."""
         self._engine = engine
-        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="keepstep-commit")
         self._one_save = threading.RLock()
         self._in_flight: PendingSave | None = None
         self._owned = False
@@ -220,27 +231,62 @@ class Store:
         metrics: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         pinned: bool = False,
+        staging: Staging = "awaited",
+        changing: Iterable[torch.Tensor] = (),
     ) -> PendingSave:
-        """Copy the state and return; hashing, writing and the commit go on in the background.
+        """Copy the state; hashing, writing and the commit go on in the background.
 
-        The state may change as soon as this returns. One save is in flight at a time: a second waits
-        for the first. Arguments and errors as for `save`; an error of the background is raised by
-        `PendingSave.wait`, or as `BackgroundSaveError` by the next save or `wait`.
+        One save is in flight at a time: a second waits for the first. Errors as for `save`; an error of the
+        background is raised by `PendingSave.wait`, or as `BackgroundSaveError` by the next save or `wait`.
+
+        Args:
+            state: as for `save`.
+            step: optimizer steps done.
+            epoch: the epoch under way.
+            metrics: name -> number or string.
+            tags: names; a tagged checkpoint is never pruned.
+            pinned: never prune it.
+            staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made
+                in the background as well, and the state must not change until `PendingSave.wait_staged` has
+                returned. Tensors that torch saw written to before are found out by their version counters:
+                nothing is committed, and the error names them. "auto": the one that costs less for a state of
+                this size; treat it as "overlapped".
+            changing: tensors that may change at once all the same, such as buffers that a forward updates;
+                they are copied before this returns. So is all memory of NumPy's.
         """
         description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
         with self._one_save:
             self.wait()
             began = time.perf_counter()
             save = self._begin(state, description)
+            crew = Crew(1, "keepstep-commit")
+            staged = threading.Event()
             try:
-                save.stage()
-                future = self._finisher.submit(self._finish, save)
-                self._in_flight = PendingSave(future, time.perf_counter() - began)
+                if staging == "overlapped" or (staging == "auto" and save.bytes > AWAITED_UP_TO_BYTES):
+                    save.hold(changing)
+                    future = crew.submit(lambda: self._stage_and_finish(save, staged))
+                else:
+                    _stage_at_once(save)
+                    staged.set()
+                    future = crew.submit(lambda: self._finish(save))
+                self._in_flight = PendingSave(future, staged, blocked_s=time.perf_counter() - began)
             except BaseException:  # Ctrl-C between the two
                 _places.release(save.final)
                 save.discard()
                 raise
+            finally:
+                crew.close()
             return self._in_flight
+
+    def _stage_and_finish(self, save: Save, staged: threading.Event) -> Checkpoint:
+        try:
+            save.stage()
+        except BaseException:
+            _places.release(save.final)
+            raise
+        finally:
+            staged.set()
+        return self._finish(save)
 
     @property
     def busy(self) -> bool:
@@ -382,6 +428,7 @@ class Store:
         checkpoint = restore_newest(self.path, objects, self._set_aside)
         if checkpoint is not None:
             manifest = checkpoint.manifest
+            self._engine.planner.adopt(checkpoint.name, manifest.files, checkpoint.tensors)
             self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
         return checkpoint
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest, TensorEntry
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.loading.reader import Reader
@@ -95,6 +96,15 @@ class Checkpoint:
         """Size of its files."""
         return self.manifest.bytes
 
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Where each tensor lies, by address; read from state.json at each call.
+
+        Raises:
+            DamagedCheckpointError: it can't be read.
+        """
+        return self._reader().tensors
+
     def __repr__(self) -> str:
         said = {"step": self.step, "epoch": self.epoch, **self.metrics}
         shown = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)
@@ -164,21 +174,26 @@ def _patterns(only: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 class PendingSave:
-    """A save in the background: the state has been copied, the writing goes on.
+    """A save in the background.
 
     Attributes:
-        staging_s: how long the caller was blocked, in seconds.
+        blocked_s: how long the caller was blocked when it began, in seconds.
     """
 
-    def __init__(self, future: Future[Checkpoint], staging_s: float) -> None:
+    def __init__(self, future: Future[Checkpoint], staged: threading.Event, *, blocked_s: float) -> None:
         self._future = future
-        self.staging_s = staging_s
+        self._staged = staged
+        self.blocked_s = blocked_s
         self.seen = False
         future.add_done_callback(self._done)
 
     def _done(self, future: Future[Checkpoint]) -> None:
         if isinstance(future.exception(), Exception) and not self.seen:
             unseen_failures.add(self)
+
+    def wait_staged(self) -> None:
+        """Wait until the state has been copied, and may change; returns at once if it was copied at once."""
+        self._staged.wait()
 
     def done(self) -> bool:
         """Whether it is committed, or has failed."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from keepstep.checkpoint.store import Staging
 from keepstep.errors import UsageError
 
 __all__ = [
@@ -46,6 +47,9 @@ class CheckpointPolicy:
         byte_budget: delete old checkpoints that are not otherwise kept once the store is larger, in bytes.
         on_error: what `checkpoint()` does when a save fails, of a full disk say: "raise" ends the loop with
             the error, "warn" logs it and lets the training go on; the next one that is due is tried again.
+        staging: "awaited": `checkpoint()` returns once the state is copied. "overlapped": it is copied while
+            the next forward and backward run, and prepared optimizers wait for it in `step()`. "auto": the
+            one that costs less for a state of its size.
 
     Raises:
         UsageError: a value is impossible.
@@ -59,6 +63,7 @@ class CheckpointPolicy:
     keep_every_n_steps: int | None = None
     byte_budget: int | None = None
     on_error: Literal["raise", "warn"] = "raise"
+    staging: Staging = "auto"
 
     def __post_init__(self) -> None:
         for field in ("every_n_steps", "keep_last", "keep_every_n_steps", "byte_budget"):
@@ -68,6 +73,7 @@ class CheckpointPolicy:
         share = self.max_overhead
         _require(share is None or 0 < share < 1, self, "max_overhead", "between 0 and 1, or None")
         _require(self.on_error in ("raise", "warn"), self, "on_error", '"raise" or "warn"')
+        _require(self.staging in get_args(Staging), self, "staging", '"auto", "awaited" or "overlapped"')
         best = self.keep_best
         fine = best is None or (
             len(best) == 3 and isinstance(best[0], str) and best[1] in ("min", "max") and _is_count(best[2])

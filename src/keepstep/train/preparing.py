@@ -80,7 +80,10 @@ class Preparer:
         for known in self._state.optimizers:
             if optimizer is known or optimizer is known.optimizer:
                 return known
-        prepared = PreparedOptimizer(optimizer, window=self._state.window, precision=self._state.precision)
+        state = self._state
+        prepared = PreparedOptimizer(
+            optimizer, window=state.window, precision=state.precision, gate=state.gate
+        )
         self._state.optimizers.append(prepared)
         return prepared
 

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,
     NotPreparedError,
+    StateChangedError,
     StoreError,
     UsageError,
 )
@@ -26,6 +28,14 @@ from keepstep.train.state import TrainState
 __all__ = ["Saver"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What the user said of a checkpoint, should it have to be made again."""
+
+    metrics: Mapping[str, Any] | None = None
+    tags: Sequence[str] = ()
 
 
 class Saver:
@@ -58,6 +68,9 @@ class Saver:
         self._clock = clock
         self._pending: PendingSave | None = None
         self._last = LastSave(step=0, at_s=clock())
+        self._staging = policy.staging
+        self._about = _About()
+        self._lost: _About | None = None
 
     @property
     def next_number(self) -> int:
@@ -81,24 +94,36 @@ class Saver:
         state, began_s = self._state, self._clock()
         if not state.window.sync_gradients:
             return None
-        if not is_due(self._policy, step=state.step, now_s=began_s, last=self._last, busy=busy):
+        due = is_due(self._policy, step=state.step, now_s=began_s, last=self._last, busy=busy)
+        if not due and self._lost is None:
             if not state.optimizers:
                 raise NotPreparedError(
                     "checkpoint() counts optimizer steps, but no optimizer went through prepare(). Prepare "
                     "it, or use save_state()."
                 )
             return None
-        # An earlier save that fails while this one waits for it is reported here, once.
-        self._pending = None
-        try:
-            self._pending = store.save_in_background(
-                state.capture(), step=state.step, epoch=state.progress.epoch, metrics=metrics, tags=tags
-            )
-        except (StoreError, BackgroundSaveError) as error:
-            self._failed(error)
+        self._begin(store, _About(metrics=metrics, tags=tags))
         now_s = self._clock()
         self._last = LastSave(step=state.step, at_s=now_s, blocked_s=now_s - began_s)
         return self._pending
+
+    def _begin(self, store: Store, about: _About) -> None:
+        # An earlier save that fails while this one waits for it is reported here, once.
+        state, self._pending, self._lost = self._state, None, None
+        try:
+            self._pending = store.save_in_background(
+                state.capture(),
+                step=state.step,
+                epoch=state.progress.epoch,
+                metrics=about.metrics,
+                tags=about.tags,
+                staging=self._staging,
+                changing=state.changing(),
+            )
+        except (StoreError, BackgroundSaveError) as error:
+            self._failed(error, about)
+        state.gate.pending = self._pending
+        self._about = about
 
     def _ask_finished(self) -> None:
         """Ask what became of the last save in the background."""
@@ -107,9 +132,15 @@ class Saver:
             try:
                 finished.wait()
             except BackgroundSaveError as error:
-                self._failed(error)
+                self._failed(error, self._about)
 
-    def _failed(self, error: StoreError | BackgroundSaveError) -> None:
+    def _failed(self, error: StoreError | BackgroundSaveError, about: _About) -> None:
+        if isinstance(error.__cause__, StateChangedError):
+            _log.warning(
+                "%s. The checkpoint is made again, and from now on each is copied at once.", error.__cause__
+            )
+            self._staging, self._lost = "awaited", about
+            return
         if self._policy.on_error == "raise":
             raise error
         _log.error("A checkpoint was not saved; the training goes on as the policy says: %s", error)
@@ -185,6 +216,14 @@ class Saver:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.wait()
+            try:
+                pending.wait()
+            except BackgroundSaveError as error:
+                if not isinstance(error.__cause__, StateChangedError):
+                    raise
+                self._failed(error, self._about)
         if self._store is not None:
             self._store.wait()
+            if self._lost is not None:
+                self._begin(self._store, self._lost)
+                self.wait()

@@ -21,6 +21,7 @@ import torch
 
 from keepstep.errors import MismatchError, RestoreError, UsageError
 from keepstep.train import rng
+from keepstep.train.gate import StagingGate
 from keepstep.train.loader import PreparedLoader
 from keepstep.train.options import options_of, warn_of_replaced
 from keepstep.train.precision import Precision
@@ -44,6 +45,7 @@ class TrainState:
         schedulers: prepared ones.
         loaders: prepared ones.
         registered: objects with `state_dict` and `load_state_dict`.
+        gate: where optimizers wait until the state has been copied.
     """
 
     precision: Precision
@@ -55,6 +57,7 @@ class TrainState:
     schedulers: list[PreparedScheduler] = field(default_factory=list)
     loaders: list[PreparedLoader] = field(default_factory=list)
     registered: list[Any] = field(default_factory=list)
+    gate: StagingGate = field(default_factory=StagingGate)
 
     @property
     def step(self) -> int:
@@ -95,6 +98,15 @@ class TrainState:
         """
         self.precision.check_capturable()
         return self._tree(_RunState(self).state_dict(), _Gradients(self.optimizers).state_dict())
+
+    def changing(self) -> list[torch.Tensor]:
+        """What may change between two optimizer steps: buffers, by a forward, and gradients."""
+        modules = [m for m in [*self.models, *self.registered] if isinstance(m, torch.nn.Module)]
+        parameters = [p for optimizer in self.optimizers for p in optimizer.parameters()]
+        return [
+            *(buffer for module in modules for buffer in module.buffers()),
+            *(parameter.grad for parameter in parameters if parameter.grad is not None),
+        ]
 
     def restore(self, load: Callable[[dict[str, Any]], Any]) -> Any:
         """Restore everything, or nothing.

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from keepstep.train.config import GradientAccumulationPlugin
+from keepstep.train.gate import StagingGate
 from keepstep.train.precision import Precision
 
 __all__ = ["AccumulationWindow", "PreparedOptimizer", "PreparedScheduler"]
@@ -70,9 +71,12 @@ class PreparedOptimizer(Optimizer):
         optimizer: the user's.
         window: says when gradients are complete.
         precision: how to step.
+        gate: where steps wait for what is copied in the background.
     """
 
-    def __init__(self, optimizer: Optimizer, *, window: AccumulationWindow, precision: Precision) -> None:
+    def __init__(
+        self, optimizer: Optimizer, *, window: AccumulationWindow, precision: Precision, gate: StagingGate
+    ) -> None:
         # Optimizer.__init__ is left out on purpose: parameters and state are those of the wrapped one, and
         # schedulers only want to see an Optimizer.
         self.optimizer = optimizer
@@ -83,6 +87,7 @@ class PreparedOptimizer(Optimizer):
         self._spent = False
         self._clears: bool | None = None
         self._precision = precision
+        self._gate = gate
         precision.prepare_optimizer(optimizer)
 
     def __getattr__(self, name: str) -> Any:
@@ -122,6 +127,7 @@ class PreparedOptimizer(Optimizer):
         if not self._window.sync_gradients:
             self.pending = True
             return None
+        self._gate.wait()
         result, changed = self._precision.step(self.optimizer, closure)
         self.step_was_skipped = not changed
         self.steps_done += changed
@@ -147,6 +153,7 @@ class PreparedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load into the wrapped optimizer."""
+        self._gate.wait()
         self.optimizer.load_state_dict(state_dict)
 
     def train(self) -> None:

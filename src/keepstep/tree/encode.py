@@ -60,6 +60,7 @@ class _Flattener:
     leaves: list[Leaf] = field(default_factory=list)
     addresses: set[str] = field(default_factory=set)
     open_containers: set[int] = field(default_factory=set)
+    frozen: set[int] = field(default_factory=set)
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
         kind = type(value)
@@ -83,6 +84,8 @@ class _Flattener:
         if isinstance(value, torch.Tensor):
             raise TensorNotSavableError(_SUBCLASS.format(place=_place(path), type=type_name(kind)))
         if is_stateful(value):
+            if isinstance(value, torch.nn.Module):
+                self.frozen.update(p.data_ptr() for p in value.parameters() if not p.requires_grad)
             return {"$object": type_name(kind), "state": self.inside(value, path, value.state_dict)}
         raise UnsupportedTypeError(
             _UNSUPPORTED.format(place=_place(path), type=type_name(kind), value=_short(value))
@@ -108,7 +111,7 @@ class _Flattener:
         finally:
             self.open_containers.discard(id(value))
 
-    def add_tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> str:
+    def add_tensor(self, tensor: torch.Tensor, path: tuple[Any, ...], *, counted: bool = True) -> str:
         _refuse_unsavable(tensor, path)
         group, name = (str(path[0]), ".".join(map(str, path[1:])) or "value") if path else ("state", "value")
         address, n = f"{group}/{name}", 1
@@ -122,6 +125,8 @@ class _Flattener:
                 group=group,
                 name=address[len(group) + 1 :],
                 tensor=tensor.detach(),
+                frozen=bool(self.frozen) and tensor.data_ptr() in self.frozen,
+                counted=counted and not tensor.is_inference(),
             )
         )
         return address
@@ -143,7 +148,8 @@ class _Flattener:
         native = _torch_dtype_of_numpy(dtype)
         if native is not None:
             tensor = tensor.view(native).reshape(value.shape)
-        return {"$ndarray": self.add_tensor(tensor, path), "dtype": dtype.str, "shape": list(value.shape)}
+        address = self.add_tensor(tensor, path, counted=False)
+        return {"$ndarray": address, "dtype": dtype.str, "shape": list(value.shape)}
 
     def encode_numpy_dtype(self, value: np.dtype[Any], path: tuple[Any, ...]) -> Any:
         if not _is_told_by_its_name(value):

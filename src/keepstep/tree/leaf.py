@@ -84,12 +84,16 @@ class Leaf:
         group: the root key it lies under; a group becomes a file.
         name: its path below the group, joined by dots: the exact name that a module's state dict has.
         tensor: the live tensor, detached; shares memory with what was given.
+        frozen: whether it is a module's parameter that no gradient reaches.
+        counted: whether torch counts what is written to it (not so for memory of NumPy's).
     """
 
     address: str
     group: str
     name: str
     tensor: torch.Tensor
+    frozen: bool = False
+    counted: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

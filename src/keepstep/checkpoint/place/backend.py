@@ -21,6 +21,16 @@ class Workspace(Protocol):
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file; its bytes are durable on return."""
 
+    def link(self, name: str, checkpoint: str, file: str, size_bytes: int) -> str | None:
+        """Make `name` hold what `file` of a committed checkpoint of the same store holds.
+
+        Returns:
+            None if it is a file of this checkpoint now, else the name of the checkpoint that holds it.
+
+        Raises:
+            FileNotFoundError: it is gone, or is not what was committed.
+        """
+
     def commit(self, manifest: bytes) -> None:
         """Make everything durable, then publish the checkpoint in one step."""
 

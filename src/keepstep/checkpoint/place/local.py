@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -145,6 +146,14 @@ class LocalWorkspace:
 
     def write_file(self, name: str, data: bytes) -> None:
         self._files.write_file(self.path / name, data)
+
+    def link(self, name: str, checkpoint: str, file: str, size_bytes: int) -> str | None:
+        source = self.final.parent / checkpoint / file
+        found = os.stat(source, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size_bytes:
+            raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
+        self._files.link(source, self.path / name)
+        return None
 
     def _finish_replacement(self) -> None:
         """End what a process began that died between the two renames, or just after them."""

@@ -41,6 +41,7 @@ class TensorInfo(NamedTuple):
         begin: address of its first element, bytes.
         stride: in elements.
         contiguous: whether its elements lie densely in row-major order.
+        frozen: whether it is a module's parameter that no gradient reaches.
     """
 
     address: str
@@ -54,6 +55,7 @@ class TensorInfo(NamedTuple):
     begin: int = 0
     stride: tuple[int, ...] = ()
     contiguous: bool = True
+    frozen: bool = False
 
     @property
     def end(self) -> int:
@@ -105,8 +107,19 @@ class Layout:
         return sum(segment.bytes for segment in self.segments)
 
 
-def plan(tensors: Sequence[TensorInfo], *, segment_limit_bytes: int = SEGMENT_LIMIT_BYTES) -> Layout:
-    """Lay out a checkpoint's tensors. Deterministic: same tensors, same files."""
+def plan(
+    tensors: Sequence[TensorInfo],
+    labels: Sequence[int] = (),
+    *,
+    segment_limit_bytes: int = SEGMENT_LIMIT_BYTES,
+) -> Layout:
+    """Lay out a checkpoint's tensors. Deterministic: same tensors and labels, same files.
+
+    Args:
+        tensors: of the state.
+        labels: one for each tensor; tensors of different labels don't share a file. All alike if empty.
+        segment_limit_bytes: where a group is cut.
+    """
     aliases = _find_aliases(tensors)
     aliased = {alias.index for alias in aliases}
     groups: dict[str, list[int]] = defaultdict(list)
@@ -116,7 +129,11 @@ def plan(tensors: Sequence[TensorInfo], *, segment_limit_bytes: int = SEGMENT_LI
     segments: list[Segment] = []
     indexes: dict[str, bytes] = {}
     for stem, members in _stems(groups).items():
-        parts = _split(members, tensors, segment_limit_bytes)
+        parts = [
+            part
+            for sharing in _by_label(members, labels)
+            for part in _split(sharing, tensors, segment_limit_bytes)
+        ]
         names = _file_names(stem, len(parts))
         group_segments = [_segment(name, part, tensors) for name, part in zip(names, parts, strict=True)]
         segments += group_segments
@@ -199,6 +216,15 @@ def _stems(groups: dict[str, list[int]]) -> dict[str, list[int]]:
         taken.add(candidate.lower())
         stems[candidate] = members
     return stems
+
+
+def _by_label(members: list[int], labels: Sequence[int]) -> list[list[int]]:
+    if not labels:
+        return [members]
+    by_label: dict[int, list[int]] = defaultdict(list)
+    for index in members:
+        by_label[labels[index]].append(index)
+    return [by_label[label] for label in sorted(by_label)]
 
 
 def _split(members: list[int], tensors: Sequence[TensorInfo], limit: int) -> list[list[int]]:

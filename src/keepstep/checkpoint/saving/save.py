@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +23,14 @@ from keepstep.checkpoint.format.manifest import (
     dump_state,
 )
 from keepstep.checkpoint.place.backend import Workspace
-from keepstep.checkpoint.place.local import LocalWorkspace, check_target, explained
+from keepstep.checkpoint.place.local import check_target, explained
+from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.environment import describe_environment
-from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
-from keepstep.checkpoint.saving.staging import BlockPool
-from keepstep.checkpoint.saving.writer import SegmentWriter
-from keepstep.errors import UsageError
-from keepstep.files import Files
+from keepstep.checkpoint.saving.layout import Layout, TensorInfo
+from keepstep.checkpoint.saving.planner import Planner
+from keepstep.checkpoint.saving.staging import BlockPool, SideStreams, TensorBytes
+from keepstep.checkpoint.saving.writer import WRITER_THREADS, SegmentWriter
+from keepstep.errors import StateChangedError, UsageError
 from keepstep.tree import Flat, Leaf, flatten
 
 __all__ = ["Description", "Lineage", "Save", "describe"]
@@ -104,38 +104,80 @@ def _metric(name: str, value: Any) -> float | int | str | bool:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A live tensor that must not be written to until it is staged, and torch's count of writes to it."""
+
+    index: int
+    tensor: torch.Tensor
+    version: int
+
+    @property
+    def was_written_to(self) -> bool:
+        """Whether torch has counted a write since."""
+        return self.tensor._version != self.version
+
+
+def _memory(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
 class Save:
     """One checkpoint on its way.
 
-    Flattening and planning happen at once; then either `write`, or `stage` (the state may change
-    afterwards) and `finish` (from any thread).
+    Flattening and planning happen at once; then one of
+
+    * `write`: copy, write and commit; the state must not change meanwhile.
+    * `stage` (the state may change afterwards), then `finish` from any thread.
+    * `hold` (what changes of itself is copied), then `stage` and `finish` from any thread; the state must not
+      change until `stage` has returned, and `finish` refuses if it did.
     """
 
     def __init__(
         self,
         *,
-        files: Files,
+        workspace: Workspace,
         final: Path,
-        may_replace: bool,
+        planner: Planner,
         state: Any,
         description: Description,
         lineage: Lineage,
         pool: BlockPool,
-        threads: ThreadPoolExecutor,
     ) -> None:
         self.final = final
+        self._planner = planner
         self._description = description
         self._lineage = lineage
+        self._workspace = workspace
         with collector_paused():
-            self._flat = flat = flatten(state)
-            self._infos = [_info(leaf) for leaf in flat.leaves]
-            self._layout = plan(self._infos)
+            self._flat = flatten(state)
+            self._infos = [_info(leaf) for leaf in self._flat.leaves]
+            self._layout = planner.plan(self._infos)
         with explained(final):
             check_target(final)
-        self._workspace: Workspace = LocalWorkspace(files, final, may_replace=may_replace)
-        self._writer = SegmentWriter(
-            self._workspace, self._layout, [leaf.tensor for leaf in flat.leaves], pool, threads
+        self._held: list[Held] = []
+        self._writer = self._make_writer(pool)
+
+    def _make_writer(self, pool: BlockPool) -> SegmentWriter:
+        devices = {leaf.tensor.device for leaf in self._flat.leaves if leaf.tensor.device.type != "cpu"}
+        if devices:
+            pool.pin()
+        self._streams = SideStreams(devices)
+        self._sources = [TensorBytes(leaf.tensor, self._streams) for leaf in self._flat.leaves]
+        return SegmentWriter(
+            self._workspace,
+            self._layout,
+            self._sources,
+            devices=tuple(devices),
+            twins=self._planner.twins(),
+            pool=pool,
+            crew=Crew(WRITER_THREADS, "keepstep-write"),
         )
+
+    @property
+    def bytes(self) -> int:
+        """Size of all segments."""
+        return self._layout.bytes
 
     def write(self) -> Manifest:
         """Copy, write and commit; durable on return.
@@ -146,12 +188,30 @@ class Save:
         with collector_paused():
             return self._discarding(self._write_and_commit)
 
-    def stage(self) -> None:
+    def hold(self, changing: Iterable[torch.Tensor]) -> None:
+        """Copy what may change before everything is staged, and take note of the rest's versions.
+
+        Args:
+            changing: tensors that the next forward and backward write to, such as buffers.
+        """
+        memories = {_memory(tensor) for tensor in changing}
+        for index, (leaf, source) in enumerate(zip(self._flat.leaves, self._sources, strict=True)):
+            if not leaf.counted or _memory(leaf.tensor) in memories:
+                source.take_copy()
+            else:
+                self._held.append(Held(index, leaf.tensor, leaf.tensor._version))
+        self._streams.follow()
+
+    def stage(self, copiers: Crew | None = None) -> None:
         """Copy the state out; writing goes on behind. Call `finish` afterwards."""
-        self._discarding(self._open_and_stage)
+        self._discarding(lambda: self._open_and_stage(copiers))
 
     def finish(self) -> Manifest:
-        """Wait until all that was staged is written, and commit."""
+        """Wait until all that was staged is written, and commit.
+
+        Raises:
+            StateChangedError: what was held was written to before it was staged; nothing was committed.
+        """
         return self._discarding(self._drain_and_commit)
 
     def _discarding(self, work: Callable[[], _T]) -> _T:
@@ -172,27 +232,32 @@ class Save:
         self._writer.write()
         return self._commit()
 
-    def _open_and_stage(self) -> None:
+    def _open_and_stage(self, copiers: Crew | None) -> None:
         self._workspace.open()
-        self._writer.stage()
+        self._writer.stage(copiers)
         self._flat = Flat(tree=self._flat.tree, leaves=[])  # the live tensors are not ours any more
 
     def _drain_and_commit(self) -> Manifest:
         self._writer.drain()
+        # Only now: torch counts a write when it is done, and one may have been under way while we copied.
+        changed = [self._infos[held.index].address for held in self._held if held.was_written_to]
+        if changed:
+            raise StateChangedError(changed)
+        self._held.clear()
         return self._commit()
 
     def _commit(self) -> Manifest:
         entries = self._writer.file_entries()
         small = dict(self._layout.indexes)
         with collector_paused():
-            small[STATE_NAME] = dump_state(
-                self._flat.tree, _tensor_entries(self._infos, self._layout, self._writer.digests)
-            )
+            tensors = _tensor_entries(self._infos, self._layout, self._writer.digests)
+            small[STATE_NAME] = dump_state(self._flat.tree, tensors)
         for name, data in small.items():
             self._workspace.write_file(name, data)
             entries[name] = FileEntry(bytes=len(data), digest=digest_of(data))
         manifest = self._manifest(entries)
         self._workspace.commit(dump_manifest(manifest))
+        self._planner.committed(self.final.name, entries, tensors)
         return manifest
 
     def _manifest(self, entries: Mapping[str, FileEntry]) -> Manifest:
@@ -229,6 +294,7 @@ def _info(leaf: Leaf) -> TensorInfo:
         begin=tensor.data_ptr(),
         stride=tensor.stride(),
         contiguous=tensor.is_contiguous(),
+        frozen=leaf.frozen,
     )
 
 

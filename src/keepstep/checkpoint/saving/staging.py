@@ -5,8 +5,10 @@ Blocks are kept and used again: fresh memory costs more than the copy into it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -15,20 +17,29 @@ import torch
 from keepstep.checkpoint.format.hashing import Aborted
 from keepstep.errors import UsageError
 
-__all__ = ["BLOCK_BYTES", "Block", "BlockPool", "TensorBytes"]
+__all__ = ["BLOCK_BYTES", "Block", "BlockPool", "SideStreams", "TensorBytes", "dense_bytes"]
 
 BLOCK_BYTES: Final = 8 << 20
 """A block is copied, hashed and written while it is in the processor's cache."""
 
 
 class Block:
-    """Page-aligned memory, as a NumPy array to copy into and as a memoryview to hash and write."""
+    """Page-aligned memory, as a NumPy array to copy into and as a memoryview to hash and write.
 
-    def __init__(self, size_bytes: int) -> None:
-        # Private: pages of a shared mapping take twice as long to come.
-        self._memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.array: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(self._memory, dtype=np.uint8)
-        self.view = memoryview(self._memory)
+    Args:
+        size_bytes: a multiple of the page size.
+        pinned: locked into memory, so that an accelerator can write to it by itself.
+    """
+
+    def __init__(self, size_bytes: int, *, pinned: bool = False) -> None:
+        self.array: np.ndarray[Any, np.dtype[np.uint8]]
+        if pinned:
+            self.array = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        else:
+            # Private: pages of a shared mapping take twice as long to come.
+            memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.array = np.frombuffer(memory, dtype=np.uint8)
+        self.view: memoryview = self.array.data
 
 
 class BlockPool:
@@ -42,6 +53,7 @@ class BlockPool:
             )
         self._most = budget_bytes // BLOCK_BYTES
         self._made = 0
+        self._pinned = False
         self._free: list[Block] = []
         self._changed = threading.Condition()
 
@@ -49,6 +61,14 @@ class BlockPool:
     def allocated_bytes(self) -> int:
         """Memory taken so far; it is kept for the next save."""
         return self._made * BLOCK_BYTES
+
+    def pin(self) -> None:
+        """From now on hand out memory that accelerators can write to by themselves."""
+        with self._changed:
+            if not self._pinned:
+                self._made -= len(self._free)
+                self._pinned = True
+                self._free.clear()
 
     def acquire(self, aborted: threading.Event) -> Block:
         """A free block, made if the budget allows, else waited for.
@@ -63,7 +83,7 @@ class BlockPool:
                 self._changed.wait()
             if self._free:
                 return self._free.pop()
-            block = Block(BLOCK_BYTES)
+            block = Block(BLOCK_BYTES, pinned=self._pinned)
             self._made += 1
             return block
 
@@ -82,34 +102,86 @@ class BlockPool:
 class TensorBytes:
     """A tensor's bytes in row-major order, made when first asked for.
 
-    A dense CPU tensor is looked at where it lies. Any other (another device, strided, conjugated) is
-    copied to dense host memory while its bytes are being staged.
+    A dense CPU tensor is looked at where it lies. Any other (another device, strided, conjugated) is made
+    dense while its bytes are being staged.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, streams: SideStreams | None = None) -> None:
         self._tensor: torch.Tensor | None = tensor
-        self._array: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+        self._streams = None if tensor.device.type == "cpu" else streams
+        self._dense: torch.Tensor | None = None
         self._lock = threading.Lock()
 
     def copy_into(self, target: np.ndarray[Any, np.dtype[np.uint8]], begin: int, end: int) -> None:
         """Copy bytes `begin` to `end` into `target`; several threads may do so at once."""
-        array = self._array
-        if array is None:
+        dense = self._dense_bytes()
+        if self._streams is None:
+            np.copyto(target, dense[begin:end].numpy())
+        else:
+            self._streams.copy(dense[begin:end], target)
+
+    def host_view(self) -> memoryview:
+        """All bytes, on the host; the tensor's own memory where it lies there densely."""
+        dense = self._dense_bytes()
+        if self._streams is None:
+            view: memoryview = dense.numpy().data
+            return view
+        host = np.empty(dense.numel(), dtype=np.uint8)
+        self._streams.copy(dense, host)
+        return host.data
+
+    def _dense_bytes(self) -> torch.Tensor:
+        dense = self._dense
+        if dense is None:
             with self._lock:
-                if self._array is None:
+                if self._dense is None:
                     assert self._tensor is not None, "staged after it was released"
-                    self._array = host_bytes(self._tensor)
-                array = self._array
-        np.copyto(target, array[begin:end])
+                    with (
+                        contextlib.nullcontext() if self._streams is None else self._streams.on(self._tensor)
+                    ):
+                        self._dense = dense_bytes(self._tensor)
+                dense = self._dense
+        return dense
+
+    def take_copy(self) -> None:
+        """Copy the tensor now: it may change before it is staged."""
+        assert self._tensor is not None, "copied after it was released"
+        self._dense = dense_bytes(self._tensor).clone()
 
     def release(self) -> None:
         """Let go of the tensor."""
-        self._tensor = self._array = None
+        self._tensor = self._dense = None
 
 
-def host_bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A tensor's elements, dense and row-major, as bytes on the host; shares memory where it can."""
-    plain = tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
-    dense = (tensor if plain else tensor.resolve_conj().resolve_neg().to("cpu")).detach().contiguous()
-    array: np.ndarray[Any, np.dtype[np.uint8]] = dense.reshape(-1).view(torch.uint8).numpy()
-    return array
+def dense_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's elements, dense and row-major, as a flat tensor of bytes on its device."""
+    plain = tensor if not (tensor.is_conj() or tensor.is_neg()) else tensor.resolve_conj().resolve_neg()
+    return plain.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+class SideStreams:
+    """Copies from devices to the host on streams of their own, beside the training's.
+
+    They begin after what the training had queued when the save began, and before nothing: the optimizer
+    waits on the host until everything is staged.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._streams = {device: torch.Stream(device) for device in devices}
+        self.follow()
+
+    def follow(self) -> None:
+        """Let copies begin after all that the calling thread has queued by now."""
+        for device, stream in self._streams.items():
+            stream.wait_event(torch.accelerator.current_stream(device).record_event())
+
+    def on(self, tensor: torch.Tensor) -> torch.Stream:
+        """The stream on which work on this tensor goes; a context manager."""
+        return self._streams[tensor.device]
+
+    def copy(self, source: torch.Tensor, target: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Copy device bytes into host memory; they are there on return."""
+        stream = self._streams[source.device]
+        with stream:
+            torch.from_numpy(target).copy_(source, non_blocking=True)
+        stream.synchronize()

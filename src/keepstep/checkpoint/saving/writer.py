@@ -4,9 +4,10 @@ Two ways through the same blocks:
 
 * `write`: each thread copies a block from the live tensors, hashes it while it is in the cache and
   writes it. Memory: a block a thread. The state must not change until it returns.
-* `stage` then `drain`: the caller copies all blocks (waiting for free ones if the state is larger
-  than the budget), the threads hash and write behind it. The state may change once `stage` returns.
+* `stage` then `drain`: blocks are copied as fast as memory takes it (waiting for free ones if the state is
+  larger than the budget), the threads hash and write behind it. The state may change once `stage` returns.
 
+Before either, segments that an earlier checkpoint holds byte for byte are linked, not written.
 NumPy copies, xxhash and pwrite all release the GIL.
 """
 
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,19 @@ import torch
 from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
 from keepstep.checkpoint.format.manifest import FileEntry, combine_digests, digest_of
 from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.layout import Layout, Placement, Segment
+from keepstep.checkpoint.saving.linking import Twin
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, Block, BlockPool, TensorBytes
 from keepstep.files import PAGE_BYTES, SegmentFile
 
 __all__ = ["WRITER_THREADS", "SegmentWriter"]
+
+_Job = tuple[int, int]
+"""A block to fill: the number of its segment, and where it begins there."""
+
+_PROBES = 3
+"""So many small tensors are compared before a segment is taken for unchanged and all of it is hashed."""
 
 WRITER_THREADS = 3
 """Two keep the disk busy; the third copies and hashes meanwhile (1.2 times the disk's floor, not 1.4)."""
@@ -53,6 +62,8 @@ class _OpenSegment:
         self.blocks_left = -(-segment.bytes // BLOCK_BYTES)
         self.file: SegmentFile | None = None
         self.lock = threading.Lock()
+        self.linked = False
+        self.within: str | None = None
 
     def pieces(self, begin: int, end: int) -> Iterator[_Piece]:
         placements = self.segment.placements
@@ -66,28 +77,70 @@ class _OpenSegment:
                 yield _Piece(placement, first - placement.offset, last - placement.offset, first - begin)
 
 
+class _Line:
+    """Blocks that two threads fill, handed on in the order in which they were taken.
+
+    Hashing follows that order: handed on in any other, all threads could wait for a part that none has.
+    """
+
+    def __init__(self, hand_over: Callable[[_Job, Block], None]) -> None:
+        self.taking = threading.Lock()
+        self._hand_over = hand_over
+        self._joined = 0
+        self._gone = 0
+        self._ready: dict[int, tuple[_Job, Block]] = {}
+        self._moving = threading.Lock()
+
+    def join(self) -> int:
+        """The place of the block that was just taken; call it with `taking` held."""
+        self._joined += 1
+        return self._joined - 1
+
+    def ready(self, place: int, job: _Job, block: Block) -> None:
+        """Hand on a filled block, and those behind it that waited for it."""
+        with self._moving:
+            self._ready[place] = job, block
+            while (item := self._ready.pop(self._gone, None)) is not None:
+                self._gone += 1
+                self._hand_over(*item)
+
+    def left(self) -> list[Block]:
+        """Blocks that will never be handed on, as one before them failed."""
+        return [block for _, block in self._ready.values()]
+
+
 class SegmentWriter:
-    """Writes the segments of one checkpoint into a workspace."""
+    """Writes the segments of one checkpoint into a workspace.
+
+    Args:
+        workspace: where to.
+        layout: which segments.
+        sources: the bytes of each planned tensor, by its index.
+        devices: accelerators that the tensors lie on.
+        twins: segments of an earlier checkpoint that may be the same, by the name of the new one.
+        pool: blocks to copy into.
+        crew: WRITER_THREADS threads; closed by `drain` and `abort`.
+    """
 
     def __init__(
         self,
         workspace: Workspace,
         layout: Layout,
-        tensors: Sequence[torch.Tensor],
+        sources: Sequence[TensorBytes],
+        *,
+        devices: Sequence[torch.device],
+        twins: Mapping[str, Twin],
         pool: BlockPool,
-        threads: ThreadPoolExecutor,
+        crew: Crew,
     ) -> None:
         self._workspace = workspace
         self._pool = pool
-        self._threads = threads
+        self._crew = crew
         self._segments = [_OpenSegment(segment) for segment in layout.segments]
-        self._sources = [TensorBytes(tensor) for tensor in tensors]
-        self._devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
-        self._blocks = iter(
-            (index, begin)
-            for index, segment in enumerate(layout.segments)
-            for begin in range(0, segment.bytes, BLOCK_BYTES)
-        )
+        self._sources = sources
+        self._devices = devices
+        self._twins = twins
+        self._blocks = self._in_blocks()
         self._next_block = threading.Lock()
         self._aborted = threading.Event()
         self._hasher = OrderedHasher(self._aborted)
@@ -95,42 +148,59 @@ class SegmentWriter:
         self.digests: dict[int, str] = {}
         """Digest of each stored tensor, by its index; complete after `write` or `drain`."""
 
+    def _in_blocks(self) -> Iterator[_Job]:
+        for index, opened in enumerate(self._segments):
+            if not opened.linked:
+                for begin in range(0, opened.segment.bytes, BLOCK_BYTES):
+                    yield index, begin
+
     # ------------------------------------------------------------------------------ the two ways
 
     def write(self) -> None:
         """Copy, hash and write everything; durable on return."""
         for device in self._devices:  # what the caller has queued on a stream of its own comes first
             torch.accelerator.synchronize(device)
+        self._link_unchanged()
         for _ in range(WRITER_THREADS):
-            self._running.append(self._threads.submit(self._guarded, self._copy_and_write_blocks))
-        self._settle(self._running)
+            self._running.append(self._crew.submit(lambda: self._guarded(self._copy_and_write_blocks)))
+        self.drain()
 
-    def stage(self) -> None:
-        """Copy everything; hashing and writing go on behind. The tensors may change afterwards."""
+    def stage(self, copiers: Crew | None = None) -> None:
+        """Copy everything; hashing and writing go on behind. The tensors may change afterwards.
+
+        Args:
+            copiers: threads that copy beside the calling one.
+        """
+        line = _Line(self._hand_over)
+        helping: list[Future[None]] = []
         try:
-            while (job := self._take_block()) is not None:
-                block = self._pool.acquire(self._aborted)
-                try:
-                    self._fill(job, block)
-                except BaseException:
-                    self._pool.release(block)
-                    raise
-                self._running.append(self._threads.submit(self._guarded, self._hash_and_write, job, block))
+            self._link_unchanged()
+            if copiers is not None:
+                helping.append(copiers.submit(lambda: self._guarded(self._copy_blocks, line)))
+            self._guarded(self._copy_blocks, line)
+            for future in helping:
+                future.result()
         except Aborted:
             pass  # drain() raises what really happened
         except BaseException:
             self.abort()
             raise
+        finally:
+            wait(helping)
+            for block in line.left():
+                self._pool.release(block)
         for source in self._sources:
             source.release()
 
     def drain(self) -> None:
         """Wait until all that was staged is durable."""
+        self._crew.close()
         self._settle(self._running)
 
     def abort(self) -> None:
         """Stop as soon as possible, wait for the threads, close the files without any promise."""
         self._stop_threads()
+        self._crew.close()
         wait(self._running)
         for segment in self._segments:
             if segment.file is not None:
@@ -146,6 +216,60 @@ class SegmentWriter:
                 bytes=segment.bytes, digest=combine_digests(parts), header_bytes=len(segment.header)
             )
         return entries
+
+    @property
+    def linked_bytes(self) -> int:
+        """Bytes of segments that were linked, not written."""
+        return sum(opened.segment.bytes for opened in self._segments if opened.linked)
+
+    # ------------------------------------------------------------------------------------ linking
+
+    def _link_unchanged(self) -> None:
+        """Link the segments whose tensors are, byte for byte, those of their twins."""
+        for opened in self._segments:
+            twin = self._twins.get(opened.segment.file)
+            if twin is None or not self._is_unchanged(opened.segment, twin):
+                continue
+            try:
+                opened.within = self._workspace.link(
+                    opened.segment.file, twin.checkpoint, twin.file, opened.segment.bytes
+                )
+            except FileNotFoundError:  # deleted meanwhile: it is written
+                continue
+            opened.linked = True
+            self.digests.update(
+                (placement.index, twin.digests[n]) for n, placement in enumerate(opened.segment.placements)
+            )
+
+    def _is_unchanged(self, segment: Segment, twin: Twin) -> bool:
+        """Whether all tensors are as in the twin; the smallest first, which tell of a change at no cost."""
+        order = sorted(range(len(segment.placements)), key=lambda n: segment.placements[n].bytes)
+        probes, rest = order[:_PROBES], order[_PROBES:]
+        jobs = iter(sorted(rest, key=lambda n: -segment.placements[n].bytes))
+        taking = threading.Lock()
+        different = threading.Event()
+
+        def compare(n: int) -> bool:
+            data = self._sources[segment.placements[n].index].host_view()
+            return digest_of(data) == twin.digests[n]
+
+        def compare_rest() -> None:
+            while not (different.is_set() or self._aborted.is_set()):
+                with taking:
+                    n = next(jobs, None)
+                if n is None:
+                    return
+                if not compare(n):
+                    different.set()
+
+        if not all(map(compare, probes)):
+            return False
+        helping = [self._crew.submit(compare_rest) for _ in range(WRITER_THREADS - 1)] if rest else []
+        compare_rest()
+        wait(helping)
+        for future in helping:
+            future.result()
+        return not different.is_set()
 
     # ----------------------------------------------------------------------------------- threads
 
@@ -178,7 +302,7 @@ class SegmentWriter:
             self._stop_threads()
             raise
 
-    def _take_block(self) -> tuple[int, int] | None:
+    def _take_block(self) -> _Job | None:
         with self._next_block:
             return next(self._blocks, None)
 
@@ -197,9 +321,28 @@ class SegmentWriter:
                 raise
             self._hash_and_write(job, block)
 
+    def _copy_blocks(self, line: _Line) -> None:
+        while True:
+            block = self._pool.acquire(self._aborted)
+            with line.taking:
+                job = self._take_block()
+                place = line.join() if job is not None else 0
+            if job is None:
+                self._pool.release(block)
+                return
+            try:
+                self._fill(job, block)
+            except BaseException:
+                self._pool.release(block)
+                raise
+            line.ready(place, job, block)
+
+    def _hand_over(self, job: _Job, block: Block) -> None:
+        self._running.append(self._crew.submit(lambda: self._guarded(self._hash_and_write, job, block)))
+
     # ------------------------------------------------------------------------------------ blocks
 
-    def _fill(self, job: tuple[int, int], block: Block) -> None:
+    def _fill(self, job: _Job, block: Block) -> None:
         opened, begin, end = self._range(job)
         header = opened.segment.header
         if begin < len(header):
@@ -211,7 +354,7 @@ class SegmentWriter:
                 block.array[piece.at : piece.at + piece.end - piece.begin], piece.begin, piece.end
             )
 
-    def _hash_and_write(self, job: tuple[int, int], block: Block) -> None:
+    def _hash_and_write(self, job: _Job, block: Block) -> None:
         try:
             if self._aborted.is_set():
                 raise Aborted
@@ -222,7 +365,7 @@ class SegmentWriter:
         finally:
             self._pool.release(block)
 
-    def _range(self, job: tuple[int, int]) -> tuple[_OpenSegment, int, int]:
+    def _range(self, job: _Job) -> tuple[_OpenSegment, int, int]:
         opened = self._segments[job[0]]
         return opened, job[1], min(job[1] + BLOCK_BYTES, opened.segment.bytes)
 

@@ -1,0 +1,77 @@
+"""The plan of the next save, and what it may take over from the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from keepstep.checkpoint.format.manifest import FileEntry, TensorEntry
+from keepstep.checkpoint.saving.grouping import Grouping
+from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
+from keepstep.checkpoint.saving.linking import Previous, Twin, find_twins
+
+__all__ = ["Planner"]
+
+
+class Planner:
+    """Plans the saves of one store, one after another.
+
+    A plan is kept while the tensors stay where and what they are, which they do from step to step.
+    """
+
+    _previous: Previous | None
+    _tensors: Sequence[TensorInfo]
+    _layout: Layout | None
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def plan(self, tensors: Sequence[TensorInfo]) -> Layout:
+        """The layout of these tensors."""
+        if self._layout is None or tensors != self._tensors:
+            self._layout = plan(tensors, self._grouping.labels(tensors))
+            self._tensors = tensors
+        return self._layout
+
+    def twins(self) -> dict[str, Twin]:
+        """Committed segments that those of the last plan may be linked to, by file name."""
+        if self._layout is None:
+            return {}
+        return find_twins(self._layout, self._tensors, self._previous)
+
+    def committed(
+        self, checkpoint: str, files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]
+    ) -> None:
+        """Learn from the last plan, which is the checkpoint of this name now."""
+        before, self._previous = (
+            self._previous,
+            Previous(checkpoint=checkpoint, files=files, tensors=tensors),
+        )
+        if before is None or self._layout is None:
+            return
+        unchanged = {}
+        for index, info in enumerate(self._tensors):
+            earlier, now = before.tensors.get(info.address), tensors[info.address]
+            unchanged[index] = earlier is not None and earlier.digest == now.digest
+        if self._grouping.observe(self._layout, self._tensors, unchanged):
+            self._layout = None
+
+    def adopt(
+        self, checkpoint: str, files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]
+    ) -> None:
+        """Go on from a checkpoint that was loaded and verified."""
+        self.forget()
+        self._previous = Previous(checkpoint=checkpoint, files=files, tensors=tensors)
+        self._grouping.adopt(
+            {
+                address: (address.partition("/")[0], entry.file)
+                for address, entry in tensors.items()
+                if entry.file is not None
+            }
+        )
+
+    def forget(self) -> None:
+        """Link nothing to what was committed so far: it may be damaged."""
+        self._grouping = Grouping()
+        self._previous = None
+        self._tensors = ()
+        self._layout = None

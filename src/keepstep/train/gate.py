@@ -1,0 +1,35 @@
+"""What writes to saved tensors waits here until they have been copied."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from keepstep.checkpoint.version import PendingSave
+
+__all__ = ["StagingGate"]
+
+
+class StagingGate:
+    """Between a checkpoint that is being copied in the background and the next optimizer step.
+
+    Attributes:
+        pending: the save whose copy may be under way.
+        waited_s: how long steps have waited here so far, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self.pending: PendingSave | None = None
+        self.waited_s = 0.0
+
+    def wait(self) -> None:
+        """Return once nothing is being copied."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            began_s = time.perf_counter()
+            pending.wait_staged()
+            self.waited_s += time.perf_counter() - began_s
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of an optimizer goes its own way: nothing of it is being saved."""
+        return {"pending": None, "waited_s": 0.0}
