@@ -20,6 +20,7 @@ TORCH_FREE = [
     "keepstep.files",
     "keepstep.checkpoint.format.manifest",
     "keepstep.checkpoint.keeping.catalog",
+    "keepstep.checkpoint.keeping.pruning",
     "keepstep.checkpoint.keeping.quarantine",
     "keepstep.checkpoint.keeping.retention",
     "keepstep.checkpoint.keeping.verify",

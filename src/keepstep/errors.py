@@ -10,6 +10,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     ├── StoreError                 the place where checkpoints live refuses
     │   ├── DirectoryNotOursError  a directory that holds something else (also a FileExistsError)
     │   ├── StoreBusyError         another process writes to this store
+    │   ├── CheckpointBusyError    a checkpoint that is to be deleted is being read
     │   ├── StoreReadOnlyError     no permission to write (also a PermissionError)
     │   ├── NoSpaceError           the disk is full (also an OSError with ENOSPC)
     │   └── CheckpointNotFoundError  no checkpoint of that name (also a FileNotFoundError)
@@ -36,6 +37,7 @@ from typing import Any
 
 __all__ = [
     "BackgroundSaveError",
+    "CheckpointBusyError",
     "CheckpointNotFoundError",
     "DamagedCheckpointError",
     "DigestError",
@@ -115,6 +117,10 @@ class DirectoryNotOursError(StoreError, FileExistsError):
 
 class StoreBusyError(StoreError):
     """Another process is writing to this store."""
+
+
+class CheckpointBusyError(StoreError):
+    """A checkpoint that is to be deleted is being read, by another process or thread; nothing was changed."""
 
 
 class StoreReadOnlyError(StoreError, PermissionError):

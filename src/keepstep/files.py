@@ -272,18 +272,20 @@ os.register_at_fork(after_in_child=StoreLock.start_anew_after_fork)
 
 
 class DirectoryLock:
-    """Marks an unfinished directory as somebody's, so that only dead ones are swept.
+    """Marks a directory as somebody's: an unfinished one that is not to be swept, one that is being read.
 
     Args:
         path: the directory.
+        shared: beside others that share it; else it is held alone.
         wait: until whoever holds it (a sweep that looks at it) lets go, instead of raising BlockingIOError.
     """
 
-    def __init__(self, path: Path, *, wait: bool = False) -> None:
+    def __init__(self, path: Path, *, shared: bool = False, wait: bool = False) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.supported = True
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(self._fd, kind if wait else kind | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise

@@ -224,8 +224,8 @@ class Locks:
         held = self.held
 
         class Recorded(DirectoryLock):
-            def __init__(self, path: Path, *, wait: bool = False) -> None:
-                super().__init__(path, wait=wait)
+            def __init__(self, path: Path, **how: bool) -> None:
+                super().__init__(path, **how)
                 held.append(self)
 
         monkeypatch.setattr(local, "DirectoryLock", Recorded)

@@ -22,8 +22,9 @@ import torch
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping import catalog
+from keepstep.checkpoint.keeping.pruning import check_committed, prune
 from keepstep.checkpoint.keeping.quarantine import set_aside
-from keepstep.checkpoint.keeping.retention import Retention, decide
+from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.place.local import LocalWorkspace, delete_checkpoint, empty_trash, explained, sweep
 from keepstep.checkpoint.recovery import restore_newest
@@ -328,7 +329,10 @@ class Store:
         self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
         if not self.retention.keeps_all:
             try:
+                check_committed(path, manifest)
                 self.prune()
+            except DamagedCheckpointError as error:
+                log.error("%s was committed, but can't be relied on; nothing older was deleted", error)
             except StoreError as error:  # the new checkpoint is whole; what could not go now goes next time
                 log.warning("old checkpoints could not be deleted: %s", error)
         return Checkpoint(path, manifest)
@@ -450,6 +454,7 @@ class Store:
         """Delete one checkpoint: out of sight by a rename first, then its files.
 
         Raises:
+            CheckpointBusyError: it is being read.
             CheckpointNotFoundError: it is not (or no longer) in this store.
             StoreError: the disk refuses.
         """
@@ -471,23 +476,12 @@ class Store:
             delete_checkpoint(self._engine.files, entry.path, self.path / catalog.INTERNAL_NAME / "trash")
 
     def prune(self) -> Sequence[str]:
-        """Delete what `retention` does not keep. Called after each commit.
+        """Delete what `retention` does not keep, but nothing that is being read. Called after each commit.
 
         Returns:
             The names of the deleted checkpoints.
         """
-        dropped = []
-        for decision in decide(catalog.scan(self.path), self.retention):
-            if not decision.keep:
-                log.debug("deleting %s: %s", decision.entry.path, decision.reason)
-                try:
-                    self._delete(decision.entry)
-                except StoreError as error:
-                    if not isinstance(error.__cause__, FileNotFoundError):
-                        raise
-                    continue  # somebody else deleted it first
-                dropped.append(decision.entry.name)
-        return dropped
+        return prune(self.path, self.retention, self._delete)
 
 
 @atexit.register

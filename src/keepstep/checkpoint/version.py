@@ -15,7 +15,7 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.loading.reader import Reader
 from keepstep.checkpoint.loading.restore import load_into, load_tree
-from keepstep.checkpoint.place.local import replaced_path
+from keepstep.checkpoint.place.local import reading, replaced_path
 from keepstep.errors import BackgroundSaveError, CheckpointNotFoundError
 
 __all__ = ["Checkpoint", "PendingSave", "unseen_failures"]
@@ -127,7 +127,8 @@ class Checkpoint:
             UsageError: `only` matches nothing.
             UnsupportedTypeError: a value's codec is not registered.
         """
-        return load_tree(self._reader(), only=_patterns(only), verify=verify)
+        with reading(self.path):
+            return load_tree(self._reader(), only=_patterns(only), verify=verify)
 
     def load_into(self, objects: Any, only: str | Sequence[str] | None = None) -> None:
         """Restore live objects in place: all of it or nothing.
@@ -145,7 +146,8 @@ class Checkpoint:
             DamagedCheckpointError: damage was met while reading; `overwritten` names what had been
                 overwritten by then. Load another checkpoint into the same objects before going on.
         """
-        load_into(self._reader(), objects, only=_patterns(only))
+        with reading(self.path):
+            load_into(self._reader(), objects, only=_patterns(only))
 
     def _reader(self) -> Reader:
         """What lies at the path, if it is still this checkpoint."""

@@ -202,5 +202,6 @@ def _retention(project: ProjectConfiguration, policy: CheckpointPolicy | None) -
         keep_last=policy.keep_last if limit is None else limit,
         keep_best=policy.keep_best,
         keep_every_n_steps=policy.keep_every_n_steps,
+        keep_within_s=policy.keep_within_s,
         byte_budget=policy.byte_budget,
     )

@@ -44,6 +44,7 @@ class CheckpointPolicy:
         keep_last: how many of the newest checkpoints to keep. Without any `keep_` field or byte budget, all.
         keep_best: (metric, "min" or "max", how many): keep the best by a metric that is given when saving.
         keep_every_n_steps: keep each checkpoint whose step is a multiple of this.
+        keep_within_s: keep those saved in the last so many seconds; see `Retention`.
         byte_budget: delete old checkpoints that are not otherwise kept once the store is larger, in bytes.
         on_error: what `checkpoint()` does when a save fails, of a full disk say: "raise" ends the loop with
             the error, "warn" logs it and lets the training go on; the next one that is due is tried again.
@@ -61,6 +62,7 @@ class CheckpointPolicy:
     keep_last: int | None = None
     keep_best: tuple[str, Literal["min", "max"], int] | None = None
     keep_every_n_steps: int | None = None
+    keep_within_s: float | None = None
     byte_budget: int | None = None
     on_error: Literal["raise", "warn"] = "raise"
     staging: Staging = "auto"
@@ -70,6 +72,8 @@ class CheckpointPolicy:
             value = getattr(self, field)
             _require(value is None or _is_count(value), self, field, "an integer of at least 1, or None")
         _require(self.every_s is None or self.every_s > 0, self, "every_s", "more than 0 seconds, or None")
+        within = self.keep_within_s
+        _require(within is None or within > 0, self, "keep_within_s", "more than 0 seconds, or None")
         share = self.max_overhead
         _require(share is None or 0 < share < 1, self, "max_overhead", "between 0 and 1, or None")
         _require(self.on_error in ("raise", "warn"), self, "on_error", '"raise" or "warn"')

@@ -20,6 +20,7 @@ from pathlib import Path
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.errors import (
+    CheckpointBusyError,
     DamagedCheckpointError,
     DirectoryNotOursError,
     KeepstepError,
@@ -36,6 +37,7 @@ __all__ = [
     "delete_checkpoint",
     "empty_trash",
     "explained",
+    "reading",
     "replaced_path",
     "sweep",
 ]
@@ -286,6 +288,9 @@ def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
 
     Files that keepstep did not write are not deleted: they stay, in a directory of the old name. If a link
     stands for the checkpoint, the link goes and what it points to stays: it lies outside the store.
+
+    Raises:
+        CheckpointBusyError: it is being read.
     """
     if directory.is_symlink():
         log.warning("%s is a link; what it points to, %s, is kept", directory, directory.resolve())
@@ -293,13 +298,50 @@ def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
         return
     files.make_directory(trash)
     doomed = trash / f"{directory.name}.{secrets.token_hex(4)}"
-    files.rename(directory, doomed)
+    with _unread(directory):
+        files.rename(directory, doomed)
     files.sync_directory(directory.parent)
     _remove_ours(files, doomed)
     if doomed.exists():
         log.warning("%s held files that keepstep did not write; they were kept", directory)
         if not directory.exists():
             files.rename(doomed, directory)
+
+
+@contextlib.contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """Hold off the deletion of a checkpoint while it is read; without effect where there are no locks.
+
+    Who finds the mark taken is late: the checkpoint is being deleted, and the read will say that it is gone.
+    """
+    try:
+        mark = DirectoryLock(directory, shared=True)
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        mark.release()
+
+
+@contextlib.contextmanager
+def _unread(directory: Path) -> Iterator[None]:
+    """Hold off readers while a checkpoint is taken out of sight."""
+    try:
+        mark = DirectoryLock(directory)
+    except BlockingIOError:
+        raise CheckpointBusyError(
+            f"{directory} is being read by another process or thread and was not deleted. Delete it when "
+            "they are done"
+        ) from None
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        mark.release()
 
 
 def _remove_ours(files: Files, directory: Path) -> None:

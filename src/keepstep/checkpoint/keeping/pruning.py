@@ -1,0 +1,103 @@
+"""Retention at work: look at what is there, decide, delete. No torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from pathlib import Path
+
+from keepstep.checkpoint.format.manifest import Manifest
+from keepstep.checkpoint.format.parse import check_files, read_manifest
+from keepstep.checkpoint.keeping.catalog import Entry, damage_of, scan
+from keepstep.checkpoint.keeping.retention import Held, Retention, decide
+from keepstep.errors import CheckpointBusyError, DamagedCheckpointError, StoreError
+
+__all__ = ["check_committed", "drop", "prune", "survey"]
+
+log = logging.getLogger(__name__)
+
+
+def survey(root: Path) -> tuple[list[Entry], dict[int, Held]]:
+    """What a store holds, as far as can be seen without reading data.
+
+    Returns:
+        The checkpoints, oldest first, those that lack files or have some of a wrong size without their
+        manifest; and what each takes on this disk.
+    """
+    entries, held = [], {}
+    for entry in scan(root):
+        damage = damage_of(entry)
+        if damage is not None and not entry.path.exists():
+            continue
+        entries.append(replace(entry, manifest=None, problem=damage) if damage is not None else entry)
+        held[entry.number] = _held(entry)
+    return entries, held
+
+
+def _held(entry: Entry) -> Held:
+    """Files by device and inode: two names of one file are one file."""
+    files: dict[Hashable, int] = {}
+    for name in entry.manifest.files if entry.manifest else ():
+        try:
+            found = os.lstat(os.path.join(entry.path, name))
+        except OSError:
+            continue
+        files[found.st_dev, found.st_ino] = found.st_size
+    return files
+
+
+def check_committed(directory: Path, manifest: Manifest) -> None:
+    """See that a checkpoint that was committed just now can stand in for those that are to go.
+
+    The manifest is read back, and every file is there in its size. The data was hashed on its way to the
+    disk, and the disk has said that it holds it; reading it again would cost as much as the save, and would
+    mostly read the cache. `Store.verify` and a scrub read it.
+
+    Raises:
+        DamagedCheckpointError: it can't.
+    """
+    found = read_manifest(directory)
+    if found.id != manifest.id:
+        raise DamagedCheckpointError(directory, "its manifest is not the one that was committed")
+    check_files(directory, found)
+
+
+def prune(root: Path, retention: Retention, delete: Callable[[Entry], None]) -> list[str]:
+    """Delete what the rules do not keep.
+
+    Args:
+        root: of the store.
+        retention: the rules.
+        delete: deletes one checkpoint. One that is being read is left for the next time.
+
+    Returns:
+        The names of the deleted checkpoints.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    entries, held = survey(root)
+    dropped = []
+    for decision in decide(entries, retention, held):
+        if not decision.keep and drop(decision.entry, delete):
+            log.debug(
+                "deleted %s: %s; %d bytes freed", decision.entry.path, decision.reason, decision.frees_bytes
+            )
+            dropped.append(decision.entry.name)
+    return dropped
+
+
+def drop(entry: Entry, delete: Callable[[Entry], None]) -> bool:
+    """Delete a checkpoint that a rule drops; False if it was not this call that did it."""
+    try:
+        delete(entry)
+    except CheckpointBusyError as error:
+        log.info("%s; it goes at a later save", error)
+        return False
+    except StoreError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return False  # somebody else deleted it first
+    return True
