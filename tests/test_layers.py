@@ -18,6 +18,7 @@ TORCH_FREE = [
     "keepstep",
     "keepstep.errors",
     "keepstep.files",
+    "keepstep.meetings",
     "keepstep.checkpoint.format.manifest",
     "keepstep.checkpoint.keeping.catalog",
     "keepstep.checkpoint.keeping.pruning",

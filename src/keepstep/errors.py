@@ -24,6 +24,10 @@ Each message says what happened, the value, what is allowed and what to do next.
     ├── MismatchError              a sound checkpoint that does not fit the live objects
     ├── RestoreError               an object's own load_state_dict, or a codec, raised
     ├── BackgroundSaveError        a save in the background failed; raised at the next call
+    ├── RankError                  something that all ranks do together came to nothing
+    │   ├── RankMissingError       ranks did not come within the time-out
+    │   ├── RankFailedError        another rank raised
+    │   └── RanksDifferError       ranks hold states that are not of one model (also a StateError)
     └── UsageError                 a call or configuration that cannot work (also a ValueError)
         └── NotPreparedError       an object that has to go through prepare() first
 """
@@ -50,6 +54,10 @@ __all__ = [
     "NoSpaceError",
     "NoValidCheckpointError",
     "NotPreparedError",
+    "RankError",
+    "RankFailedError",
+    "RankMissingError",
+    "RanksDifferError",
     "RestoreError",
     "SchemaVersionError",
     "StateError",
@@ -237,6 +245,54 @@ class RestoreError(KeepstepError):
 
 class BackgroundSaveError(KeepstepError):
     """A save in the background failed; the cause is chained. Older checkpoints are whole."""
+
+
+class RankError(KeepstepError):
+    """Something that all ranks do together came to nothing; committed checkpoints are whole."""
+
+
+class RankMissingError(RankError):
+    """Ranks did not come to something that all do together, within the time-out.
+
+    Attributes:
+        ranks: the ranks that were waited for.
+        waited_s: how long, in seconds.
+    """
+
+    def __init__(self, message: str, *, ranks: Sequence[int], waited_s: float) -> None:
+        self.ranks = tuple(ranks)
+        self.waited_s = waited_s
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _missing, (str(self), self.ranks, self.waited_s)
+
+
+def _missing(message: str, ranks: Sequence[int], waited_s: float) -> RankMissingError:
+    return RankMissingError(message, ranks=ranks, waited_s=waited_s)
+
+
+class RankFailedError(RankError):
+    """Another rank raised, so what all do together was given up at once.
+
+    Attributes:
+        rank: the rank that raised; its own log has the traceback.
+    """
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        self.rank = rank
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _failed, (str(self), self.rank)
+
+
+def _failed(message: str, rank: int) -> RankFailedError:
+    return RankFailedError(message, rank=rank)
+
+
+class RanksDifferError(RankError, StateError):
+    """Ranks hold states that are not of one model: other names, dtypes or shapes; nothing was written."""
 
 
 class UsageError(KeepstepError, ValueError):

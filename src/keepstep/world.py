@@ -3,16 +3,33 @@
 This module is the whole of what the rest of keepstep knows about other processes. A part that has to
 agree with other ranks asks a `World`; with one process that is `OneRank`, whose answers are trivial, so
 no caller needs to ask whether it runs alone.
+
+Tensors go over process groups (gloo, NCCL). Everything else, and with it all of checkpointing, goes over
+the key-value store that ranks found each other with, see `keepstep.meetings`: it lives on the CPU, a wait
+in it can end, and a rank that failed can say so.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeVar
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol, TypeVar
 
-__all__ = ["OneRank", "Reduction", "World"]
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from keepstep.errors import UsageError
+from keepstep.meetings import Alone, Meeting, Topic
+
+__all__ = ["DEFAULT_TIMEOUT_S", "OneRank", "Ranks", "Reduction", "World"]
 
 T = TypeVar("T")
 Reduction = Literal["sum", "mean", "none"]
+
+DEFAULT_TIMEOUT_S = 600.0
 
 
 class World(Protocol):
@@ -63,6 +80,24 @@ class World(Protocol):
         """Return True on every rank if all of them passed True."""
         ...
 
+    def exchange(self, value: T, timeout_s: float | None = None) -> list[T]:
+        """Every rank's value, by rank, on every rank; values are plain data."""
+        ...
+
+    def meeting(
+        self, topic: str, timeout_s: float | None = None
+    ) -> contextlib.AbstractContextManager[Meeting]:
+        """Meet with all ranks over a piece of work.
+
+        Meetings of one topic follow each other; those of different topics don't mix, so that a thread
+        may hold one while another thread holds another.
+
+        Args:
+            topic: the same on every rank.
+            timeout_s: how long a step waits for the other ranks, seconds; None for the world's default.
+        """
+        ...
+
 
 class OneRank:
     """A world of one process: collectives return their input."""
@@ -92,5 +127,141 @@ class OneRank:
         """Return `flag`."""
         return flag
 
+    def exchange(self, value: T, timeout_s: float | None = None) -> list[T]:
+        """Return the value of the one rank."""
+        return [value]
+
+    def meeting(
+        self, topic: str, timeout_s: float | None = None
+    ) -> contextlib.AbstractContextManager[Meeting]:
+        """A meeting of one."""
+        return contextlib.nullcontext(Alone())
+
     def __repr__(self) -> str:
         return "OneRank()"
+
+
+# ------------------------------------------------------------------------------------- many ranks
+
+
+class Ranks:
+    """The ranks of an initialized `torch.distributed`.
+
+    Args:
+        timeout_s: how long a rank waits for the others before it names the missing ones, seconds. It has
+            to cover the difference between the fastest and the slowest rank, of a save for instance.
+        local_rank: this process's number on its machine; None asks torch.distributed.
+        local_size: how many processes run on this machine; None for all of them.
+        store: where ranks meet; None for the store that the process group was made with.
+
+    Raises:
+        UsageError: no process group has been initialized.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        local_rank: int | None = None,
+        local_size: int | None = None,
+        store: distributed_c10d.Store | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise UsageError(
+                "torch.distributed is not initialized, so there are no ranks to meet: call "
+                "torch.distributed.init_process_group first, or use OneRank() in a single process"
+            )
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.local_rank = dist.get_node_local_rank(self.rank) if local_rank is None else local_rank
+        self.local_size = self.size if local_size is None else local_size
+        self.kind = "MULTI_GPU" if "nccl" in dist.get_backend() else "MULTI_CPU"
+        self.timeout_s = timeout_s
+        self._store: Any = distributed_c10d._get_default_store() if store is None else store
+        self._topics: dict[str, Topic] = {}
+        self._guard = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Ranks(rank={self.rank}, size={self.size})"
+
+    # --------------------------------------------------------------------------------- plain data
+
+    @contextlib.contextmanager
+    def meeting(self, topic: str, timeout_s: float | None = None) -> Iterator[Meeting]:
+        """See `World.meeting`.
+
+        Raises:
+            RankMissingError: naming the ranks that did not come within the time-out.
+            RankFailedError: another rank left the meeting by an exception, whose text is in the message.
+        """
+        with self._guard:
+            if topic not in self._topics:
+                # A client of its own: a wait in one client blocks all else that is asked of it.
+                store = distributed_c10d.PrefixStore(f"keepstep/{topic}", self._store.clone())
+                self._topics[topic] = Topic(store, topic, self.rank, self.size)
+            place = self._topics[topic]
+        with place.meeting(self.timeout_s if timeout_s is None else timeout_s) as meeting:
+            yield meeting
+
+    def exchange(self, value: T, timeout_s: float | None = None) -> list[T]:
+        """Every rank's value; anything that JSON can hold (tuples arrive as lists)."""
+        with self.meeting("exchange", timeout_s) as meeting:
+            return [json.loads(data) for data in meeting.exchange(json.dumps(value).encode())]
+
+    def barrier(self) -> None:
+        self.exchange(None)
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        return self.exchange(value if self.rank == source else None)[source]  # type: ignore[return-value]
+
+    def agree(self, flag: bool) -> bool:
+        return all(self.exchange(bool(flag)))
+
+    # ------------------------------------------------------------------------------------ tensors
+
+    def gather(self, tree: T) -> T:
+        gathered: T = _mapped(tree, self._gathered)
+        return gathered
+
+    def reduce(self, tree: T, how: Reduction) -> T:
+        if how not in {"sum", "mean", "none"}:
+            raise UsageError(f'reduction is {how!r}; allowed: "sum", "mean", "none"')
+        reduced: T = tree if how == "none" else _mapped(tree, lambda tensor: self._reduced(tensor, how))
+        return reduced
+
+    def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows may differ in number between ranks; they travel as bytes, which every backend takes."""
+        rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach().contiguous()
+        lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(rows)], dtype=torch.int64, device=rows.device))
+        counts = [int(length) for length in lengths]
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        if not padded.numel():
+            return padded.new_empty((sum(counts), *rows.shape[1:]))
+        data = padded.reshape(-1).view(torch.uint8)
+        received = [torch.empty_like(data) for _ in range(self.size)]
+        dist.all_gather(received, data)
+        parts = [
+            part.view(rows.dtype).reshape(padded.shape)[:count]
+            for part, count in zip(received, counts, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _reduced(self, tensor: torch.Tensor, how: Reduction) -> torch.Tensor:
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size if how == "mean" else total
+
+
+def _mapped(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`tree` with each tensor changed; other leaves stay."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_mapped(item, change) for item in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_mapped(item, change) for item in tree)
+    if isinstance(tree, Mapping):
+        return type(tree)({key: _mapped(item, change) for key, item in tree.items()})  # type: ignore[call-arg]
+    return tree

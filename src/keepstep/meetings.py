@@ -1,0 +1,318 @@
+"""Ranks that meet in a key-value store: each says something, all hear it, or all hear why not.
+
+One piece of common work is a `Meeting`. Every wait in it has a time-out that names the ranks that did not
+come, and whoever leaves it by an exception tells the others, who then raise at once instead of waiting.
+Keys are deleted once all ranks have come to a later meeting, so the store does not grow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from keepstep.errors import RankError, RankFailedError, RankMissingError
+
+__all__ = ["Alone", "KeyValueStore", "Meeting", "Topic"]
+
+_PART_BYTES = 4 << 20
+"""PyTorch's TCP store refuses values of more than 8 MiB."""
+_MOST_STEPS = 8
+"""Steps that a meeting may have; who fails marks them all."""
+
+
+class KeyValueStore(Protocol):
+    """What meetings ask of a store; `torch.distributed.Store` does all of it, raising RuntimeErrors."""
+
+    def set(self, key: str, value: Any, /) -> object:
+        """Set a value, str or bytes."""
+
+    def get(self, key: str, /) -> bytes:
+        """A value that is there."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a counter; its new value."""
+
+    def compare_set(self, key: str, expected: str, value: str, /) -> bytes:
+        """Set a value that is not there yet, if `expected` is empty."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all keys are there."""
+
+    def wait(self, keys: list[str], timeout: dt.timedelta, /) -> object:
+        """Wait until all keys are there."""
+
+    def delete_key(self, key: str, /) -> bool:
+        """Delete a key; whether it was there."""
+
+
+class Meeting(Protocol):
+    """One piece of work that all ranks do together; every rank takes the same steps in the same order."""
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        """Every rank's value, by rank, on every rank."""
+        ...
+
+    def collect(self, value: bytes) -> list[bytes]:
+        """Every rank's value, by rank, on rank 0; other ranks go on at once, with an empty list."""
+        ...
+
+    def broadcast(self, value: bytes) -> bytes:
+        """Rank 0's value on every rank; rank 0 goes on at once."""
+        ...
+
+    def scatter(self, values: Sequence[bytes]) -> bytes:
+        """The value that rank 0 has for this rank; rank 0 goes on at once."""
+        ...
+
+
+class Alone:
+    """A meeting of one."""
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        return [value]
+
+    def collect(self, value: bytes) -> list[bytes]:
+        return [value]
+
+    def broadcast(self, value: bytes) -> bytes:
+        return value
+
+    def scatter(self, values: Sequence[bytes]) -> bytes:
+        return values[0]
+
+
+class Topic:
+    """Meetings over one topic, numbered. A rank that missed a meeting, which then failed, skips it.
+
+    A meeting must hold a step to which all ranks come (`exchange` or `collect`).
+
+    Args:
+        store: where ranks meet; its keys are this topic's alone.
+        topic: what the meetings are about, for messages.
+        rank: this process.
+        size: how many ranks there are.
+    """
+
+    def __init__(self, store: KeyValueStore, topic: str, rank: int, size: int) -> None:
+        self.store = _Connection(store, topic)
+        self.topic = topic
+        self.rank = rank
+        self.size = size
+        self._last = 0
+        self._turn = threading.Lock()
+        self._old_keys: list[str] = []
+
+    @contextlib.contextmanager
+    def meeting(self, timeout_s: float) -> Iterator[Meeting]:
+        """Hold one; see `keepstep.world.World.meeting`."""
+        with self._turn:
+            number = self._last + 1
+            while self.store.check(f"{number}/failed"):
+                number += 1
+            self._last = number
+            meeting = _StoreMeeting(self, number, timeout_s)
+            try:
+                meeting.open()
+                yield meeting
+            except BaseException as error:
+                meeting.fail(error)
+                self._old_keys += meeting.keys
+                raise
+            self._forget()  # all ranks came to this meeting, so they have left those before
+            self._old_keys = meeting.keys
+
+    def _forget(self) -> None:
+        for key in self._old_keys:
+            self.store.delete(key)
+        self._old_keys = []
+
+    def missing(self, ranks: Sequence[int], waited_s: float) -> RankMissingError:
+        """The error that names the ranks that did not come."""
+        shown = ", ".join(map(str, ranks[:20]))
+        more = f" and {len(ranks) - 20} more" if len(ranks) > 20 else ""
+        return RankMissingError(
+            f"{self.topic}: {len(ranks)} of {self.size} ranks did not come within {waited_s:g} s: rank "
+            f"{shown}{more}. They died, hang, or took another way through the program: look at their logs. "
+            "If they are only slow, give Ranks(timeout_s=...) more time",
+            ranks=ranks,
+            waited_s=waited_s,
+        )
+
+
+class _StoreMeeting:
+    """A `Meeting` in a key-value store.
+
+    Each step has a key `done` that is waited for: set to nothing by the last to come, or to its reason by
+    the first to fail.
+    """
+
+    def __init__(self, topic: Topic, number: int, timeout_s: float) -> None:
+        self._topic = topic
+        self._store = topic.store
+        self._number = number
+        self._timeout_s = timeout_s
+        self._step = 0
+        self.keys: list[str] = []
+
+    def open(self) -> None:
+        """Rank 0 opens the meeting, the others wait for that."""
+        if self._topic.rank == 0:
+            self._store.set(self._made("open"), "")
+        elif not self._store.wait(f"{self._number}/open", self._timeout_s):
+            raise self._topic.missing([0], self._timeout_s)
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        step = self._next_step()
+        self._come(step, value)
+        self._wait(step, range(self._topic.size))
+        return [self._get(f"{step}/{rank}") for rank in range(self._topic.size)]
+
+    def collect(self, value: bytes) -> list[bytes]:
+        step = self._next_step()
+        self._come(step, value)
+        if self._topic.rank:
+            return []
+        self._wait(step, range(self._topic.size))
+        return [self._get(f"{step}/{rank}") for rank in range(self._topic.size)]
+
+    def broadcast(self, value: bytes) -> bytes:
+        step = self._next_step()
+        if self._topic.rank:
+            self._wait(step, [0])
+            return self._get(f"{step}/0")
+        self._put(f"{step}/0", value)
+        self._store.set_once(self._made(f"{step}/done"), "{}")
+        return value
+
+    def scatter(self, values: Sequence[bytes]) -> bytes:
+        step = self._next_step()
+        if self._topic.rank:
+            self._wait(step, [0])
+            return self._get(f"{step}/{self._topic.rank}")
+        for rank, value in enumerate(values):
+            self._put(f"{step}/{rank}", value)
+        self._store.set_once(self._made(f"{step}/done"), "{}")
+        return values[0]
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others; whatever step they are in, they raise."""
+        rank = error.rank if isinstance(error, RankFailedError) else self._topic.rank
+        text = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+        news: dict[str, Any] = {"rank": rank, "message": text[:10_000]}
+        if isinstance(error, RankMissingError):
+            news["missing"] = list(error.ranks)
+        with contextlib.suppress(RankMissingError):  # no store, nobody to tell
+            self._store.set(self._made("failed"), json.dumps(news))
+            for step in range(max(self._step, 1), _MOST_STEPS + 1):
+                self._store.set_once(self._made(f"{step}/done"), json.dumps(news))
+
+    # ----------------------------------------------------------------------------------- one step
+
+    def _next_step(self) -> int:
+        self._step += 1
+        assert self._step <= _MOST_STEPS, "more steps than a failing rank would mark"
+        return self._step
+
+    def _come(self, step: int, value: bytes) -> None:
+        self._put(f"{step}/{self._topic.rank}", value)
+        if self._store.add(self._shared(f"{step}/count"), 1) == self._topic.size:
+            self._store.set_once(self._shared(f"{step}/done"), "{}")
+
+    def _wait(self, step: int, for_ranks: Sequence[int]) -> None:
+        done = self._shared(f"{step}/done")
+        if not self._store.wait(done, self._timeout_s):
+            missing = [rank for rank in for_ranks if not self._store.check(f"{self._number}/{step}/{rank}")]
+            if missing:
+                raise self._topic.missing(missing, self._timeout_s)
+        news = json.loads(self._store.get(done))
+        if "missing" in news:
+            text = f"given up by rank {news['rank']}. {news['message']}"
+            raise RankMissingError(text, ranks=news["missing"], waited_s=self._timeout_s)
+        if news:
+            told = news["message"]
+            text = (
+                told
+                if told.startswith(f"rank {news['rank']} failed")
+                else f"rank {news['rank']} failed: {told}"
+            )
+            raise RankFailedError(text, rank=news["rank"])
+
+    # --------------------------------------------------------------------------------------- keys
+
+    def _made(self, name: str) -> str:
+        """A key that this rank makes, and deletes when its time is over."""
+        key = f"{self._number}/{name}"
+        self.keys.append(key)
+        return key
+
+    def _shared(self, name: str) -> str:
+        """A key that any rank may make; rank 0 deletes it."""
+        return self._made(name) if self._topic.rank == 0 else f"{self._number}/{name}"
+
+    def _put(self, name: str, value: bytes) -> None:
+        """Large values in parts; the head comes last, and says how many parts there are."""
+        parts = range(0, len(value), _PART_BYTES)
+        for index, begin in enumerate(parts):
+            self._store.set(self._made(f"{name}/{index}"), value[begin : begin + _PART_BYTES])
+        self._store.set(self._made(name), str(len(parts)))
+
+    def _get(self, name: str) -> bytes:
+        count = int(self._store.get(f"{self._number}/{name}"))
+        return b"".join(self._store.get(f"{self._number}/{name}/{index}") for index in range(count))
+
+
+class _Connection:
+    """A store whose loss is told in words."""
+
+    def __init__(self, store: KeyValueStore, topic: str) -> None:
+        self._store = store
+        self._topic = topic
+
+    def set(self, key: str, value: str | bytes) -> None:
+        with self._told():
+            self._store.set(key, value)
+
+    def set_once(self, key: str, value: str) -> None:
+        with self._told():
+            self._store.compare_set(key, "", value)
+
+    def get(self, key: str) -> bytes:
+        with self._told():
+            return self._store.get(key)
+
+    def add(self, key: str, amount: int) -> int:
+        with self._told():
+            return self._store.add(key, amount)
+
+    def check(self, key: str) -> bool:
+        with self._told():
+            return self._store.check([key])
+
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the store went first, and all that was in it
+            self._store.delete_key(key)
+
+    def wait(self, key: str, timeout_s: float) -> bool:
+        """Whether the key came within the time-out."""
+        try:
+            self._store.wait([key], dt.timedelta(seconds=timeout_s))
+        except RuntimeError:  # too late, or no connection, which the check will tell
+            return self.check(key)
+        return True
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankMissingError(
+                f"{self._topic}: the store over which ranks meet can't be reached "
+                f"({str(error).splitlines()[0]}). The process that serves it, rank 0 or the launcher, is "
+                "gone: start the run again",
+                ranks=[0],
+                waited_s=0.0,
+            ) from error
