@@ -153,13 +153,13 @@ class DamagedCheckpointError(KeepstepError):
     """What lies on disk is not what was committed.
 
     Attributes:
-        path: the checkpoint's directory.
+        path: the checkpoint's directory; a string if it lies elsewhere.
         overwritten: names of live objects' leaves that had already been overwritten when the
             damage was met; empty if nothing was changed. Load another checkpoint before you go on.
     """
 
-    def __init__(self, path: str | Path, message: str, *, overwritten: Sequence[str] = ()) -> None:
-        self.path = Path(path)
+    def __init__(self, path: object, message: str, *, overwritten: Sequence[str] = ()) -> None:
+        self.path: Path | str = str(path) if "://" in str(path) else Path(str(path))
         self.message = message
         self.overwritten = tuple(overwritten)
         super().__init__(message)
@@ -180,7 +180,7 @@ class DamagedCheckpointError(KeepstepError):
 
 
 def _damage(
-    kind: type[DamagedCheckpointError], path: Path, message: str, overwritten: Sequence[str]
+    kind: type[DamagedCheckpointError], path: object, message: str, overwritten: Sequence[str]
 ) -> DamagedCheckpointError:
     return kind(path, message, overwritten=overwritten)
 

@@ -134,7 +134,7 @@ def test_hard_links_are_counted_once(store: Path) -> None:
 
 
 def test_what_is_pruned_while_listing_is_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keepstep.cli.locate.os.path.lexists", lambda path: "checkpoint_1" not in str(path))
+    monkeypatch.setattr("keepstep.cli.locate.place_exists", lambda path: "checkpoint_1" not in str(path))
     assert [row["name"] for row in document(store)["checkpoints"]] == [
         f"checkpoint_{number}" for number in (0, 2, 3, 10)
     ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.format.source import place_exists
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
@@ -35,7 +35,7 @@ _REFUSALS = {
 
 
 def restore_newest(
-    root: Path, objects: Any, set_aside: Callable[[catalog.Entry, DamagedCheckpointError], None]
+    root: catalog.Root, objects: Any, set_aside: Callable[[catalog.Entry, DamagedCheckpointError], None]
 ) -> Checkpoint | None:
     """Restore the newest checkpoint of a store that loads.
 
@@ -52,17 +52,17 @@ def restore_newest(
         StoreError: the system refuses to read; nothing more is set aside.
     """
     damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
-    passed: set[Path] = set()
-    while entries := [entry for entry in catalog.scan(root) if entry.path not in passed]:
+    passed: set[int] = set()
+    while entries := [entry for entry in catalog.scan(root) if entry.number not in passed]:
         entry = entries[-1]
-        passed.add(entry.path)
+        passed.add(entry.number)
         try:
             checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
             checkpoint.load_into(objects)
         except CheckpointNotFoundError:
             continue  # dropped meanwhile by the process that writes; it has a newer one
         except DamagedCheckpointError as error:
-            if entry.path.exists():
+            if place_exists(entry.path):
                 _raise_if_refused(entry, error)
                 damaged.append(f"{entry.name}: {error.message}")
                 set_aside(entry, error)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import json
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 import weakref
@@ -21,12 +19,15 @@ import torch
 
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import check_committed, prune
 from keepstep.checkpoint.keeping.quarantine import set_aside
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
-from keepstep.checkpoint.place.local import LocalWorkspace, delete_checkpoint, empty_trash, explained, sweep
+from keepstep.checkpoint.place.backend import Backend, Workspace
+from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
+from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.recovery import restore_newest
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.planner import Planner
@@ -37,10 +38,9 @@ from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,
     DamagedCheckpointError,
-    StoreBusyError,
     StoreError,
 )
-from keepstep.files import Files, LocalFiles, StoreLock
+from keepstep.files import Files, LocalFiles
 
 __all__ = ["AWAITED_UP_TO_BYTES", "DEFAULT_MEMORY_BUDGET_BYTES", "Staging", "Store", "save_directory"]
 
@@ -64,12 +64,9 @@ class _Engine:
         self.pool = BlockPool(memory_budget_bytes)
         self.planner = Planner()
 
-    def save(
-        self, final: Path, state: Any, description: Description, lineage: Lineage, *, may_replace: bool
-    ) -> Save:
+    def save(self, workspace: Workspace, state: Any, description: Description, lineage: Lineage) -> Save:
         return Save(
-            workspace=LocalWorkspace(self.files, final, may_replace=may_replace),
-            final=final,
+            workspace=workspace,
             planner=self.planner,
             state=state,
             description=description,
@@ -101,7 +98,8 @@ def save_directory(
     final = Path(directory).resolve()  # a link to a directory stays a link
     description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
     engine, lineage = _Engine(files, 64 << 20), Lineage(run=secrets.token_hex(8))
-    manifest = engine.save(final, state, description, lineage, may_replace=True).write()
+    workspace = LocalWorkspace(engine.files, final, may_replace=True)
+    manifest = engine.save(workspace, state, description, lineage).write()
     return Checkpoint(Path(directory), manifest)
 
 
@@ -115,37 +113,6 @@ def _stage_at_once(save: Save) -> None:
         save.stage(copiers)
     finally:
         copiers.close()
-
-
-class _Places:
-    """Where this process is saving: two stores of one path, or two threads, take different numbers."""
-
-    def __init__(self) -> None:
-        self.claiming = threading.Lock()
-        self._guard = threading.Lock()
-        self._taken: set[Path] = set()
-
-    def take(self, root: Path) -> Path:
-        """The next free place of a store, kept free for the caller."""
-        with self._guard:
-            number = catalog.next_number(root)
-            while (resolved := root.resolve() / catalog.checkpoint_name(number)) in self._taken:
-                number += 1
-            self._taken.add(resolved)
-            return root / catalog.checkpoint_name(number)
-
-    def taken(self, final: Path) -> bool:
-        """Whether a save to `final` is in flight in this process."""
-        with self._guard:
-            return final.parent.resolve() / final.name in self._taken
-
-    def release(self, final: Path) -> None:
-        """The save to `final` is over."""
-        with self._guard:
-            self._taken.discard(final.parent.resolve() / final.name)
-
-
-_places = _Places()
 
 
 class Store:
@@ -179,7 +146,7 @@ class Store:
         self._engine = engine
         self._one_save = threading.RLock()
         self._in_flight: PendingSave | None = None
-        self._owned = False
+        self._backend: Backend = LocalBackend(engine.files, self.path)
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r})"
@@ -219,9 +186,9 @@ class Store:
             self.wait()
             save = self._begin(state, description)
             try:
-                return self._committed(save.final, save.write())
+                return self._committed(save.workspace.final, save.write())
             finally:
-                _places.release(save.final)
+                self._backend.release(save.workspace)
 
     def save_in_background(
         self,
@@ -272,7 +239,7 @@ class Store:
                     future = crew.submit(lambda: self._finish(save))
                 self._in_flight = PendingSave(future, staged, blocked_s=time.perf_counter() - began)
             except BaseException:  # Ctrl-C between the two
-                _places.release(save.final)
+                self._backend.release(save.workspace)
                 save.discard()
                 raise
             finally:
@@ -283,7 +250,7 @@ class Store:
         try:
             save.stage()
         except BaseException:
-            _places.release(save.final)
+            self._backend.release(save.workspace)
             raise
         finally:
             staged.set()
@@ -312,20 +279,20 @@ class Store:
 
     def _finish(self, save: Save) -> Checkpoint:
         try:
-            return self._committed(save.final, save.finish())
+            return self._committed(save.workspace.final, save.finish())
         finally:
-            _places.release(save.final)
+            self._backend.release(save.workspace)
 
     def _begin(self, state: Any, description: Description) -> Save:
         self.claim()
-        final = _places.take(self.path)
+        workspace = self._backend.reserve()
         try:
-            return self._engine.save(final, state, description, self._lineage, may_replace=False)
+            return self._engine.save(workspace, state, description, self._lineage)
         except BaseException:
-            _places.release(final)
+            self._backend.release(workspace)
             raise
 
-    def _committed(self, path: Path, manifest: Manifest) -> Checkpoint:
+    def _committed(self, path: Place, manifest: Manifest) -> Checkpoint:
         self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
         if not self.retention.keeps_all:
             try:
@@ -347,29 +314,13 @@ class Store:
             StoreBusyError: another process writes to this store.
             StoreReadOnlyError, StoreError: the directory can't be written to.
         """
-        if not self._owned:
-            with explained(self.path), _places.claiming:
-                self._take_lock()
-
-    def _take_lock(self) -> None:
-        files, internal = self._engine.files, self.path / catalog.INTERNAL_NAME
-        files.make_directory(internal)
-        me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        holder = StoreLock.acquire(internal / "lock", me)
-        if holder is not None:
-            raise StoreBusyError(
-                f"{self.path} is being written to by {holder}. One process at a time may write to a store: "
-                "stop that one, or give this run another directory"
-            )
-        sweep(files, self.path, in_flight=lambda name: _places.taken(self.path / name))
-        empty_trash(files, internal / "trash")
-        self._owned = True
+        self._backend.claim()
 
     # ------------------------------------------------------------------------------------ finding
 
     def list(self) -> list[Checkpoint]:
         """All checkpoints with a readable manifest, oldest first. Reads manifests only."""
-        return [Checkpoint(e.path, e.manifest) for e in catalog.scan(self.path) if e.manifest is not None]
+        return [Checkpoint(e.path, e.manifest) for e in catalog.scan(self._backend) if e.manifest is not None]
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose manifest is sound and whose files are all there and whole in size.
@@ -377,11 +328,11 @@ class Store:
         Damaged ones are named in a warning and passed over. Data is verified when it is loaded.
         """
         gone = False
-        for entry in reversed(catalog.scan(self.path)):
+        for entry in reversed(catalog.scan(self._backend)):
             damage = catalog.damage_of(entry)
             if damage is None and entry.manifest is not None:
                 return Checkpoint(entry.path, entry.manifest)
-            if not entry.path.exists():
+            if not place_exists(entry.path):
                 gone = True
                 continue
             log.warning("passing over the damaged checkpoint %s: %s", entry.path, damage)
@@ -394,7 +345,7 @@ class Store:
             CheckpointNotFoundError: there is none.
             ManifestError: its manifest is damaged.
         """
-        entry = catalog.find(self.path, name)
+        entry = catalog.find(self._backend, name)
         return Checkpoint(entry.path, entry.manifest if entry.manifest else read_manifest(entry.path))
 
     def best(self, metric: str, mode: Literal["min", "max"] = "min") -> Checkpoint | None:
@@ -405,12 +356,12 @@ class Store:
         Raises:
             UsageError: `mode` is neither "min" nor "max".
         """
-        entry = catalog.best_of(catalog.scan(self.path), metric, mode)
+        entry = catalog.best_of(catalog.scan(self._backend), metric, mode)
         return None if entry is None or entry.manifest is None else Checkpoint(entry.path, entry.manifest)
 
     def verify(self, *, quick: bool = False) -> Sequence[Report]:
         """Verify every checkpoint, oldest first."""
-        return [verify_checkpoint(entry.path, quick=quick) for entry in catalog.scan(self.path)]
+        return [verify_checkpoint(entry.path, quick=quick) for entry in catalog.scan(self._backend)]
 
     # ----------------------------------------------------------------------------------- resuming
 
@@ -429,7 +380,7 @@ class Store:
             MismatchError, RestoreError: as for `Checkpoint.load_into`.
         """
         self.wait()
-        checkpoint = restore_newest(self.path, objects, self._set_aside)
+        checkpoint = restore_newest(self._backend, objects, self._set_aside)
         if checkpoint is not None:
             manifest = checkpoint.manifest
             self._engine.planner.adopt(checkpoint.name, manifest.files, checkpoint.tensors)
@@ -444,7 +395,7 @@ class Store:
         )
         try:
             self.claim()
-            set_aside(self._engine.files, self.path, entry.path)
+            set_aside(self._backend, entry.path)
         except (OSError, StoreError) as refused:  # read-only, or another's: passing it over is enough
             log.warning("%s could not be set aside: %s", entry.path, refused)
 
@@ -459,21 +410,17 @@ class Store:
             StoreError: the disk refuses.
         """
         name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
-        entry = catalog.find(self.path, name)
-        if not isinstance(checkpoint, str) and checkpoint.path.parent.resolve() != self.path.resolve():
+        entry = catalog.find(self._backend, name)
+        if not isinstance(checkpoint, str) and not self._backend.holds(checkpoint.place):
             raise CheckpointNotFoundError(
-                errno.ENOENT, f"{checkpoint.path} is not in {self.path}; delete it through its own store"
+                errno.ENOENT, f"{checkpoint.place} is not in {self.path}; delete it through its own store"
             )
         try:
-            self._delete(entry)
+            self._backend.delete(entry.path)
         except StoreError as error:
-            if entry.path.exists() or not isinstance(error.__cause__, FileNotFoundError):
+            if place_exists(entry.path) or not isinstance(error.__cause__, FileNotFoundError):
                 raise
             raise CheckpointNotFoundError(errno.ENOENT, f"{entry.path} was deleted meanwhile") from error
-
-    def _delete(self, entry: catalog.Entry) -> None:
-        with explained(entry.path, "deleting"):
-            delete_checkpoint(self._engine.files, entry.path, self.path / catalog.INTERNAL_NAME / "trash")
 
     def prune(self) -> Sequence[str]:
         """Delete what `retention` does not keep, but nothing that is being read. Called after each commit.
@@ -481,7 +428,7 @@ class Store:
         Returns:
             The names of the deleted checkpoints.
         """
-        return prune(self.path, self.retention, self._delete)
+        return prune(self._backend, self.retention, lambda entry: self._backend.delete(entry.path))
 
 
 @atexit.register
@@ -496,8 +443,7 @@ def _report_unseen_failures() -> None:
 
 def _start_anew_after_fork() -> None:
     """A child has none of its parent's threads and locks; the save in flight is its parent's business."""
-    global _places  # noqa: PLW0603
-    _places = _Places()
+    forget_places_after_fork()
     unseen_failures.clear()
     for store in list(_stores):
         store._start(_Engine(store._engine.files, store._engine.memory_budget_bytes))

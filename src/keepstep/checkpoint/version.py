@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -12,11 +13,12 @@ from typing import Any
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest, TensorEntry
 from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.loading.reader import Reader
 from keepstep.checkpoint.loading.restore import load_into, load_tree
 from keepstep.checkpoint.place.local import reading, replaced_path
-from keepstep.errors import BackgroundSaveError, CheckpointNotFoundError
+from keepstep.errors import BackgroundSaveError, CheckpointNotFoundError, UsageError
 
 __all__ = ["Checkpoint", "PendingSave", "unseen_failures"]
 
@@ -27,12 +29,12 @@ class Checkpoint:
     """A committed checkpoint. Cheap to make: only the manifest was read.
 
     Attributes:
-        path: its directory.
+        place: where it lies: its directory, or an address in a bucket; `str()` shows either.
         manifest: what was said of it and what it consists of.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, place: Place, manifest: Manifest) -> None:
+        self.place = place
         self.manifest = manifest
 
     @classmethod
@@ -57,9 +59,22 @@ class Checkpoint:
         return cls(directory, read_manifest(directory))
 
     @property
+    def path(self) -> Path:
+        """Its directory.
+
+        Raises:
+            UsageError: it lies in a bucket; `place` says where.
+        """
+        if not isinstance(self.place, Path):
+            raise UsageError(
+                f"{self.place} is in a bucket and has no path; str(checkpoint.place) is its address"
+            )
+        return self.place
+
+    @property
     def name(self) -> str:
-        """Its directory's name."""
-        return self.path.name
+        """Its name, as "checkpoint_12"."""
+        return source_of(self.place).name
 
     @property
     def step(self) -> int | None:
@@ -108,7 +123,7 @@ class Checkpoint:
     def __repr__(self) -> str:
         said = {"step": self.step, "epoch": self.epoch, **self.metrics}
         shown = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)
-        return f"<Checkpoint {self.path} {shown}>"
+        return f"<Checkpoint {self.place} {shown}>"
 
     def load(self, only: str | Sequence[str] | None = None, *, verify: bool = True) -> Any:
         """The saved state as new objects: dicts, lists, arrays, CPU tensors.
@@ -127,7 +142,7 @@ class Checkpoint:
             UsageError: `only` matches nothing.
             UnsupportedTypeError: a value's codec is not registered.
         """
-        with reading(self.path):
+        with self._held():
             return load_tree(self._reader(), only=_patterns(only), verify=verify)
 
     def load_into(self, objects: Any, only: str | Sequence[str] | None = None) -> None:
@@ -146,27 +161,31 @@ class Checkpoint:
             DamagedCheckpointError: damage was met while reading; `overwritten` names what had been
                 overwritten by then. Load another checkpoint into the same objects before going on.
         """
-        with reading(self.path):
+        with self._held():
             load_into(self._reader(), objects, only=_patterns(only))
+
+    def _held(self) -> contextlib.AbstractContextManager[None]:
+        """Hold off its deletion, where a place can."""
+        return reading(self.place) if isinstance(self.place, Path) else contextlib.nullcontext()
 
     def _reader(self) -> Reader:
         """What lies at the path, if it is still this checkpoint."""
-        if not self.path.is_dir():
+        if not source_of(self.place).exists():
             raise CheckpointNotFoundError(
-                f"{self.path} is gone: it was deleted, or dropped by the store's retention. Pin or tag a "
+                f"{self.place} is gone: it was deleted, or dropped by the store's retention. Pin or tag a "
                 "checkpoint that has to stay"
             )
-        reader = Reader(self.path)
+        reader = Reader(self.place)
         if reader.manifest.id != self.manifest.id:
             raise CheckpointNotFoundError(
-                f"{self.path} holds another checkpoint by now (step {reader.manifest.step}, this one was of "
+                f"{self.place} holds another checkpoint by now (step {reader.manifest.step}, this one was of "
                 f"step {self.step}): it was replaced. Open the path again to load the new one"
             )
         return reader
 
     def verify(self, *, quick: bool = False) -> Report:
         """Whether every byte is what was committed; see `keepstep.checkpoint.keeping.verify`."""
-        return verify_checkpoint(self.path, quick=quick)
+        return verify_checkpoint(self.place, quick=quick)
 
 
 def _patterns(only: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.format.source import place_exists
 from keepstep.checkpoint.keeping.catalog import (
     INTERNAL_NAME,
     Entry,
@@ -135,7 +136,7 @@ def health_of(entries: Sequence[Entry]) -> list[tuple[Entry, str | None]]:
     What a training run deleted while we looked is no damage and is left out.
     """
     checked = [(entry, damage_of(entry)) for entry in entries]
-    return [(entry, damage) for entry, damage in checked if damage is None or os.path.lexists(entry.path)]
+    return [(entry, damage) for entry, damage in checked if damage is None or place_exists(entry.path)]
 
 
 def leftovers(root: Path) -> list[Leftover]:

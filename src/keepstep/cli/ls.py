@@ -207,7 +207,8 @@ def _bytes_on_disk(found: Found) -> int:
     if not found.is_store:
         return disk_bytes(found.root)
     return disk_bytes(
-        *(entry.path for entry in found.entries), *(left.path for left in leftovers(found.root))
+        *(entry.path for entry in found.entries if isinstance(entry.path, Path)),
+        *(left.path for left in leftovers(found.root)),
     )
 
 

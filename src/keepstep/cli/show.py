@@ -17,6 +17,7 @@ import click
 
 from keepstep.checkpoint.format.manifest import Manifest, TensorEntry
 from keepstep.checkpoint.format.parse import read_manifest, read_state
+from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.checkpoint.keeping.catalog import Entry, damage_of
 from keepstep.cli.columns import Column, fit, render, render_pairs, wrapped
 from keepstep.cli.locate import Found, choose, health_of, locate
@@ -41,7 +42,7 @@ class _Subject:
         parent: the parent's name, if it is in the same store.
     """
 
-    path: Path
+    path: Place
     manifest: Manifest
     damage: str | None
     tensors: Mapping[str, TensorEntry] | None
@@ -171,7 +172,7 @@ def _document(subject: _Subject, chosen: Mapping[str, TensorEntry] | None) -> di
     manifest = subject.manifest
     groups, dtypes = _sums(subject.tensors or {})
     document: dict[str, Any] = {
-        "name": subject.path.name,
+        "name": source_of(subject.path).name,
         "path": str(subject.path),
         "health": "ok" if subject.damage is None else "damaged",
         "problem": subject.damage,
@@ -256,7 +257,7 @@ def _size(size: int, exactly: bool) -> str:
 def _sections(subject: _Subject, output: Output) -> Iterator[str]:
     manifest = subject.manifest
     health = Cell("ok", "green") if subject.damage is None else Cell("damaged", "bold red")
-    yield f"{output.paint(Cell(subject.path.name, 'bold'))}  {output.paint(health)}"
+    yield f"{output.paint(Cell(source_of(subject.path).name, 'bold'))}  {output.paint(health)}"
     yield from wrapped(Cell(str(subject.path), "dim"), output, 0)
     if subject.damage is not None:
         yield from wrapped(Cell(subject.damage, "red"), output, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import click
 
+from keepstep.checkpoint.format.source import place_exists, source_of
 from keepstep.checkpoint.keeping.catalog import Entry
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.cli.columns import wrapped
@@ -94,7 +94,7 @@ def _verify(
             if bar is not None:
                 bar.show(entry.name)
             report = verify_checkpoint(entry.path, quick=quick, **({"progress": bar.advance} if bar else {}))
-            if not report.sound and not os.path.lexists(entry.path):
+            if not report.sound and not place_exists(entry.path):
                 continue  # a training run pruned it while we looked: no damage
             if bar is not None:
                 bar.advance(size - report.bytes)
@@ -110,7 +110,7 @@ def _document(root: Path, quick: bool, outcome: _Outcome, others: Sequence[Lefto
         "quick": quick,
         "checkpoints": [
             {
-                "name": report.path.name,
+                "name": source_of(report.path).name,
                 "path": str(report.path),
                 "sound": report.sound,
                 "problems": report.problems,
@@ -129,7 +129,7 @@ def _lines_for(entries: Sequence[Entry], output: Output) -> Callable[[Report], I
     longest = max(len(Cell(entry.name).text) for entry in entries)
 
     def lines(report: Report) -> Iterator[str]:
-        name = Cell(report.path.name, "bold")
+        name = Cell(source_of(report.path).name, "bold")
         start = output.paint(name) + " " * (longest - len(name.text) + 2)
         if report.sound:
             yield start + output.paint(Cell("ok", "green"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -15,6 +16,7 @@ import xxhash
 
 __all__ = [
     "BLANK_DIGEST",
+    "CHECKPOINT_NAME",
     "DATA_ALIGNMENT_BYTES",
     "ITEMSIZES",
     "MANIFEST_NAME",
@@ -33,6 +35,8 @@ SCHEMA_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 STATE_NAME: Final = "state.json"
 DATA_ALIGNMENT_BYTES: Final = 4096
+
+CHECKPOINT_NAME: Final = re.compile(r"checkpoint_(0|[1-9][0-9]{0,17})\Z")
 
 BLANK_DIGEST = "0" * 32
 
@@ -69,11 +73,14 @@ class FileEntry:
         bytes: its size.
         digest: of the whole file; for a segment `combine_digests` over header and tensors.
         header_bytes: a segment's safetensors header with its length field, a multiple of 4096; else None.
+        within: in a bucket, the checkpoint of the same store whose object of that name holds the bytes;
+            None if it is this one.
     """
 
     bytes: int
     digest: str
     header_bytes: int | None = None
+    within: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,15 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from keepstep.checkpoint.format.manifest import (
     BLANK_DIGEST,
+    CHECKPOINT_NAME,
     ITEMSIZES,
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -28,7 +26,8 @@ from keepstep.checkpoint.format.manifest import (
     TensorEntry,
     digest_of,
 )
-from keepstep.errors import DigestError, FileSizeError, ManifestError, MissingFileError, SchemaVersionError
+from keepstep.checkpoint.format.source import Place, source_of
+from keepstep.errors import DigestError, FileSizeError, ManifestError, SchemaVersionError
 
 __all__ = ["check_files", "parse_state", "read_manifest", "read_state"]
 
@@ -42,13 +41,13 @@ _DIGEST = re.compile(r"[0-9a-f]{32}\Z")
 class _Checker:
     """Turns untrusted JSON into checked values, with the place of the first thing wrong."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path = path
+    def __init__(self, place: Place, name: str) -> None:
+        self.place = place
         self.name = name
 
     def fail(self, what: str) -> ManifestError:
         return ManifestError(
-            self.path, f"{self.name}: {what}; restore the file from a copy or use another checkpoint"
+            self.place, f"{self.name}: {what}; restore the file from a copy or use another checkpoint"
         )
 
     def need(self, node: Mapping[str, Any], key: str, kinds: type | tuple[type, ...]) -> Any:
@@ -69,6 +68,12 @@ class _Checker:
         value = self.need(node, key, str)
         if not _DIGEST.match(value):
             raise self.fail(f"{key!r} is {value!r:.100}; expected 32 hex digits")
+        return str(value)
+
+    def checkpoint(self, node: Mapping[str, Any], key: str) -> str:
+        value = self.need(node, key, str)
+        if not CHECKPOINT_NAME.match(value):
+            raise self.fail(f"{key!r} is {value!r:.100}; expected a name as checkpoint_12")
         return str(value)
 
     @contextlib.contextmanager
@@ -92,7 +97,7 @@ class _Checker:
         schema = self.need(node, "schema", int)
         if schema > SCHEMA_VERSION:
             raise SchemaVersionError(
-                self.path,
+                self.place,
                 f"{self.name} has schema version {schema}; this keepstep reads up to {SCHEMA_VERSION}: "
                 "upgrade keepstep",
             )
@@ -100,25 +105,25 @@ class _Checker:
             raise self.fail(f"schema version {schema}; allowed: 1 to {SCHEMA_VERSION}")
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read and check `directory/manifest.json`.
+def read_manifest(place: Place) -> Manifest:
+    """Read and check a checkpoint's `manifest.json`.
 
     Raises:
         ManifestError: missing, mangled or hostile.
         SchemaVersionError: written by a newer keepstep.
         DigestError: its own digest does not match.
     """
-    data = _read_small(directory, MANIFEST_NAME, _MAX_MANIFEST_BYTES)
-    check = _Checker(directory, MANIFEST_NAME)
+    data = source_of(place).read_small(MANIFEST_NAME, _MAX_MANIFEST_BYTES)
+    check = _Checker(place, MANIFEST_NAME)
     with check.depth():
-        return _parse_manifest(directory, data, check)
+        return _parse_manifest(data, check)
 
 
-def _parse_manifest(directory: Path, data: bytes, check: _Checker) -> Manifest:
+def _parse_manifest(data: bytes, check: _Checker) -> Manifest:
     node = check.load(data)
     if node.get("format") != "keepstep":
         raise check.fail(f"'format' is {node.get('format')!r:.100}, expected 'keepstep'")
-    _check_self_digest(directory, data, check)  # first: a flipped bit must not read as a newer version
+    _check_self_digest(data, check)  # first: a flipped bit must not read as a newer version
     check.schema(node)
     return Manifest(
         id=check.need(node, "id", str),
@@ -136,31 +141,7 @@ def _parse_manifest(directory: Path, data: bytes, check: _Checker) -> Manifest:
     )
 
 
-def _read_small(directory: Path, name: str, limit_bytes: int) -> bytes:
-    """Read a regular file of the checkpoint; never through a link."""
-    path = directory / name
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise ManifestError(directory, f"{name} is missing; this is not a whole checkpoint") from None
-    except OSError as error:
-        raise ManifestError(
-            directory, f"{name} can't be opened as a plain file ({error.strerror})"
-        ) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ManifestError(directory, f"{name} is not a plain file")
-    with open(fd, "rb") as file:
-        try:
-            data = file.read(limit_bytes + 1)
-        except OSError as error:
-            raise ManifestError(directory, f"{name} can't be read ({error.strerror})") from error
-    if len(data) > limit_bytes:
-        raise ManifestError(directory, f"{name} is larger than {limit_bytes} bytes")
-    return data
-
-
-def _check_self_digest(directory: Path, data: bytes, check: _Checker) -> None:
+def _check_self_digest(data: bytes, check: _Checker) -> None:
     found = _SELF_DIGEST.search(data)
     if found is None:
         raise check.fail("it does not end with its 'self_digest'")
@@ -168,7 +149,7 @@ def _check_self_digest(directory: Path, data: bytes, check: _Checker) -> None:
     actual = digest_of(blanked)
     if actual != found[1].decode():
         raise DigestError(
-            directory,
+            check.place,
             f"{MANIFEST_NAME} says its digest is {found[1].decode()}, but it is {actual}: it was changed",
         )
 
@@ -203,7 +184,10 @@ def _parse_files(node: Mapping[str, Any], check: _Checker) -> dict[str, FileEntr
             raise check.fail(f"the entry of {name!r} is a {type(entry).__name__}")
         header_bytes = check.size(entry, "header_bytes") if "header_bytes" in entry else None
         files[name] = FileEntry(
-            bytes=check.size(entry, "bytes"), digest=check.digest(entry, "digest"), header_bytes=header_bytes
+            bytes=check.size(entry, "bytes"),
+            digest=check.digest(entry, "digest"),
+            header_bytes=header_bytes,
+            within=check.checkpoint(entry, "within") if "within" in entry else None,
         )
         if header_bytes is not None and (header_bytes > files[name].bytes or header_bytes < 8):
             raise check.fail(
@@ -214,31 +198,16 @@ def _parse_files(node: Mapping[str, Any], check: _Checker) -> dict[str, FileEntr
     return files
 
 
-def check_files(directory: Path, manifest: Manifest) -> None:
+def check_files(place: Place, manifest: Manifest) -> None:
     """See that every file is there, a plain file, and of the committed size. Reads no content.
 
     Raises:
         MissingFileError, FileSizeError, ManifestError: naming the file.
     """
-    for name, entry in manifest.files.items():
-        try:
-            found = os.lstat(os.path.join(directory, name))  # one call a file: a list has thousands
-        except FileNotFoundError:
-            raise MissingFileError(directory, f"the file {name} ({entry.bytes} bytes) is missing") from None
-        except OSError as error:
-            raise MissingFileError(
-                directory, f"the file {name} can't be looked at ({error.strerror})"
-            ) from error
-        if not stat.S_ISREG(found.st_mode):
-            raise ManifestError(directory, f"{name} is not a plain file; links and devices are not followed")
-        if found.st_size != entry.bytes:
-            raise FileSizeError(
-                directory,
-                f"{name} has {found.st_size} bytes, but {entry.bytes} were committed: it was cut or extended",
-            )
+    source_of(place).check_files(manifest.files)
 
 
-def read_state(directory: Path, manifest: Manifest) -> tuple[Any, dict[str, TensorEntry]]:
+def read_state(place: Place, manifest: Manifest) -> tuple[Any, dict[str, TensorEntry]]:
     """Read, verify and check state.json.
 
     Returns:
@@ -248,21 +217,17 @@ def read_state(directory: Path, manifest: Manifest) -> tuple[Any, dict[str, Tens
         DamagedCheckpointError: any of its kinds.
     """
     entry = manifest.files[STATE_NAME]
-    data = _read_small(directory, STATE_NAME, entry.bytes)
+    data = source_of(place).read_small(STATE_NAME, entry.bytes)
     if len(data) != entry.bytes:
-        raise FileSizeError(
-            directory, f"{STATE_NAME} has {len(data)} bytes, but {entry.bytes} were committed"
-        )
+        raise FileSizeError(place, f"{STATE_NAME} has {len(data)} bytes, but {entry.bytes} were committed")
     if (actual := digest_of(data)) != entry.digest:
-        raise DigestError(
-            directory, f"{STATE_NAME} has the digest {actual}, but {entry.digest} was committed"
-        )
-    return parse_state(directory, data, manifest)
+        raise DigestError(place, f"{STATE_NAME} has the digest {actual}, but {entry.digest} was committed")
+    return parse_state(place, data, manifest)
 
 
-def parse_state(directory: Path, data: bytes, manifest: Manifest) -> tuple[Any, dict[str, TensorEntry]]:
+def parse_state(place: Place, data: bytes, manifest: Manifest) -> tuple[Any, dict[str, TensorEntry]]:
     """Check the content of state.json against the manifest; see `read_state`."""
-    check = _Checker(directory, STATE_NAME)
+    check = _Checker(place, STATE_NAME)
     with check.depth():
         return _parse_state(data, manifest, check)
 

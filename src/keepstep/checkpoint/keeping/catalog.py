@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds. No torch: listing thousands takes a fraction of a second.
+"""Which checkpoints a store holds. No torch: listing thousands takes a fraction of a second.
 
 Nothing is cached on disk: the manifests are the truth.
 """
@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
 from keepstep.checkpoint.format.parse import check_files, read_manifest
+from keepstep.checkpoint.format.source import Place, source_of
+from keepstep.checkpoint.place.backend import INTERNAL_NAME, Backend, checkpoint_name
+from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
+from keepstep.files import LocalFiles
 
 __all__ = [
     "INTERNAL_NAME",
     "Entry",
+    "Root",
+    "backend_of",
     "best_of",
     "checkpoint_name",
     "damage_of",
@@ -32,37 +38,35 @@ __all__ = [
     "scan",
 ]
 
-INTERNAL_NAME = ".keepstep"
-"""keepstep's own corner of a store: the lock, the trash, and damaged checkpoints that were set aside."""
+Root: TypeAlias = Path | Backend
+"""A store: its directory, or another kind of place."""
 
-_NAME = re.compile(r"checkpoint_(0|[1-9][0-9]{0,17})\Z")
+
+def backend_of(root: Root) -> Backend:
+    """The place of a store."""
+    return LocalBackend(LocalFiles(), root) if isinstance(root, Path) else root
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One checkpoint directory of a store.
+    """One checkpoint of a store.
 
     Attributes:
-        path: the directory.
+        path: its directory, or where else it lies.
         number: from its name; later ones are larger.
         manifest: None if it can't be read.
         problem: why it can't, else None.
     """
 
-    path: Path
+    path: Place
     number: int
     manifest: Manifest | None
     problem: str | None = None
 
     @property
     def name(self) -> str:
-        """The directory's name."""
+        """Its name."""
         return self.path.name
-
-
-def checkpoint_name(number: int) -> str:
-    """The directory name of the checkpoint with this number."""
-    return f"checkpoint_{number}"
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -70,34 +74,30 @@ def is_checkpoint(directory: Path) -> bool:
     return (directory / MANIFEST_NAME).is_file()
 
 
-def _numbered(root: Path) -> list[tuple[int, Path]]:
-    try:
-        with os.scandir(root) as entries:
-            found = [
-                (int(match[1]), Path(e.path))
-                for e in entries
-                if (match := _NAME.match(e.name)) and e.is_dir()
-            ]
-    except FileNotFoundError:
-        return []
-    except NotADirectoryError:
-        raise CheckpointNotFoundError(f"{root} is a file; give a directory that holds checkpoints") from None
-    return sorted(found)
-
-
-def scan(root: Path) -> list[Entry]:
+def scan(root: Root) -> list[Entry]:
     """Every checkpoint of a store, oldest first, damaged manifests included.
 
     Directories without a manifest are not checkpoints and are left out.
     """
-    entries = []
-    for number, path in _numbered(root):
-        try:
-            entries.append(Entry(path=path, number=number, manifest=read_manifest(path)))
-        except DamagedCheckpointError as error:
-            if os.path.lexists(path / MANIFEST_NAME):
-                entries.append(Entry(path=path, number=number, manifest=None, problem=error.message))
-    return entries
+    backend = backend_of(root)
+    found = backend.checkpoints()
+    if backend.scan_threads > 1 and len(found) > 1:
+        with ThreadPoolExecutor(backend.scan_threads, thread_name_prefix="keepstep-scan") as threads:
+            entries = list(threads.map(_entry, found))
+    else:
+        entries = [_entry(numbered) for numbered in found]
+    return [entry for entry in entries if entry is not None]
+
+
+def _entry(numbered: tuple[int, Place]) -> Entry | None:
+    """What lies there; None if it has no manifest (any more)."""
+    number, place = numbered
+    try:
+        return Entry(path=place, number=number, manifest=read_manifest(place))
+    except DamagedCheckpointError as error:
+        if source_of(place).has_manifest():
+            return Entry(path=place, number=number, manifest=None, problem=error.message)
+        return None
 
 
 def damage_of(entry: Entry) -> str | None:
@@ -111,18 +111,17 @@ def damage_of(entry: Entry) -> str | None:
     return None
 
 
-def names_set_aside(root: Path) -> list[str]:
+def names_set_aside(root: Root) -> list[str]:
     """The damaged checkpoints that a resume has moved out of the way, oldest first."""
-    return [path.name for _, path in _numbered(root / INTERNAL_NAME / "damaged")]
+    return [source_of(place).name for _, place in backend_of(root).set_aside_before()]
 
 
-def next_number(root: Path) -> int:
+def next_number(root: Root) -> int:
     """A number larger than any that this store has seen, those set aside included."""
-    seen = [number for place in (root, root / INTERNAL_NAME / "damaged") for number, _ in _numbered(place)]
-    return max(seen, default=-1) + 1
+    return backend_of(root).next_number()
 
 
-def find(root: Path, name: str) -> Entry:
+def find(root: Root, name: str) -> Entry:
     """The checkpoint of that name.
 
     Raises:

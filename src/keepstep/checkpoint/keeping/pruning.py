@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import check_files, read_manifest
-from keepstep.checkpoint.keeping.catalog import Entry, damage_of, scan
+from keepstep.checkpoint.format.source import Place, place_exists, source_of
+from keepstep.checkpoint.keeping.catalog import Entry, Root, damage_of, scan
 from keepstep.checkpoint.keeping.retention import Held, Retention, decide
 from keepstep.errors import CheckpointBusyError, DamagedCheckpointError, StoreError
 
@@ -19,7 +18,7 @@ __all__ = ["check_committed", "drop", "prune", "survey"]
 log = logging.getLogger(__name__)
 
 
-def survey(root: Path) -> tuple[list[Entry], dict[int, Held]]:
+def survey(root: Root) -> tuple[list[Entry], dict[int, Held]]:
     """What a store holds, as far as can be seen without reading data.
 
     Returns:
@@ -29,7 +28,7 @@ def survey(root: Path) -> tuple[list[Entry], dict[int, Held]]:
     entries, held = [], {}
     for entry in scan(root):
         damage = damage_of(entry)
-        if damage is not None and not entry.path.exists():
+        if damage is not None and not place_exists(entry.path):
             continue
         entries.append(replace(entry, manifest=None, problem=damage) if damage is not None else entry)
         held[entry.number] = _held(entry)
@@ -37,18 +36,10 @@ def survey(root: Path) -> tuple[list[Entry], dict[int, Held]]:
 
 
 def _held(entry: Entry) -> Held:
-    """Files by device and inode: two names of one file are one file."""
-    files: dict[Hashable, int] = {}
-    for name in entry.manifest.files if entry.manifest else ():
-        try:
-            found = os.lstat(os.path.join(entry.path, name))
-        except OSError:
-            continue
-        files[found.st_dev, found.st_ino] = found.st_size
-    return files
+    return source_of(entry.path).held(entry.manifest.files) if entry.manifest else {}
 
 
-def check_committed(directory: Path, manifest: Manifest) -> None:
+def check_committed(place: Place, manifest: Manifest) -> None:
     """See that a checkpoint that was committed just now can stand in for those that are to go.
 
     The manifest is read back, and every file is there in its size. The data was hashed on its way to the
@@ -58,13 +49,13 @@ def check_committed(directory: Path, manifest: Manifest) -> None:
     Raises:
         DamagedCheckpointError: it can't.
     """
-    found = read_manifest(directory)
+    found = read_manifest(place)
     if found.id != manifest.id:
-        raise DamagedCheckpointError(directory, "its manifest is not the one that was committed")
-    check_files(directory, found)
+        raise DamagedCheckpointError(place, "its manifest is not the one that was committed")
+    check_files(place, found)
 
 
-def prune(root: Path, retention: Retention, delete: Callable[[Entry], None]) -> list[str]:
+def prune(root: Root, retention: Retention, delete: Callable[[Entry], None]) -> list[str]:
     """Delete what the rules do not keep.
 
     Args:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import secrets
-from pathlib import Path
-
-from keepstep.checkpoint.keeping.catalog import INTERNAL_NAME
-from keepstep.files import Files
+from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.keeping.catalog import Root, backend_of
 
 __all__ = ["set_aside"]
 
 
-def set_aside(files: Files, root: Path, directory: Path) -> Path:
-    """Move a checkpoint of the store at `root` into `.keepstep/damaged/`; its number is never used again.
+def set_aside(root: Root, place: Place) -> Place:
+    """Move a checkpoint of a store into `.keepstep/damaged/`; its number is never used again.
 
     Returns:
         Where it lies now.
 
     Raises:
-        OSError: the disk refuses; it is where it was.
+        OSError, StoreError: the disk refuses; it is where it was.
     """
-    place = root / INTERNAL_NAME / "damaged"
-    target = place / directory.name
-    if target.exists():
-        target = target.with_name(f"{directory.name}.{secrets.token_hex(4)}")
-    files.make_directory(place)
-    files.rename(directory, target)
-    files.sync_directory(place)  # first where it is now, then where it is no more
-    files.sync_directory(root)
-    return target
+    return backend_of(root).set_aside(place)

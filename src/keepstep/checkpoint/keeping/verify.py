@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import xxhash
 
 from keepstep.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
 from keepstep.checkpoint.format.parse import check_files, read_manifest, read_state
+from keepstep.checkpoint.format.source import OpenFile, Place, Source, source_of
 from keepstep.errors import DamagedCheckpointError, DigestError, ManifestError
 
 __all__ = ["Report", "verify_checkpoint"]
@@ -24,12 +23,12 @@ class Report:
     """The health of one checkpoint.
 
     Attributes:
-        path: the directory.
+        path: the directory, or where else the checkpoint lies.
         problems: one sentence for each thing wrong; empty if it is sound.
         bytes: how many bytes were hashed.
     """
 
-    path: Path
+    path: Place
     problems: tuple[str, ...]
     bytes: int
 
@@ -40,23 +39,23 @@ class Report:
 
 
 def verify_checkpoint(
-    directory: Path, *, quick: bool = False, progress: Callable[[int], None] = lambda _: None
+    place: Place, *, quick: bool = False, progress: Callable[[int], None] = lambda _: None
 ) -> Report:
     """Verify one checkpoint; never raises for damage, reports all of it.
 
     Args:
-        directory: the checkpoint.
+        place: the checkpoint.
         quick: only the manifest, state.json, and every file's presence and size; no data is read.
         progress: called with the number of bytes hashed since the last call.
     """
     problems: list[str] = []
     hashed = 0
     try:
-        manifest = read_manifest(directory)
-        check_files(directory, manifest)
-        _, tensors = read_state(directory, manifest)
+        manifest = read_manifest(place)
+        check_files(place, manifest)
+        _, tensors = read_state(place, manifest)
         if not quick:
-            for problem, count in _verify_files(directory, manifest, tensors):
+            for problem, count in _verify_files(source_of(place), manifest, tensors):
                 problems += [problem] if problem else []
                 hashed += count
                 progress(count)
@@ -64,28 +63,28 @@ def verify_checkpoint(
         problems.append(error.message)
     except OSError as error:
         problems.append(f"can't be read: {error.strerror or error} ({error.filename})")
-    return Report(path=directory, problems=tuple(problems), bytes=hashed)
+    return Report(path=place, problems=tuple(problems), bytes=hashed)
 
 
 def _verify_files(
-    directory: Path, manifest: Manifest, tensors: dict[str, TensorEntry]
+    source: Source, manifest: Manifest, tensors: dict[str, TensorEntry]
 ) -> Iterator[tuple[str | None, int]]:
     """Problems found and bytes hashed, as it goes."""
     for name, entry in manifest.files.items():
-        fd = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = source.open(name, entry)
         try:
             if entry.header_bytes is None:
-                yield _verify_small(fd, name, entry), entry.bytes
+                yield _verify_small(file, name, entry), entry.bytes
             else:
                 inside = [(address, tensor) for address, tensor in tensors.items() if tensor.file == name]
                 inside.sort(key=lambda pair: (pair[1].offset, pair[1].bytes))
-                yield from _verify_segment(directory, fd, name, entry, inside)
+                yield from _verify_segment(source.place, file, name, entry, inside)
         finally:
-            os.close(fd)
+            file.close()
 
 
-def _verify_small(fd: int, name: str, entry: FileEntry) -> str | None:
-    actual = digest_of(_exactly(fd, 0, entry.bytes))
+def _verify_small(file: OpenFile, name: str, entry: FileEntry) -> str | None:
+    actual = digest_of(_exactly(file, 0, entry.bytes))
     return (
         None
         if actual == entry.digest
@@ -94,9 +93,9 @@ def _verify_small(fd: int, name: str, entry: FileEntry) -> str | None:
 
 
 def _verify_segment(
-    directory: Path, fd: int, name: str, entry: FileEntry, inside: list[tuple[str, TensorEntry]]
+    place: Place, file: OpenFile, name: str, entry: FileEntry, inside: list[tuple[str, TensorEntry]]
 ) -> Iterator[tuple[str | None, int]]:
-    header = _exactly(fd, 0, entry.header_bytes or 0)
+    header = _exactly(file, 0, entry.header_bytes or 0)
     committed = [digest_of(header), *(tensor.digest or "" for _, tensor in inside)]
     if combine_digests(committed) != entry.digest:
         yield f"the header of {name} was changed", len(header)
@@ -105,11 +104,11 @@ def _verify_segment(
     for address, tensor in inside:
         hasher = xxhash.xxh3_128()
         for begin in range(tensor.offset, tensor.offset + tensor.bytes, _CHUNK_BYTES):
-            chunk = _exactly(fd, begin, min(_CHUNK_BYTES, tensor.offset + tensor.bytes - begin))
+            chunk = _exactly(file, begin, min(_CHUNK_BYTES, tensor.offset + tensor.bytes - begin))
             hasher.update(chunk)
             yield None, len(chunk)
         if hasher.hexdigest() != tensor.digest:
-            error = DigestError(directory, f"tensor {address!r} in {name} was changed: its digest differs")
+            error = DigestError(place, f"tensor {address!r} in {name} was changed: its digest differs")
             yield error.message, 0
 
 
@@ -124,10 +123,10 @@ def _header_problem(header: bytes, name: str, inside: list[tuple[str, TensorEntr
     return None if said == indexed else f"the header of {name} places tensors elsewhere than state.json does"
 
 
-def _exactly(fd: int, offset: int, size: int) -> bytes:
-    data = os.pread(fd, size, offset)
+def _exactly(file: OpenFile, offset: int, size: int) -> bytes:
+    data = file.read(offset, size)
     while len(data) < size:
-        more = os.pread(fd, size - len(data), offset + len(data))
+        more = file.read(offset + len(data), size - len(data))
         if not more:
             raise ManifestError("", f"a file ended at byte {offset + len(data)} while it was being read")
         data += more

@@ -42,7 +42,7 @@ def over_untrusted(reader: Reader, work: Callable[[], Any]) -> Any:
         return work()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if type(error) in {ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError}:
-            raise ManifestError(reader.directory, f"state.json: {error}") from error
+            raise ManifestError(reader.place, f"state.json: {error}") from error
         raise
 
 
@@ -78,7 +78,7 @@ class Fit:
         self.different += shared_memory_problems(self.reader, self.places)
         if self.missing or self.unexpected or self.different:
             raise MismatchError(
-                f"{self.reader.directory} does not fit the live objects; nothing was changed. Build the "
+                f"{self.reader.place} does not fit the live objects; nothing was changed. Build the "
                 'objects as they were when it was saved, or load a part of it with only="model"',
                 missing=self.missing,
                 unexpected=self.unexpected,

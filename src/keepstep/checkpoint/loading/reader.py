@@ -10,13 +10,10 @@ import contextlib
 import functools
 import math
 import mmap
-import os
-import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +22,7 @@ import torch
 from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
 from keepstep.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
 from keepstep.checkpoint.format.parse import check_files, read_manifest, read_state
+from keepstep.checkpoint.format.source import OpenFile, Place, Source, source_of
 from keepstep.errors import (
     DamagedCheckpointError,
     DigestError,
@@ -37,7 +35,6 @@ from keepstep.tree import DTYPES
 __all__ = ["Reader", "Target"]
 
 _PART_BYTES = 8 << 20
-_READER_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +60,15 @@ class Reader:
         DamagedCheckpointError: any of its kinds.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.manifest: Manifest = read_manifest(directory)
-        check_files(directory, self.manifest)
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._source = source_of(place)
+        self.manifest: Manifest = read_manifest(place)
+        check_files(place, self.manifest)
 
     @functools.cached_property
     def _state(self) -> tuple[Any, dict[str, TensorEntry]]:
-        return read_state(self.directory, self.manifest)
+        return read_state(self.place, self.manifest)
 
     @property
     def tree(self) -> Any:
@@ -87,7 +85,7 @@ class Reader:
         entry = self.tensors.get(address) if isinstance(address, str) else None
         if entry is None:
             raise ManifestError(
-                self.directory, f"state.json refers to the tensor {address!r:.100}, which is not indexed"
+                self.place, f"state.json refers to the tensor {address!r:.100}, which is not indexed"
             )
         return entry
 
@@ -109,9 +107,9 @@ class Reader:
         """
         wanted = [(target, self.entry(target.address)) for target in targets]
         names = {entry.file for _, entry in wanted if entry.file is not None}
-        with self._open_segments(names) as fds:
+        with self._open_segments(names) as files:
             parts = _in_parts(sorted(wanted, key=lambda pair: (pair[1].file or "", pair[1].offset)))
-            _Pass(self.directory, fds, parts, started if started is not None else set()).run()
+            _Pass(self._source, files, parts, started if started is not None else set()).run()
 
     def fresh(self, addresses: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors into new CPU memory; aliases share their base's."""
@@ -144,6 +142,8 @@ class Reader:
     def mapped(self, addresses: Iterable[str], *, verify: bool) -> dict[str, torch.Tensor]:
         """Tensors as a private mapping of the files: pages are read when touched, writes stay in memory.
 
+        From a place that can't be mapped they are read whole and verified.
+
         Args:
             addresses: any tensors.
             verify: hash them first, in this pass over the pages.
@@ -151,8 +151,11 @@ class Reader:
         wanted = list(dict.fromkeys(addresses))
         bases = list(dict.fromkeys(map(self.stored, wanted)))
         names = {entry.file for base in bases if (entry := self.entry(base)).file is not None}
-        with self._open_segments(names) as fds:
-            maps = {name: _map(fd, self.manifest.files[name].bytes) for name, fd in fds.items()}
+        with self._open_segments(names) as files:
+            mapped = {name: file.map() for name, file in files.items()}
+        maps = {name: mapping for name, mapping in mapped.items() if mapping is not None}
+        if len(maps) < len(mapped):
+            return self.fresh(wanted)
         if verify:
             self._verify_mapped(bases, maps)
         tensors = {base: _tensor_in(maps, self.entry(base)) for base in bases}
@@ -171,24 +174,24 @@ class Reader:
                     return
                 entry = self.entry(address)
                 actual = digest_of(views[entry.file or ""][entry.offset : entry.offset + entry.bytes])
-                _compare(self.directory, address, entry, actual)
+                _compare(self.place, address, entry, actual)
 
-        _run_threads(work)
+        _run_threads(work, self._source.read_threads)
         for view in views.values():
             view.release()
 
     # ------------------------------------------------------------------------------------- segments
 
     @contextlib.contextmanager
-    def _open_segments(self, names: Iterable[str]) -> Iterator[dict[str, int]]:
+    def _open_segments(self, names: Iterable[str]) -> Iterator[dict[str, OpenFile]]:
         """Open segments and verify their headers; closed at the end."""
         with contextlib.ExitStack() as stack:
-            fds = {}
+            files = {}
             for name in sorted(names):
-                fds[name] = _open(self.directory, name, self.manifest.files[name])
-                stack.callback(os.close, fds[name])
-                self._verify_header(name, fds[name])
-            yield fds
+                files[name] = _open(self._source, name, self.manifest.files[name])
+                stack.callback(files[name].close)
+                self._verify_header(name, files[name])
+            yield files
 
     @functools.cached_property
     def _digests_by_file(self) -> dict[str, list[str]]:
@@ -198,18 +201,18 @@ class Reader:
             by_file.setdefault(entry.file or "", []).append(entry.digest or "")
         return by_file
 
-    def _verify_header(self, name: str, fd: int) -> None:
+    def _verify_header(self, name: str, file: OpenFile) -> None:
         entry = self.manifest.files[name]
         try:
-            header = os.pread(fd, entry.header_bytes or 0, 0)
+            header = file.read(0, entry.header_bytes or 0)
         except OSError as error:
             raise DamagedCheckpointError(
-                self.directory, f"the header of {name} can't be read ({error.strerror})"
+                self.place, f"the header of {name} can't be read ({error.strerror})"
             ) from error
         actual = combine_digests([digest_of(header), *self._digests_by_file.get(name, ())])
         if actual != entry.digest:
             raise DigestError(
-                self.directory,
+                self.place,
                 f"the header of {name} (or its index) gives the digest {actual}, not {entry.digest}",
             )
 
@@ -221,10 +224,10 @@ class _Pass:
     """One read of many parts by several threads, verified as it goes."""
 
     def __init__(
-        self, directory: Path, fds: Mapping[str, int], parts: Iterator[_Part], started: set[str]
+        self, source: Source, files: Mapping[str, OpenFile], parts: Iterator[_Part], started: set[str]
     ) -> None:
-        self._directory = directory
-        self._fds = fds
+        self._source = source
+        self._files = files
         self._parts = parts
         self._started = started
         self._take = threading.Lock()
@@ -232,7 +235,7 @@ class _Pass:
         self._hasher = OrderedHasher(self._aborted)
 
     def run(self) -> None:
-        _run_threads(self._work)
+        _run_threads(self._work, self._source.read_threads)
 
     def _work(self) -> None:
         try:
@@ -254,18 +257,20 @@ class _Pass:
         self._fill(view, entry.offset + part.begin, entry.file or "")
         digest = self._hasher.feed(part.target.address, part.begin, entry.bytes, view)
         if digest is not None:
-            _compare(self._directory, part.target.address, entry, digest)
+            _compare(self._source.place, part.target.address, entry, digest)
 
     def _fill(self, view: memoryview, offset: int, file: str) -> None:
         while view:
             try:
-                count = os.preadv(self._fds[file], [view], offset)
+                count = self._files[file].read_into(view, offset)
             except OSError as error:
                 raise DamagedCheckpointError(
-                    self._directory, f"{file} can't be read at byte {offset} ({error.strerror})"
+                    self._source.place, f"{file} can't be read at byte {offset} ({error.strerror})"
                 ) from error
             if count == 0:
-                raise FileSizeError(self._directory, f"{file} ends at byte {offset} while it is being read")
+                raise FileSizeError(
+                    self._source.place, f"{file} ends at byte {offset} while it is being read"
+                )
             view, offset = view[count:], offset + count
 
 
@@ -277,40 +282,37 @@ def _in_parts(wanted: Sequence[tuple[Target, TensorEntry]]) -> Iterator[_Part]:
             yield _Part(target, entry, begin, min(begin + _PART_BYTES, entry.bytes))
 
 
-def _compare(directory: Path, address: str, entry: TensorEntry, actual: str) -> None:
+def _compare(place: Place, address: str, entry: TensorEntry, actual: str) -> None:
     if actual != entry.digest:
         raise DigestError(
-            directory,
+            place,
             f"tensor {address!r} in {entry.file} "
             f"(bytes {entry.offset} to {entry.offset + entry.bytes}) has the digest {actual}, "
             f"but {entry.digest} was committed: the file was changed or the disk is failing",
         )
 
 
-def _run_threads(work: Any) -> None:
+def _run_threads(work: Any, count: int) -> None:
     """Run `work` in several threads; raise the first real error."""
-    with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="keepstep-read") as threads:
-        futures = [threads.submit(work) for _ in range(_READER_THREADS)]
+    with ThreadPoolExecutor(count, thread_name_prefix="keepstep-read") as threads:
+        futures = [threads.submit(work) for _ in range(count)]
     errors = [error for future in futures if (error := future.exception()) is not None]
     for error in sorted(errors, key=lambda error: isinstance(error, Aborted)):
         raise error
 
 
-def _open(directory: Path, name: str, entry: FileEntry) -> int:
-    """Open a file of the checkpoint, never through a link, and see that it has its size."""
+def _open(source: Source, name: str, entry: FileEntry) -> OpenFile:
+    """Open a file of the checkpoint and see that it has its size."""
     try:
-        fd = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = source.open(name, entry)
     except OSError as error:
-        raise MissingFileError(directory, f"the file {name} can't be opened ({error.strerror})") from error
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != entry.bytes:
-        os.close(fd)
-        raise FileSizeError(directory, f"{name} has {found.st_size} bytes, but {entry.bytes} were committed")
-    return fd
-
-
-def _map(fd: int, size: int) -> mmap.mmap:
-    return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
+        raise MissingFileError(source.place, f"the file {name} can't be opened ({error.strerror})") from error
+    if not file.is_plain or file.size_bytes != entry.bytes:
+        file.close()
+        raise FileSizeError(
+            source.place, f"{name} has {file.size_bytes} bytes, but {entry.bytes} were committed"
+        )
+    return file
 
 
 def _tensor_in(maps: Mapping[str, mmap.mmap], entry: TensorEntry) -> torch.Tensor:

@@ -1,16 +1,46 @@
-"""What every place for checkpoints can do. `local.py` is a directory on a file system."""
+"""What every place for checkpoints can do. `directory.py` is a directory on a file system."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Final, Protocol
 
+from keepstep.checkpoint.format.source import Place
 from keepstep.files import SegmentFile
 
-__all__ = ["Workspace"]
+__all__ = [
+    "INTERNAL_NAME",
+    "Backend",
+    "Workspace",
+    "checkpoint_name",
+]
+
+INTERNAL_NAME: Final = ".keepstep"
+"""keepstep's own corner of a store: the lock, the trash, and damaged checkpoints that were set aside."""
+
+
+def checkpoint_name(number: int) -> str:
+    """The name of the checkpoint with this number."""
+    return f"checkpoint_{number}"
 
 
 class Workspace(Protocol):
     """An unfinished checkpoint. Published whole by `commit`, or gone after `discard`."""
+
+    @property
+    def final(self) -> Place:
+        """Where it will lie once it is committed."""
+
+    def check(self) -> None:
+        """See whether a checkpoint may be published there; writes nothing.
+
+        Raises:
+            DirectoryNotOursError: it holds something else.
+        """
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Turn the place's refusals within a block into keepstep's errors."""
 
     def open(self) -> None:
         """Make room for it; clear what dead processes left of the same checkpoint."""
@@ -21,14 +51,20 @@ class Workspace(Protocol):
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file; its bytes are durable on return."""
 
-    def link(self, name: str, checkpoint: str, file: str, size_bytes: int) -> str | None:
-        """Make `name` hold what `file` of a committed checkpoint of the same store holds.
+    def link(self, name: str, source_checkpoint: str, source_file: str, size_bytes: int) -> str | None:
+        """Make `name` hold the bytes of a file of a committed checkpoint of the same store, unwritten.
+
+        Args:
+            name: of the file to be.
+            source_checkpoint: its name, as "checkpoint_3".
+            source_file: the file's name there.
+            size_bytes: what that file must have.
 
         Returns:
-            None if it is a file of this checkpoint now, else the name of the checkpoint that holds it.
+            What the manifest has to say in `FileEntry.within`; None if the place needs no such word.
 
         Raises:
-            FileNotFoundError: it is gone, or is not what was committed.
+            FileNotFoundError: there is no such plain file of that size (any more): write the bytes instead.
         """
 
     def commit(self, manifest: bytes) -> None:
@@ -36,3 +72,61 @@ class Workspace(Protocol):
 
     def discard(self) -> None:
         """Remove what was written. Never raises: the error that led here is the one that counts."""
+
+
+class Backend(Protocol):
+    """Where the checkpoints of one run live. `str()` says where that is."""
+
+    @property
+    def scan_threads(self) -> int:
+        """How many manifests to read at once."""
+
+    def checkpoints(self) -> Sequence[tuple[int, Place]]:
+        """Every committed checkpoint, whatever its health, by rising number.
+
+        Raises:
+            CheckpointNotFoundError: the place is something that can't hold checkpoints.
+        """
+
+    def set_aside_before(self) -> Sequence[tuple[int, Place]]:
+        """The damaged checkpoints that were moved out of the way, by rising number."""
+
+    def next_number(self) -> int:
+        """A number larger than any that this place has seen, those set aside included."""
+
+    def explained(self, place: Place | None = None, doing: str = "saving") -> AbstractContextManager[None]:
+        """Turn the place's refusals within a block into keepstep's errors; `doing`: what is under way."""
+
+    def claim(self) -> None:
+        """Become the one process that writes here, and clear what dead ones left.
+
+        Raises:
+            StoreBusyError: another process writes here.
+            StoreError: the place refuses.
+        """
+
+    def reserve(self) -> Workspace:
+        """A workspace under the next free number, which nobody else is given until `release`."""
+
+    def release(self, workspace: Workspace) -> None:
+        """The save is over, whatever became of it."""
+
+    def holds(self, place: Place) -> bool:
+        """Whether a checkpoint lies here, and not in another store."""
+
+    def delete(self, place: Place) -> None:
+        """Delete a checkpoint: out of sight in one step, then its files; those that others name stay.
+
+        Raises:
+            StoreError: the place refuses. Its cause is FileNotFoundError if somebody else deleted it first.
+        """
+
+    def set_aside(self, place: Place) -> Place:
+        """Move a damaged checkpoint out of the way; nothing is deleted, its number is never used again.
+
+        Returns:
+            Where it lies now.
+
+        Raises:
+            OSError, StoreError: the place refuses; it is where it was.
+        """

@@ -128,6 +128,12 @@ class LocalWorkspace:
         self._files = files
         self._lock: DirectoryLock | None = None
 
+    def check(self) -> None:
+        check_target(self.final)
+
+    def explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained(self.final)
+
     def open(self) -> None:
         self._files.make_directory(self.final.parent)
         sweep(self._files, self.final.parent, prefix=self.final.name)
@@ -149,11 +155,14 @@ class LocalWorkspace:
     def write_file(self, name: str, data: bytes) -> None:
         self._files.write_file(self.path / name, data)
 
-    def link(self, name: str, checkpoint: str, file: str, size_bytes: int) -> str | None:
-        source = self.final.parent / checkpoint / file
-        found = os.stat(source, follow_symlinks=False)
+    def link(self, name: str, source_checkpoint: str, source_file: str, size_bytes: int) -> str | None:
+        source = self.final.parent / source_checkpoint / source_file
+        try:
+            found = os.lstat(source)
+        except NotADirectoryError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source)) from None
         if not stat.S_ISREG(found.st_mode) or found.st_size != size_bytes:
-            raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
+            raise FileNotFoundError(errno.ENOENT, f"no plain file of {size_bytes} bytes", str(source))
         self._files.link(source, self.path / name)
         return None
 

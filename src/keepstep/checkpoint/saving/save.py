@@ -6,7 +6,6 @@ import datetime as dt
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,8 +21,8 @@ from keepstep.checkpoint.format.manifest import (
     dump_manifest,
     dump_state,
 )
+from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.place.backend import Workspace
-from keepstep.checkpoint.place.local import check_target, explained
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.environment import describe_environment
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo
@@ -137,24 +136,22 @@ class Save:
         self,
         *,
         workspace: Workspace,
-        final: Path,
         planner: Planner,
         state: Any,
         description: Description,
         lineage: Lineage,
         pool: BlockPool,
     ) -> None:
-        self.final = final
+        self.workspace = workspace
         self._planner = planner
         self._description = description
         self._lineage = lineage
-        self._workspace = workspace
         with collector_paused():
             self._flat = flatten(state)
             self._infos = [_info(leaf) for leaf in self._flat.leaves]
             self._layout = planner.plan(self._infos)
-        with explained(final):
-            check_target(final)
+        with workspace.explained():
+            workspace.check()
         self._held: list[Held] = []
         self._writer = self._make_writer(pool)
 
@@ -165,7 +162,7 @@ class Save:
         self._streams = SideStreams(devices)
         self._sources = [TensorBytes(leaf.tensor, self._streams) for leaf in self._flat.leaves]
         return SegmentWriter(
-            self._workspace,
+            self.workspace,
             self._layout,
             self._sources,
             devices=tuple(devices),
@@ -215,7 +212,7 @@ class Save:
         return self._discarding(self._drain_and_commit)
 
     def _discarding(self, work: Callable[[], _T]) -> _T:
-        with explained(self.final):
+        with self.workspace.explained():
             try:
                 return work()
             except BaseException:
@@ -225,15 +222,15 @@ class Save:
     def discard(self) -> None:
         """Stop and remove what was written; a committed checkpoint stays."""
         self._writer.abort()
-        self._workspace.discard()
+        self.workspace.discard()
 
     def _write_and_commit(self) -> Manifest:
-        self._workspace.open()
+        self.workspace.open()
         self._writer.write()
         return self._commit()
 
     def _open_and_stage(self, copiers: Crew | None) -> None:
-        self._workspace.open()
+        self.workspace.open()
         self._writer.stage(copiers)
         self._flat = Flat(tree=self._flat.tree, leaves=[])  # the live tensors are not ours any more
 
@@ -253,11 +250,11 @@ class Save:
             tensors = _tensor_entries(self._infos, self._layout, self._writer.digests)
             small[STATE_NAME] = dump_state(self._flat.tree, tensors)
         for name, data in small.items():
-            self._workspace.write_file(name, data)
+            self.workspace.write_file(name, data)
             entries[name] = FileEntry(bytes=len(data), digest=digest_of(data))
         manifest = self._manifest(entries)
-        self._workspace.commit(dump_manifest(manifest))
-        self._planner.committed(self.final.name, entries, tensors)
+        self.workspace.commit(dump_manifest(manifest))
+        self._planner.committed(source_of(self.workspace.final).name, entries, tensors)
         return manifest
 
     def _manifest(self, entries: Mapping[str, FileEntry]) -> Manifest:

@@ -213,7 +213,10 @@ class SegmentWriter:
             segment = opened.segment
             parts = [digest_of(segment.header), *(self.digests[p.index] for p in segment.placements)]
             entries[segment.file] = FileEntry(
-                bytes=segment.bytes, digest=combine_digests(parts), header_bytes=len(segment.header)
+                bytes=segment.bytes,
+                digest=combine_digests(parts),
+                header_bytes=len(segment.header),
+                within=opened.within,
             )
         return entries
 

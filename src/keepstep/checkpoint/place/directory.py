@@ -1,0 +1,153 @@
+"""A directory that holds the checkpoints of one run, and who writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+from pathlib import Path
+
+from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME
+from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.place.backend import INTERNAL_NAME, Workspace, checkpoint_name
+from keepstep.checkpoint.place.local import LocalWorkspace, delete_checkpoint, empty_trash, explained, sweep
+from keepstep.errors import CheckpointNotFoundError, StoreBusyError
+from keepstep.files import Files, StoreLock
+
+__all__ = ["LocalBackend", "forget_places_after_fork"]
+
+
+class _Places:
+    """Where this process is saving: two stores of one path, or two threads, take different numbers."""
+
+    def __init__(self) -> None:
+        self.claiming = threading.Lock()
+        self._guard = threading.Lock()
+        self._taken: set[Path] = set()
+
+    def take(self, backend: LocalBackend) -> Path:
+        """The next free place of a store, kept free for the caller."""
+        with self._guard:
+            number, root = backend.next_number(), backend.path
+            while (resolved := root.resolve() / checkpoint_name(number)) in self._taken:
+                number += 1
+            self._taken.add(resolved)
+            return root / checkpoint_name(number)
+
+    def taken(self, final: Path) -> bool:
+        """Whether a save to `final` is in flight in this process."""
+        with self._guard:
+            return final.parent.resolve() / final.name in self._taken
+
+    def release(self, final: Path) -> None:
+        """The save to `final` is over."""
+        with self._guard:
+            self._taken.discard(final.parent.resolve() / final.name)
+
+
+_places = _Places()
+
+
+def forget_places_after_fork() -> None:
+    """Saves in flight are the parent's business."""
+    global _places  # noqa: PLW0603
+    _places = _Places()
+
+
+class LocalBackend:
+    """A `Backend` that is a directory."""
+
+    scan_threads = 1
+
+    def __init__(self, files: Files, path: Path) -> None:
+        self.path = path
+        self._files = files
+        self._owned = False
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def checkpoints(self) -> list[tuple[int, Place]]:
+        return [*_numbered(self.path)]
+
+    def set_aside_before(self) -> list[tuple[int, Place]]:
+        return [*_numbered(self._damaged)]
+
+    @property
+    def _damaged(self) -> Path:
+        return self.path / INTERNAL_NAME / "damaged"
+
+    def next_number(self) -> int:
+        seen = [number for place in (self.path, self._damaged) for number, _ in _numbered(place)]
+        return max(seen, default=-1) + 1
+
+    def explained(
+        self, place: Place | None = None, doing: str = "saving"
+    ) -> contextlib.AbstractContextManager[None]:
+        return explained(self._directory(place) if place is not None else self.path, doing)
+
+    def claim(self) -> None:
+        if not self._owned:
+            with explained(self.path), _places.claiming:
+                self._take_lock()
+
+    def _take_lock(self) -> None:
+        internal = self.path / INTERNAL_NAME
+        self._files.make_directory(internal)
+        me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        holder = StoreLock.acquire(internal / "lock", me)
+        if holder is not None:
+            raise StoreBusyError(
+                f"{self.path} is being written to by {holder}. One process at a time may write to a store: "
+                "stop that one, or give this run another directory"
+            )
+        sweep(self._files, self.path, in_flight=lambda name: _places.taken(self.path / name))
+        empty_trash(self._files, internal / "trash")
+        self._owned = True
+
+    def reserve(self) -> Workspace:
+        return LocalWorkspace(self._files, _places.take(self), may_replace=False)
+
+    def release(self, workspace: Workspace) -> None:
+        _places.release(self._directory(workspace.final))
+
+    def holds(self, place: Place) -> bool:
+        return isinstance(place, Path) and place.parent.resolve() == self.path.resolve()
+
+    def delete(self, place: Place) -> None:
+        directory = self._directory(place)
+        with explained(directory, "deleting"):
+            delete_checkpoint(self._files, directory, self.path / INTERNAL_NAME / "trash")
+
+    def set_aside(self, place: Place) -> Place:
+        directory = self._directory(place)
+        target = self._damaged / directory.name
+        if target.exists():
+            target = target.with_name(f"{directory.name}.{secrets.token_hex(4)}")
+        self._files.make_directory(self._damaged)
+        self._files.rename(directory, target)
+        self._files.sync_directory(self._damaged)  # first where it is now, then where it is no more
+        self._files.sync_directory(self.path)
+        return target
+
+    def _directory(self, place: Place) -> Path:
+        assert isinstance(place, Path), f"{place} is no directory"
+        return place
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    try:
+        with os.scandir(root) as entries:
+            found = [
+                (int(match[1]), Path(e.path))
+                for e in entries
+                if (match := CHECKPOINT_NAME.match(e.name)) and e.is_dir()
+            ]
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        raise CheckpointNotFoundError(f"{root} is a file; give a directory that holds checkpoints") from None
+    return sorted(found)
