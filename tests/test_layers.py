@@ -21,9 +21,11 @@ TORCH_FREE = [
     "keepstep.meetings",
     "keepstep.checkpoint.format.manifest",
     "keepstep.checkpoint.keeping.catalog",
+    "keepstep.checkpoint.keeping.preflight",
     "keepstep.checkpoint.keeping.pruning",
     "keepstep.checkpoint.keeping.quarantine",
     "keepstep.checkpoint.keeping.retention",
+    "keepstep.checkpoint.keeping.scrub",
     "keepstep.checkpoint.keeping.verify",
     "keepstep.cli.main",
 ]

@@ -14,12 +14,23 @@ import ctypes
 import errno
 import fcntl
 import os
+import platform
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["PAGE_BYTES", "DirectoryLock", "Files", "LocalFiles", "SegmentFile", "StoreLock"]
+__all__ = [
+    "PAGE_BYTES",
+    "DirectoryLock",
+    "Files",
+    "LocalFiles",
+    "SegmentFile",
+    "StoreLock",
+    "free_bytes",
+    "yield_to_others",
+]
 
 PAGE_BYTES = 4096
 """O_DIRECT wants offsets, lengths and addresses in multiples of this."""
@@ -221,6 +232,33 @@ def _exchange(first: bytes, second: bytes) -> bool:
     if code in _NOT_SUPPORTED:
         return False
     raise OSError(code, os.strerror(code), os.fsdecode(first), None, os.fsdecode(second))
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that this process may still write where `path` is, or will be; None if the system doesn't say."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        found = os.statvfs(path)
+    except (OSError, AttributeError):
+        return None
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
+_THIS_THREAD = 0
+_IDLE_CLASS = 3 << 13
+
+
+def yield_to_others() -> None:
+    """Give the calling thread the lowest priority for processors and disks, as far as the platform can."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        number = _IOPRIO_SET.get(platform.machine())
+        if number is not None and sys.platform == "linux":
+            ctypes.CDLL(None).syscall(number, 1, _THIS_THREAD, _IDLE_CLASS)
+    except (OSError, AttributeError):
+        return
 
 
 class StoreLock:

@@ -192,3 +192,42 @@ def test_nothing_in_a_name_reaches_the_terminal_or_is_markup(tmp_path: Path) -> 
         assert text.count(ESCAPED) >= 3
         assert "\x07" not in text
         assert "\x1b[31m" not in text
+
+
+SAVING = {
+    "rule": "max_overhead=0.01",
+    "cost": {"blocked_s": 0.02, "waited_s": 0.0, "slowed_s": 0.08},
+    "interval_s": 9.98,
+    "interval_steps": 20,
+    "counts": {"saved": 7, "failed": 0, "skipped": 2, "waited": 1, "waited_s": 0.5, "redone": 0},
+}
+
+
+def test_what_a_run_chose_about_saving_is_a_section(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "checkpoint_0", environment={"host": "a", "saving": SAVING})
+    done = show(path)
+    assert (
+        "\nsaving\n"
+        "  rule       max_overhead=0.01\n"
+        "  interval   9.98 s, about 20 steps\n"
+        "  cost       0.1 s a save (0.02 s blocked, 0 s waited for the copy, 0.08 s in slower steps)\n"
+        "  before it  7 saved, 0 failed, 2 skipped, 1 waited, 0 redone, 0.5 s waited in all\n"
+    ) in done.stdout
+    assert "\nenvironment\n  host  a\n" in done.stdout
+    assert json.loads(show(path, "--json").stdout)["environment"]["saving"] == SAVING
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("often", "  saving  often\n"),
+        ({"rule": 3}, '  saving  {"rule": 3}\n'),
+        ({"rule": "x", "cost": {"blocked_s": "much"}, "counts": 7}, "  cost      not known yet\n"),
+        ({"rule": "x", "cost": None, "interval_s": None}, "  interval  not known yet\n"),
+        ({"rule": "x", "counts": {"saved": True, "waited_s": "long"}}, "  before it  -\n"),
+    ],
+)
+def test_what_says_it_in_another_way_is_shown_as_it_is(said: object, shown: str, tmp_path: Path) -> None:
+    done = show(write_checkpoint(tmp_path / "checkpoint_0", environment={"saving": said}))
+    assert done.exit_code == 0
+    assert shown in done.stdout

@@ -116,7 +116,7 @@ def test_json(store: Path) -> None:
 
 
 def test_what_is_pruned_meanwhile_is_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prune_first(directory: Path, *, quick: bool) -> Report:
+    def prune_first(directory: Path, *, quick: bool, progress: object) -> Report:
         if directory.name == "checkpoint_0":
             shutil.rmtree(directory)
             return Report(path=directory, problems=("manifest.json is missing",), bytes=0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import Any
 
 from keepstep.checkpoint.format.parse import read_manifest
-from keepstep.checkpoint.format.source import place_exists
+from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
+from keepstep.checkpoint.keeping.quarantine import is_refusal
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
     CheckpointNotFoundError,
@@ -23,26 +23,22 @@ _ALL_DAMAGED = (
     "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
     "one of them from a copy, or give the run a new directory to start over"
 )
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
+_REFUSED = (
+    "{path} can't be read: {reason}. It may well be whole, so it was not set aside and no older checkpoint "
+    "was taken. Give this process what it lacks and start it again"
+)
 
 
 def restore_newest(
-    root: catalog.Root, objects: Any, set_aside: Callable[[catalog.Entry, DamagedCheckpointError], None]
+    root: catalog.Root, objects: Any, set_aside: Callable[[Place, str], None]
 ) -> Checkpoint | None:
     """Restore the newest checkpoint of a store that loads.
 
     Args:
         root: of the store.
         objects: live objects; see `Checkpoint.load_into`.
-        set_aside: is handed each damaged one; the next older one overwrites what that one had written.
+        set_aside: is handed each damaged one and what is wrong with it; the next older one overwrites what
+            that one had written.
 
     Returns:
         The checkpoint that was restored; None if the store holds none.
@@ -63,27 +59,12 @@ def restore_newest(
             continue  # dropped meanwhile by the process that writes; it has a newer one
         except DamagedCheckpointError as error:
             if place_exists(entry.path):
-                _raise_if_refused(entry, error)
+                if is_refusal(error):
+                    raise StoreError(_REFUSED.format(path=entry.path, reason=error.message)) from error
                 damaged.append(f"{entry.name}: {error.message}")
-                set_aside(entry, error)
+                set_aside(entry.path, error.message)
             continue
         return checkpoint
     if damaged:
         raise NoValidCheckpointError(_ALL_DAMAGED.format(path=root, damaged="\n  ".join(damaged)))
     return None
-
-
-def _raise_if_refused(entry: catalog.Entry, error: BaseException) -> None:
-    """A system that refuses to read says nothing about the bytes: such a checkpoint is not damaged.
-
-    Raises:
-        StoreError: with what the process lacks.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _REFUSALS:
-            raise StoreError(
-                f"{entry.path} can't be read: {cause.strerror}. It may well be whole, so it was not set "
-                "aside and no older checkpoint was taken. Give this process what it lacks and start it again"
-            ) from error
-        cause = cause.__cause__

@@ -21,9 +21,11 @@ from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
+from keepstep.checkpoint.keeping.preflight import Preflight
 from keepstep.checkpoint.keeping.pruning import check_committed, prune
 from keepstep.checkpoint.keeping.quarantine import set_aside
 from keepstep.checkpoint.keeping.retention import Retention
+from keepstep.checkpoint.keeping.scrub import SCRUB_BYTES_PER_S, Scrubber
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.place.backend import Backend, Workspace
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
@@ -39,6 +41,7 @@ from keepstep.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
     StoreError,
+    UsageError,
 )
 from keepstep.files import Files, LocalFiles
 
@@ -84,6 +87,7 @@ def save_directory(
     metrics: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     pinned: bool = False,
+    environment: Mapping[str, Any] | None = None,
     files: Files | None = None,
 ) -> Checkpoint:
     """Save one checkpoint as exactly this directory, outside any store; durable on return.
@@ -96,7 +100,9 @@ def save_directory(
         StateError, StoreError: see `Store.save`.
     """
     final = Path(directory).resolve()  # a link to a directory stays a link
-    description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
+    description = describe(
+        step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
+    )
     engine, lineage = _Engine(files, 64 << 20), Lineage(run=secrets.token_hex(8))
     workspace = LocalWorkspace(engine.files, final, may_replace=True)
     manifest = engine.save(workspace, state, description, lineage).write()
@@ -124,6 +130,10 @@ class Store:
         path: the directory; made at the first save.
         retention: what to keep, applied after each commit; None keeps everything.
         memory_budget_bytes: most host memory for staging saves in the background, kept for the next one.
+        scrub_interval_s: while this process writes to the store, verify each older checkpoint again after so
+            many seconds, on a thread of lowest priority; damaged ones are named in an error log and set aside
+            as in `load_latest_into`. None: don't.
+        scrub_bytes_per_s: how fast it reads at most.
         files: how the disk is changed; tests pass one that fails on purpose.
     """
 
@@ -133,8 +143,14 @@ class Store:
         *,
         retention: Retention | None = None,
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+        scrub_interval_s: float | None = None,
+        scrub_bytes_per_s: float = SCRUB_BYTES_PER_S,
         files: Files | None = None,
     ) -> None:
+        for name, value in (("scrub_interval_s", scrub_interval_s), ("scrub_bytes_per_s", scrub_bytes_per_s)):
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value!r}; expected more than 0")
+        self._scrub_interval_s, self._scrub_bytes_per_s = scrub_interval_s, scrub_bytes_per_s
         self.path = Path(path).absolute()  # a program may change its directory between two saves
         self.retention = retention if retention is not None else Retention()
         self._lineage = Lineage(run=secrets.token_hex(8))
@@ -147,6 +163,8 @@ class Store:
         self._one_save = threading.RLock()
         self._in_flight: PendingSave | None = None
         self._backend: Backend = LocalBackend(engine.files, self.path)
+        self._preflight = Preflight()
+        self._scrubber: Scrubber | None = None
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r})"
@@ -162,6 +180,7 @@ class Store:
         metrics: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         pinned: bool = False,
+        environment: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
         """Save a checkpoint; it is durable and committed on return.
 
@@ -173,6 +192,8 @@ class Store:
             metrics: name -> number (a one-element tensor will do) or string.
             tags: names; a tagged checkpoint is never pruned.
             pinned: never prune it.
+            environment: more to write down beside versions, host and command line (a configuration, say):
+                names with what JSON can hold.
 
         Raises:
             StateError: the state cannot be saved as it is; nothing was written.
@@ -181,7 +202,9 @@ class Store:
                 are whole.
             BackgroundSaveError: an earlier save in the background had failed.
         """
-        description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
+        description = describe(
+            step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
+        )
         with self._one_save:
             self.wait()
             save = self._begin(state, description)
@@ -199,6 +222,7 @@ class Store:
         metrics: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         pinned: bool = False,
+        environment: Mapping[str, Any] | None = None,
         staging: Staging = "awaited",
         changing: Iterable[torch.Tensor] = (),
     ) -> PendingSave:
@@ -214,6 +238,7 @@ class Store:
             metrics: name -> number or string.
             tags: names; a tagged checkpoint is never pruned.
             pinned: never prune it.
+            environment: more to write down beside versions, host and command line.
             staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made
                 in the background as well, and the state must not change until `PendingSave.wait_staged` has
                 returned. Tensors that torch saw written to before are found out by their version counters:
@@ -222,7 +247,9 @@ class Store:
             changing: tensors that may change at once all the same, such as buffers that a forward updates;
                 they are copied before this returns. So is all memory of NumPy's.
         """
-        description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
+        description = describe(
+            step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
+        )
         with self._one_save:
             self.wait()
             began = time.perf_counter()
@@ -287,7 +314,9 @@ class Store:
         self.claim()
         workspace = self._backend.reserve()
         try:
-            return self._engine.save(workspace, state, description, self._lineage)
+            save = self._engine.save(workspace, state, description, self._lineage)
+            self._preflight.check(self._backend, save.bytes, self.retention, self._delete)
+            return save
         except BaseException:
             self._backend.release(workspace)
             raise
@@ -315,6 +344,32 @@ class Store:
             StoreReadOnlyError, StoreError: the directory can't be written to.
         """
         self._backend.claim()
+        if self._scrub_interval_s is not None and self._scrubber is None:
+            self._start_scrub(self._scrub_interval_s)
+
+    def _start_scrub(self, interval_s: float) -> None:
+        store = weakref.ref(self)  # a thread must not keep alive what nobody uses any more
+
+        def found(path: Place, report: Report) -> None:
+            if (alive := store()) is not None:
+                alive._engine.planner.forget()  # the next save must not link to what is damaged
+                alive._set_aside(path, "; ".join(report.problems))
+
+        self._scrubber = Scrubber(
+            self._backend, interval_s=interval_s, bytes_per_s=self._scrub_bytes_per_s, found=found
+        )
+        self._scrubber.start()
+        weakref.finalize(self, self._scrubber.stop)
+
+    def close(self) -> None:
+        """Wait for the save in flight, and stop the scrub. The store can be used again; the scrub stays off.
+
+        Raises:
+            BackgroundSaveError: the save in flight failed.
+        """
+        if self._scrubber is not None:
+            self._scrubber.stop()
+        self.wait()
 
     # ------------------------------------------------------------------------------------ finding
 
@@ -387,17 +442,13 @@ class Store:
             self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
         return checkpoint
 
-    def _set_aside(self, entry: catalog.Entry, error: DamagedCheckpointError) -> None:
-        log.error(
-            "the checkpoint %s is damaged and is set aside; trying an older one: %s",
-            entry.path,
-            error.message,
-        )
+    def _set_aside(self, path: Place, problem: str) -> None:
+        log.error("the checkpoint %s is damaged and is set aside: %s", path, problem)
         try:
             self.claim()
-            set_aside(self._backend, entry.path)
+            set_aside(self._backend, path)
         except (OSError, StoreError) as refused:  # read-only, or another's: passing it over is enough
-            log.warning("%s could not be set aside: %s", entry.path, refused)
+            log.warning("%s could not be set aside: %s", path, refused)
 
     # ------------------------------------------------------------------------------------ pruning
 

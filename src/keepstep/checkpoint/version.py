@@ -220,6 +220,11 @@ class PendingSave:
         """Whether it is committed, or has failed."""
         return self._future.done()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is over and nothing was committed; `wait` says why."""
+        return self._future.done() and self._future.exception() is not None
+
     def wait(self) -> Checkpoint:
         """Wait until it is committed.
 

@@ -23,6 +23,7 @@ from keepstep.cli.columns import Column, fit, render, render_pairs, wrapped
 from keepstep.cli.locate import Found, choose, health_of, locate
 from keepstep.cli.output import Cell, Output, open_output, write_json, write_lines
 from keepstep.cli.phrasing import age, compact, counted, exact, human_bytes
+from keepstep.cli.saving import describe_saving
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, NoValidCheckpointError
 
 __all__ = ["command"]
@@ -267,7 +268,10 @@ def _sections(subject: _Subject, output: Output) -> Iterator[str]:
     metrics = [(name, Cell(number(value), "bold")) for name, value in manifest.metrics.items()]
     yield from _section("metrics", render_pairs(metrics, output, indent=_INDENT), output)
     yield from _section("origin", render_pairs(_origin(subject), output, indent=_INDENT), output)
-    environment = [(name, Cell(text)) for name, text in _environment(manifest.environment)]
+    saving = [(name, Cell(text)) for name, text in describe_saving(manifest.environment)]
+    yield from _section("saving", render_pairs(saving, output, indent=_INDENT), output)
+    rest = {name: v for name, v in manifest.environment.items() if name != "saving" or not saving}
+    environment = [(name, Cell(text)) for name, text in _environment(rest)]
     yield from _section("environment", render_pairs(environment, output, indent=_INDENT), output)
     yield from _section("files", _files(manifest, output), output)
     if subject.tensors:

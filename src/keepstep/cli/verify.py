@@ -93,7 +93,9 @@ def _verify(
         for entry, size in zip(entries, sizes, strict=True):
             if bar is not None:
                 bar.show(entry.name)
-            report = verify_checkpoint(entry.path, quick=quick, **({"progress": bar.advance} if bar else {}))
+            report = verify_checkpoint(
+                entry.path, quick=quick, progress=bar.advance if bar else lambda _: None
+            )
             if not report.sound and not place_exists(entry.path):
                 continue  # a training run pruned it while we looked: no damage
             if bar is not None:

@@ -25,6 +25,7 @@ from keepstep.train.config import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
 )
+from keepstep.train.counts import CheckpointCounts
 from keepstep.train.loader import skip_first_batches
 from keepstep.train.preparing import Preparer
 from keepstep.train.progress import Progress
@@ -108,7 +109,11 @@ class Accelerator:
             state=self._state,
             store=None
             if project_path is None
-            else Store(Path(project_path) / "checkpoints", retention=parts.retention),
+            else Store(
+                Path(project_path) / "checkpoints",
+                retention=parts.retention,
+                scrub_interval_s=parts.policy.scrub_interval_s,
+            ),
             project=parts.project,
             policy=parts.policy,
             pin_explicit=parts.pin_explicit_saves,
@@ -273,6 +278,11 @@ class Accelerator:
             BackgroundSaveError: an earlier save failed.
         """
         return self._saver.checkpoint(metrics, tags)
+
+    @property
+    def checkpoint_counts(self) -> CheckpointCounts:
+        """How many checkpoints this process has saved, left out and waited for."""
+        return self._saver.counts
 
     def wait_for_checkpoint(self) -> None:
         """Return once what `checkpoint()` began is durable.

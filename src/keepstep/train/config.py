@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,20 +33,31 @@ def _is_count(value: object) -> bool:
 class CheckpointPolicy:
     """When `accelerator.checkpoint()` saves, and which checkpoints are kept.
 
-    `every_n_steps` and `every_s` say when a checkpoint is wanted; with both, whichever comes first. With
-    neither, one is wanted all the time and `max_overhead` spaces them. Where `max_overhead` is given beside
-    them, it holds back what would cost too much.
+    `every_n_steps` and `every_s` say when a checkpoint is wanted; with both, whichever comes first.
+    `mean_time_between_failures_s` stands alone instead of them: what a save costs is measured, and saves are
+    spaced so that they and the work that failures undo cost least together. With none of the three a
+    checkpoint is wanted all the time. `max_overhead` may stand beside each of them, or alone, and holds back
+    what would cost more than that.
 
     Args:
         every_n_steps: optimizer steps from one checkpoint to the next.
         every_s: seconds from one checkpoint to the next.
-        max_overhead: largest share of the run's time, between 0 and 1, in which saves block the training
-            loop. 0.01 if none of the three is given.
+        max_overhead: largest share of the run's time, between 0 and 1, that goes to saves: calls that block,
+            steps that wait until the state is copied, and steps that are slower while it is being written.
+            0.01 if nothing says when to save.
+        mean_time_between_failures_s: how long this run (on all its machines together) goes on average until
+            something kills it, in seconds; gives Young's interval.
+        when_busy: what becomes of a checkpoint that falls due while another is still being written. "wait":
+            the loop waits and saves. "skip": the loop goes on, and the first later call that finds nothing
+            being written saves, at that call's step. None: "wait" where it is due by `every_n_steps`, which
+            names the steps to save at, else "skip". `Accelerator.checkpoint_counts` counts both.
         keep_last: how many of the newest checkpoints to keep. Without any `keep_` field or byte budget, all.
         keep_best: (metric, "min" or "max", how many): keep the best by a metric that is given when saving.
         keep_every_n_steps: keep each checkpoint whose step is a multiple of this.
         keep_within_s: keep those saved in the last so many seconds; see `Retention`.
         byte_budget: delete old checkpoints that are not otherwise kept once the store is larger, in bytes.
+        scrub_interval_s: verify each older checkpoint again after so many seconds, in the background; see
+            `Store`. None: don't.
         on_error: what `checkpoint()` does when a save fails, of a full disk say: "raise" ends the loop with
             the error, "warn" logs it and lets the training go on; the next one that is due is tried again.
         staging: "awaited": `checkpoint()` returns once the state is copied. "overlapped": it is copied while
@@ -59,11 +71,14 @@ class CheckpointPolicy:
     every_n_steps: int | None = None
     every_s: float | None = None
     max_overhead: float | None = None
+    mean_time_between_failures_s: float | None = None
+    when_busy: Literal["skip", "wait"] | None = None
     keep_last: int | None = None
     keep_best: tuple[str, Literal["min", "max"], int] | None = None
     keep_every_n_steps: int | None = None
     keep_within_s: float | None = None
     byte_budget: int | None = None
+    scrub_interval_s: float | None = None
     on_error: Literal["raise", "warn"] = "raise"
     staging: Staging = "auto"
 
@@ -72,10 +87,13 @@ class CheckpointPolicy:
             value = getattr(self, field)
             _require(value is None or _is_count(value), self, field, "an integer of at least 1, or None")
         _require(self.every_s is None or self.every_s > 0, self, "every_s", "more than 0 seconds, or None")
-        within = self.keep_within_s
-        _require(within is None or within > 0, self, "keep_within_s", "more than 0 seconds, or None")
+        for field in ("keep_within_s", "scrub_interval_s"):
+            value = getattr(self, field)
+            _require(value is None or value > 0, self, field, "more than 0 seconds, or None")
         share = self.max_overhead
         _require(share is None or 0 < share < 1, self, "max_overhead", "between 0 and 1, or None")
+        _require(self.when_busy in (None, "skip", "wait"), self, "when_busy", '"skip", "wait" or None')
+        self._check_failures()
         _require(self.on_error in ("raise", "warn"), self, "on_error", '"raise" or "warn"')
         _require(self.staging in get_args(Staging), self, "staging", '"auto", "awaited" or "overlapped"')
         best = self.keep_best
@@ -83,8 +101,22 @@ class CheckpointPolicy:
             len(best) == 3 and isinstance(best[0], str) and best[1] in ("min", "max") and _is_count(best[2])
         )
         _require(fine, self, "keep_best", '(metric name, "min" or "max", how many), or None')
-        if self.every_n_steps is None and self.every_s is None and share is None:
+        whens = (self.every_n_steps, self.every_s, self.mean_time_between_failures_s, share)
+        if all(value is None for value in whens):
             object.__setattr__(self, "max_overhead", 0.01)
+
+    def _check_failures(self) -> None:
+        """Young's interval stands alone."""
+        mean_s = self.mean_time_between_failures_s
+        allowed = "more than 0 seconds, or None"
+        _require(mean_s is None or 0 < mean_s < math.inf, self, "mean_time_between_failures_s", allowed)
+        for field in ("every_n_steps", "every_s"):
+            if mean_s is not None and getattr(self, field) is not None:
+                raise UsageError(
+                    f"CheckpointPolicy(mean_time_between_failures_s={mean_s!r}, {field}="
+                    f"{getattr(self, field)!r}): both say when to save. Leave one of them out; max_overhead "
+                    "may be given beside either."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

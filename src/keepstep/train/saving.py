@@ -22,7 +22,9 @@ from keepstep.errors import (
     UsageError,
 )
 from keepstep.train.config import CheckpointPolicy, ProjectConfiguration
-from keepstep.train.schedule import LastSave, is_due
+from keepstep.train.counts import CheckpointCounts
+from keepstep.train.pacing import Pacer
+from keepstep.train.schedule import Due
 from keepstep.train.state import TrainState
 
 __all__ = ["Saver"]
@@ -65,9 +67,8 @@ class Saver:
         self._project = project
         self._policy = policy
         self._pin_explicit = pin_explicit
-        self._clock = clock
+        self._pacer = Pacer(policy, waited_s=lambda: state.gate.waited_s, clock=clock)
         self._pending: PendingSave | None = None
-        self._last = LastSave(step=0, at_s=clock())
         self._staging = policy.staging
         self._about = _About()
         self._lost: _About | None = None
@@ -85,17 +86,23 @@ class Saver:
             )
         return self._store
 
+    @property
+    def counts(self) -> CheckpointCounts:
+        """What has become of checkpoints so far."""
+        return self._pacer.counts
+
     def checkpoint(self, metrics: Mapping[str, Any] | None, tags: Sequence[str]) -> PendingSave | None:
         """Save in the background if the policy says so; return None if not."""
         store = self._store or self._require_store("checkpoint()")
         busy = self._pending is not None and not self._pending.done()
         if not busy:
             self._ask_finished()
-        state, began_s = self._state, self._clock()
+        state, entered_s = self._state, self._pacer.clock()
         if not state.window.sync_gradients:
             return None
-        due = is_due(self._policy, step=state.step, now_s=began_s, last=self._last, busy=busy)
-        if not due and self._lost is None:
+        due = self._pacer.ask(state.step, busy=busy)
+        if due is not Due.YES and self._lost is None:
+            self._pacer.leave(busy=busy)
             if not state.optimizers:
                 raise NotPreparedError(
                     "checkpoint() counts optimizer steps, but no optimizer went through prepare(). Prepare "
@@ -103,8 +110,7 @@ class Saver:
                 )
             return None
         self._begin(store, _About(metrics=metrics, tags=tags))
-        now_s = self._clock()
-        self._last = LastSave(step=state.step, at_s=now_s, blocked_s=now_s - began_s)
+        self._pacer.began(state.step, entered_s, self._pending, behind=busy)
         return self._pending
 
     def _begin(self, store: Store, about: _About) -> None:
@@ -119,6 +125,7 @@ class Saver:
                 tags=about.tags,
                 staging=self._staging,
                 changing=state.changing(),
+                environment={"saving": self._pacer.to_json()},
             )
         except (StoreError, BackgroundSaveError) as error:
             self._failed(error, about)
@@ -140,6 +147,7 @@ class Saver:
                 "%s. The checkpoint is made again, and from now on each is copied at once.", error.__cause__
             )
             self._staging, self._lost = "awaited", about
+            self._pacer.redone()
             return
         if self._policy.on_error == "raise":
             raise error
@@ -161,13 +169,17 @@ class Saver:
             "epoch": state.progress.epoch,
             "metrics": metrics,
             "tags": tags,
+            "environment": {"saving": self._pacer.to_json()},
         }
         if output_dir is not None and not self._project.automatic_checkpoint_naming:
-            return save_directory(output_dir, state.capture(), pinned=bool(pinned), **about)
+            saved = save_directory(output_dir, state.capture(), pinned=bool(pinned), **about)
+            self._pacer.saved_by_hand()
+            return saved
         store = self._require_store("save_state() without output_dir")
         keep = self._pin_explicit if pinned is None else pinned
         saved = store.save(state.capture(), pinned=keep, **about)
-        self._last = LastSave(step=state.step, at_s=self._clock(), blocked_s=self._last.blocked_s)
+        self._pacer.saved_by_hand()
+        self._pacer.safe_up_to(state.step)
         return saved
 
     def load(self, input_dir: str | os.PathLike[str] | None) -> Checkpoint:
@@ -205,7 +217,7 @@ class Saver:
         self.wait()
         loaded: Checkpoint | None = self._state.restore(load)
         if loaded is not None:
-            self._last = LastSave(step=self._state.step, at_s=self._clock(), blocked_s=self._last.blocked_s)
+            self._pacer.safe_up_to(self._state.step)
         return loaded
 
     def wait(self) -> None:

@@ -39,6 +39,9 @@ class OpenFile(Protocol):
     def map(self) -> mmap.mmap | None:
         """The file as private memory, read when touched; None if the place can't."""
 
+    def forget_cached(self) -> None:
+        """Have the system not keep what was read of it, where it can be told so; what others map stays."""
+
     def close(self) -> None:
         """Let go of it."""
 
@@ -123,6 +126,10 @@ class _LocalFile:
 
     def map(self) -> mmap.mmap:
         return mmap.mmap(self._fd, self.size_bytes, access=mmap.ACCESS_COPY)
+
+    def forget_cached(self) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.keeping.catalog import Root, backend_of
 
-__all__ = ["set_aside"]
+__all__ = ["is_refusal", "set_aside"]
+
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a system that refuses to read is behind an error: that says nothing about the bytes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _REFUSALS:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def set_aside(root: Root, place: Place) -> Place:

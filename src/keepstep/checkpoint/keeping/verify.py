@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, MutableSet
 from dataclasses import dataclass
 
 import xxhash
@@ -11,9 +11,10 @@ import xxhash
 from keepstep.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
 from keepstep.checkpoint.format.parse import check_files, read_manifest, read_state
 from keepstep.checkpoint.format.source import OpenFile, Place, Source, source_of
+from keepstep.checkpoint.keeping.quarantine import is_refusal
 from keepstep.errors import DamagedCheckpointError, DigestError, ManifestError
 
-__all__ = ["Report", "verify_checkpoint"]
+__all__ = ["FileState", "Report", "verify_checkpoint"]
 
 _CHUNK_BYTES = 8 << 20
 
@@ -26,11 +27,13 @@ class Report:
         path: the directory, or where else the checkpoint lies.
         problems: one sentence for each thing wrong; empty if it is sound.
         bytes: how many bytes were hashed.
+        refused: the system did not let us look (permission, open files): that says nothing of the bytes.
     """
 
     path: Place
     problems: tuple[str, ...]
     bytes: int
+    refused: bool = False
 
     @property
     def sound(self) -> bool:
@@ -38,8 +41,16 @@ class Report:
         return not self.problems
 
 
+FileState = tuple[Hashable, str]
+"""A file that was hashed: what tells it apart where it lies, and the digest that was committed."""
+
+
 def verify_checkpoint(
-    place: Place, *, quick: bool = False, progress: Callable[[int], None] = lambda _: None
+    place: Place,
+    *,
+    quick: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+    known: MutableSet[FileState] | None = None,
 ) -> Report:
     """Verify one checkpoint; never raises for damage, reports all of it.
 
@@ -47,40 +58,63 @@ def verify_checkpoint(
         place: the checkpoint.
         quick: only the manifest, state.json, and every file's presence and size; no data is read.
         progress: called with the number of bytes hashed since the last call.
+        known: these files are passed over, and sound ones are added: what several checkpoints share
+            is read once. What is read does not stay in the system's cache then.
     """
     problems: list[str] = []
-    hashed = 0
+    hashed, refused = 0, False
     try:
         manifest = read_manifest(place)
         check_files(place, manifest)
         _, tensors = read_state(place, manifest)
         if not quick:
-            for problem, count in _verify_files(source_of(place), manifest, tensors):
+            for problem, count in _verify_files(source_of(place), manifest, tensors, known):
                 problems += [problem] if problem else []
                 hashed += count
                 progress(count)
     except DamagedCheckpointError as error:
         problems.append(error.message)
+        refused = is_refusal(error)
     except OSError as error:
+        refused = is_refusal(error)
         problems.append(f"can't be read: {error.strerror or error} ({error.filename})")
-    return Report(path=place, problems=tuple(problems), bytes=hashed)
+    return Report(path=place, problems=tuple(problems), bytes=hashed, refused=refused)
 
 
 def _verify_files(
-    source: Source, manifest: Manifest, tensors: dict[str, TensorEntry]
+    source: Source,
+    manifest: Manifest,
+    tensors: dict[str, TensorEntry],
+    known: MutableSet[FileState] | None,
 ) -> Iterator[tuple[str | None, int]]:
     """Problems found and bytes hashed, as it goes."""
     for name, entry in manifest.files.items():
         file = source.open(name, entry)
         try:
-            if entry.header_bytes is None:
-                yield _verify_small(file, name, entry), entry.bytes
-            else:
-                inside = [(address, tensor) for address, tensor in tensors.items() if tensor.file == name]
-                inside.sort(key=lambda pair: (pair[1].offset, pair[1].bytes))
-                yield from _verify_segment(source.place, file, name, entry, inside)
+            states = {(identity, entry.digest) for identity in source.held({name: entry})}
+            if known is not None and states <= known:
+                continue
+            sound = True
+            for problem, count in _verify_file(source, file, name, entry, tensors):
+                sound = sound and problem is None
+                yield problem, count
+                if known is not None:
+                    file.forget_cached()
+            if known is not None and sound:
+                known |= states
         finally:
             file.close()
+
+
+def _verify_file(
+    source: Source, file: OpenFile, name: str, entry: FileEntry, tensors: dict[str, TensorEntry]
+) -> Iterator[tuple[str | None, int]]:
+    if entry.header_bytes is None:
+        yield _verify_small(file, name, entry), entry.bytes
+        return
+    inside = [(address, tensor) for address, tensor in tensors.items() if tensor.file == name]
+    inside.sort(key=lambda pair: (pair[1].offset, pair[1].bytes))
+    yield from _verify_segment(source.place, file, name, entry, inside)
 
 
 def _verify_small(file: OpenFile, name: str, entry: FileEntry) -> str | None:

@@ -94,6 +94,9 @@ class Backend(Protocol):
     def next_number(self) -> int:
         """A number larger than any that this place has seen, those set aside included."""
 
+    def free_bytes(self) -> int | None:
+        """How many more bytes fit; None if there is no telling."""
+
     def explained(self, place: Place | None = None, doing: str = "saving") -> AbstractContextManager[None]:
         """Turn the place's refusals within a block into keepstep's errors; `doing`: what is under way."""
 

@@ -15,7 +15,7 @@ from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, Workspace, checkpoint_name
 from keepstep.checkpoint.place.local import LocalWorkspace, delete_checkpoint, empty_trash, explained, sweep
 from keepstep.errors import CheckpointNotFoundError, StoreBusyError
-from keepstep.files import Files, StoreLock
+from keepstep.files import Files, StoreLock, free_bytes
 
 __all__ = ["LocalBackend", "forget_places_after_fork"]
 
@@ -83,6 +83,9 @@ class LocalBackend:
     def next_number(self) -> int:
         seen = [number for place in (self.path, self._damaged) for number, _ in _numbered(place)]
         return max(seen, default=-1) + 1
+
+    def free_bytes(self) -> int | None:
+        return free_bytes(self.path)
 
     def explained(
         self, place: Place | None = None, doing: str = "saving"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,6 +47,7 @@ class Description:
     metrics: Mapping[str, float | int | str | bool]
     tags: tuple[str, ...] = ()
     pinned: bool = False
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +66,7 @@ def describe(
     metrics: Mapping[str, Any] | None,
     tags: Sequence[str],
     pinned: bool,
+    environment: Mapping[str, Any] | None = None,
 ) -> Description:
     """Check what the user says of a checkpoint.
 
@@ -82,7 +85,23 @@ def describe(
         metrics={_metric_name(name): _metric(name, value) for name, value in (metrics or {}).items()},
         tags=given_tags,
         pinned=bool(pinned),
+        environment=_environment(environment or {}),
     )
+
+
+def _environment(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of its own, of what JSON can hold.
+
+    Raises:
+        UsageError: it can't.
+    """
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(dict(given), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"environment is {given!r:.200}; expected names with what JSON can hold ({error})"
+        ) from None
+    return copied
 
 
 def _metric_name(name: object) -> str:
@@ -270,7 +289,7 @@ class Save:
             parent=lineage.parent,
             run=lineage.run,
             attempt=lineage.attempt,
-            environment=describe_environment(),
+            environment={**describe_environment(), **said.environment},
             files=entries,
         )
 
