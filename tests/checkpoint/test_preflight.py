@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from keepstep import Retention, Store
+from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.keeping.preflight import Preflight, to_make_room
 from keepstep.checkpoint.keeping.pruning import survey
+from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.errors import StoreError
-from keepstep.files import free_bytes
+from keepstep.files import LocalFiles, free_bytes
 
 NOW = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
 
@@ -36,15 +39,21 @@ def allowed(store: Store, rules: Retention, needed_bytes: int = 1000) -> list[in
     return [decision.entry.number for decision in decisions]
 
 
-class Disk:
-    """So many bytes in all; what lies in the store takes its size, a file with two names once."""
+class Disk(LocalBackend):
+    """A real store on a disk of so many bytes; what lies in it takes its size, a file with two names once."""
 
-    def __init__(self, root: Path, capacity: int) -> None:
-        self.root, self.capacity = root, capacity
+    def __init__(self, root: Path, capacity: int | None, *, refuses: bool = False) -> None:
+        super().__init__(LocalFiles(), root)
+        self.capacity, self.refuses = capacity, refuses
 
-    def __call__(self, path: Path) -> int:
-        files = {p.stat().st_ino: p.stat().st_size for p in self.root.rglob("*.safetensors")}
-        return self.capacity - sum(files.values())
+    def free_bytes(self) -> int | None:
+        files = {p.stat().st_ino: p.stat().st_size for p in self.path.rglob("*.safetensors")}
+        return None if self.capacity is None else max(0, self.capacity - sum(files.values()))
+
+    def delete(self, place: Place) -> None:
+        if self.refuses:
+            raise StoreError("deleting failed: the disk is tired")
+        super().delete(place)
 
 
 def test_what_the_rules_would_drop_after_the_next_save_may_go_before_it(tmp_path: Path) -> None:
@@ -66,12 +75,12 @@ def test_room_is_made_oldest_first_and_no_more_than_needed(
 ) -> None:
     store = filled(tmp_path)
     one = (tmp_path / "checkpoint_0" / "model.safetensors").stat().st_size
-    preflight, rules = Preflight(Disk(tmp_path, 5 * one)), Retention(keep_last=2)
-    preflight.check(tmp_path, one, rules, store._delete)
+    preflight, disk, rules = Preflight(), Disk(tmp_path, 5 * one), Retention(keep_last=2)
+    preflight.check(disk, one, rules)
     assert names(store) == [0, 1, 2, 3]
-    preflight.check(tmp_path, 2 * one, rules, store._delete)
+    preflight.check(disk, 2 * one, rules)
     assert names(store) == [1, 2, 3]
-    preflight.check(tmp_path, 9 * one, rules, store._delete)
+    preflight.check(disk, 9 * one, rules)
     assert names(store) == [3]
     assert f"needs about {9 * one} bytes, and {4 * one} are free" in caplog.text
 
@@ -79,47 +88,63 @@ def test_room_is_made_oldest_first_and_no_more_than_needed(
 def test_a_warning_comes_once_until_there_is_room_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store, free = filled(tmp_path), [10]
-    preflight = Preflight(lambda _: free[-1])
-    for amount in (10, 9, 8):
-        free.append(amount)
-        preflight.check(tmp_path, 1000, Retention(), store._delete)
+    store = filled(tmp_path)
+    preflight, full, empty = Preflight(), Disk(tmp_path, 0), Disk(tmp_path, 1 << 40)
+    for disk in (full, full, full):
+        preflight.check(disk, 1000, Retention())
     assert len(caplog.records) == 1
-    for amount in (2000, 10):
-        free.append(amount)
-        preflight.check(tmp_path, 1000, Retention(), store._delete)
+    for disk in (empty, full):
+        preflight.check(disk, 1000, Retention())
     assert len(caplog.records) == 2
     assert names(store) == [0, 1, 2, 3]
 
 
 def test_what_will_be_linked_needs_no_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = filled(tmp_path)
+    filled(tmp_path)
     segment = tmp_path / "checkpoint_3" / "model.safetensors"
     size = segment.stat().st_size
     segment.unlink()
     os.link(tmp_path / "checkpoint_2" / "model.safetensors", segment)
-    Preflight(lambda _: 100).check(tmp_path, size + 100, Retention(), store._delete)
+    disk = Disk(tmp_path, 3 * size + 100)
+    Preflight().check(disk, size + 100, Retention())
     assert not caplog.records
-    Preflight(lambda _: 100).check(tmp_path, size + 101, Retention(), store._delete)
+    Preflight().check(disk, size + 101, Retention())
     assert "needs about 101 bytes" in caplog.text
 
 
 def test_a_disk_that_refuses_to_delete_does_not_stop_the_save(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(entry: object) -> None:
-        raise StoreError("deleting failed: the disk is tired")
-
     filled(tmp_path)
     with caplog.at_level(logging.WARNING):
-        Preflight(lambda _: 0).check(tmp_path, 10, Retention(keep_last=1), refuse)
+        Preflight().check(Disk(tmp_path, 0, refuses=True), 10, Retention(keep_last=1))
     assert "the disk is tired" in caplog.text
 
 
-def test_a_system_that_does_not_say_is_believed(tmp_path: Path) -> None:
+def test_a_place_that_does_not_say_is_believed(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    Preflight(lambda _: None).check(tmp_path, 1 << 60, Retention(keep_last=1), store._delete)
+    Preflight().check(Disk(tmp_path, None), 1 << 60, Retention(keep_last=1))
     assert names(store) == [0, 1, 2, 3]
+
+
+def test_a_save_makes_room_before_it_writes(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    one = (tmp_path / "checkpoint_0" / "model.safetensors").stat().st_size
+    store.retention = Retention(keep_last=2)
+    store._backend = disk = Disk(tmp_path, 4 * one)
+    seen = []
+    reserve = disk.reserve
+
+    def note() -> Workspace:
+        workspace = reserve()
+        opening = workspace.open
+        workspace.open = lambda: (seen.append(names(store)), opening())[1]  # type: ignore[method-assign,func-returns-value]
+        return workspace
+
+    disk.reserve = note  # type: ignore[method-assign]
+    store.save({"model": torch.ones(256)})
+    assert seen == [[1, 2, 3]]
+    assert names(store) == [3, 4]
 
 
 def test_free_bytes_of_a_place_that_is_not_made_yet(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_disk_that_refuses_is_told_and_what_is_gone_already_is_not(
     store.retention = Retention(keep_last=1)
     entries, _ = survey(tmp_path)
     store.delete("checkpoint_0")
-    assert not pruning.drop(entries[0], lambda entry: store._backend.delete(entry.path))
+    assert not pruning.drop(tmp_path, entries[0])
     with caplog.at_level(logging.DEBUG):
         assert store.prune() == ["checkpoint_1"]
     assert "no rule keeps it" in caplog.text

@@ -315,7 +315,7 @@ class Store:
         workspace = self._backend.reserve()
         try:
             save = self._engine.save(workspace, state, description, self._lineage)
-            self._preflight.check(self._backend, save.bytes, self.retention, self._delete)
+            self._preflight.check(self._backend, save.bytes, self.retention)
             return save
         except BaseException:
             self._backend.release(workspace)
@@ -479,7 +479,7 @@ class Store:
         Returns:
             The names of the deleted checkpoints.
         """
-        return prune(self._backend, self.retention, lambda entry: self._backend.delete(entry.path))
+        return prune(self._backend, self.retention)
 
 
 @atexit.register

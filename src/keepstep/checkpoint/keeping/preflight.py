@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from keepstep.checkpoint.keeping.catalog import Entry, Root, backend_of
@@ -59,16 +59,13 @@ class Preflight:
     def __init__(self) -> None:
         self._warned = False
 
-    def check(
-        self, root: Root, needed_bytes: int, retention: Retention, delete: Callable[[Entry], None]
-    ) -> None:
+    def check(self, root: Root, needed_bytes: int, retention: Retention) -> None:
         """Drop what the rules allow if the next checkpoint would not fit; warn if it still does not.
 
         Args:
             root: of the store.
             needed_bytes: what will be written if nothing of it can be linked.
             retention: the rules.
-            delete: deletes one checkpoint.
         """
         place = backend_of(root)
         free = place.free_bytes()
@@ -79,7 +76,7 @@ class Preflight:
         now = dt.datetime.now(dt.UTC)
         for decision in to_make_room(entries, retention, held, needed_bytes=needed_bytes, now=now):
             try:
-                dropped = drop(decision.entry, delete)
+                dropped = drop(root, decision.entry)
             except StoreError as error:
                 log.warning("no room could be made for the next checkpoint: %s", error)
                 break

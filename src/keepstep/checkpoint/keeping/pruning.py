@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import check_files, read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists, source_of
-from keepstep.checkpoint.keeping.catalog import Entry, Root, damage_of, scan
+from keepstep.checkpoint.keeping.catalog import Entry, Root, backend_of, damage_of, scan
 from keepstep.checkpoint.keeping.retention import Held, Retention, decide
 from keepstep.errors import CheckpointBusyError, DamagedCheckpointError, StoreError
 
@@ -55,13 +54,12 @@ def check_committed(place: Place, manifest: Manifest) -> None:
     check_files(place, found)
 
 
-def prune(root: Root, retention: Retention, delete: Callable[[Entry], None]) -> list[str]:
-    """Delete what the rules do not keep.
+def prune(root: Root, retention: Retention) -> list[str]:
+    """Delete what the rules do not keep; one that is being read is left for the next time.
 
     Args:
         root: of the store.
         retention: the rules.
-        delete: deletes one checkpoint. One that is being read is left for the next time.
 
     Returns:
         The names of the deleted checkpoints.
@@ -72,7 +70,7 @@ def prune(root: Root, retention: Retention, delete: Callable[[Entry], None]) -> 
     entries, held = survey(root)
     dropped = []
     for decision in decide(entries, retention, held):
-        if not decision.keep and drop(decision.entry, delete):
+        if not decision.keep and drop(root, decision.entry):
             log.debug(
                 "deleted %s: %s; %d bytes freed", decision.entry.path, decision.reason, decision.frees_bytes
             )
@@ -80,10 +78,10 @@ def prune(root: Root, retention: Retention, delete: Callable[[Entry], None]) -> 
     return dropped
 
 
-def drop(entry: Entry, delete: Callable[[Entry], None]) -> bool:
+def drop(root: Root, entry: Entry) -> bool:
     """Delete a checkpoint that a rule drops; False if it was not this call that did it."""
     try:
-        delete(entry)
+        backend_of(root).delete(entry.path)
     except CheckpointBusyError as error:
         log.info("%s; it goes at a later save", error)
         return False
