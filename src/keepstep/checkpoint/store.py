@@ -264,7 +264,9 @@ class Store:
                     _stage_at_once(save)
                     staged.set()
                     future = crew.submit(lambda: self._finish(save))
-                self._in_flight = PendingSave(future, staged, blocked_s=time.perf_counter() - began)
+                self._in_flight = PendingSave(
+                    future, staged=staged, seal=save.seal, blocked_s=time.perf_counter() - began
+                )
             except BaseException:  # Ctrl-C between the two
                 self._backend.release(save.workspace)
                 save.discard()

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -201,9 +201,17 @@ class PendingSave:
         blocked_s: how long the caller was blocked when it began, in seconds.
     """
 
-    def __init__(self, future: Future[Checkpoint], staged: threading.Event, *, blocked_s: float) -> None:
+    def __init__(
+        self,
+        future: Future[Checkpoint],
+        *,
+        staged: threading.Event,
+        seal: Callable[[], None],
+        blocked_s: float,
+    ) -> None:
         self._future = future
         self._staged = staged
+        self._seal = seal
         self.blocked_s = blocked_s
         self.seen = False
         future.add_done_callback(self._done)
@@ -213,8 +221,12 @@ class PendingSave:
             unseen_failures.add(self)
 
     def wait_staged(self) -> None:
-        """Wait until the state has been copied, and may change; returns at once if it was copied at once."""
+        """Wait until the state has been copied, and may change; returns at once if it was copied at once.
+
+        Call it on the thread that is going to change the state.
+        """
         self._staged.wait()
+        self._seal()
 
     def done(self) -> bool:
         """Whether it is committed, or has failed."""

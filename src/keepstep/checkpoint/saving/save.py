@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -172,6 +173,8 @@ class Save:
         with workspace.explained():
             workspace.check()
         self._held: list[Held] = []
+        self._written_to: list[str] = []
+        self._sealing = threading.Lock()
         self._writer = self._make_writer(pool)
 
     def _make_writer(self, pool: BlockPool) -> SegmentWriter:
@@ -222,6 +225,16 @@ class Save:
         """Copy the state out; writing goes on behind. Call `finish` afterwards."""
         self._discarding(lambda: self._open_and_stage(copiers))
 
+    def seal(self) -> None:
+        """Take note of what was written to since `hold`; whatever is written after this call is no concern.
+
+        Called after `stage` by the thread that is about to write: torch counts a write when it is done, and
+        no other thread knows whether one is under way. `finish` calls it otherwise.
+        """
+        with self._sealing:
+            self._written_to += [self._infos[h.index].address for h in self._held if h.was_written_to]
+            self._held.clear()
+
     def finish(self) -> Manifest:
         """Wait until all that was staged is written, and commit.
 
@@ -255,11 +268,9 @@ class Save:
 
     def _drain_and_commit(self) -> Manifest:
         self._writer.drain()
-        # Only now: torch counts a write when it is done, and one may have been under way while we copied.
-        changed = [self._infos[held.index].address for held in self._held if held.was_written_to]
-        if changed:
-            raise StateChangedError(changed)
-        self._held.clear()
+        self.seal()
+        if self._written_to:
+            raise StateChangedError(self._written_to)
         return self._commit()
 
     def _commit(self) -> Manifest:

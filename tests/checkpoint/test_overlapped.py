@@ -1,0 +1,148 @@
+"""Copying behind the caller's back: what may change meanwhile, and what is found out if it did."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.checkpoint.equality import assert_same
+
+from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
+from keepstep.checkpoint.store import Store
+from keepstep.errors import BackgroundSaveError, StateChangedError
+
+
+class Held:
+    """Lets no copy begin until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        real = TensorBytes.copy_into
+
+        def copy_into(source: TensorBytes, *args: object) -> None:
+            assert self.opened.wait(60)
+            real(source, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(TensorBytes, "copy_into", copy_into)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    held = Held(monkeypatch)
+    yield held
+    held.opened.set()
+
+
+def test_the_caller_goes_on_before_anything_is_copied(tmp_path: Path, held: Held) -> None:
+    store = Store(tmp_path)
+    pending = store.save_in_background({"w": torch.arange(5.0)}, staging="overlapped")
+    assert not pending.done()
+    staged = threading.Thread(target=pending.wait_staged)
+    staged.start()
+    staged.join(0.05)
+    assert staged.is_alive(), "wait_staged returned although nothing had been copied"
+    held.opened.set()
+    staged.join(60)
+    assert_same(pending.wait().load(), {"w": torch.arange(5.0)})
+
+
+def test_a_state_may_change_once_it_is_staged(tmp_path: Path) -> None:
+    """Even while it is still being written: three times the blocks that there are."""
+    store = Store(tmp_path, memory_budget_bytes=2 * BLOCK_BYTES)
+    w = torch.arange(6 * BLOCK_BYTES // 4, dtype=torch.int32)
+    expected = w.clone()
+    pending = store.save_in_background({"w": w}, staging="overlapped")
+    pending.wait_staged()
+    w.zero_()
+    assert torch.equal(pending.wait().load()["w"], expected)
+
+
+WRITES = {
+    "in place": lambda w: w.add_(1),
+    "through a view": lambda w: w.view(-1)[3:5].zero_(),
+    "by index": lambda w: w.__setitem__((0, 0), 7.0),
+    "by a raw optimizer": lambda w: torch.optim.SGD([_with_gradient(w)], lr=0.1).step(),
+}
+
+
+def _with_gradient(w: torch.Tensor) -> torch.Tensor:
+    w.requires_grad_().grad = torch.ones_like(w)
+    return w
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_write_before_the_copy_is_found_out(tmp_path: Path, held: Held, write: object) -> None:
+    store = Store(tmp_path)
+    held.opened.set()
+    store.save({"a": torch.ones(2)})
+    held.opened.clear()
+    w = torch.ones(4, 4)
+    pending = store.save_in_background({"model": {"w": w, "b": torch.ones(3)}}, staging="overlapped")
+    write(w)  # type: ignore[operator]
+    held.opened.set()
+    with pytest.raises(BackgroundSaveError, match="model/w") as failure:
+        pending.wait()
+    assert isinstance(failure.value.__cause__, StateChangedError)
+    assert failure.value.__cause__.tensors == ("model/w",)
+    assert [c.name for c in store.list()] == ["checkpoint_0"], "a torn state was committed"
+    assert not list(tmp_path.glob("*.tmp-*"))
+    assert_same(store.save({"w": w}).load(), {"w": w.detach()})
+
+
+def test_what_is_said_to_change_is_copied_at_once(tmp_path: Path, held: Held) -> None:
+    model = torch.nn.BatchNorm1d(3)
+    state = {"model": model, "gradient": torch.ones(2), "memory": np.arange(4)}
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    pending = Store(tmp_path).save_in_background(
+        state, staging="overlapped", changing=[*model.buffers(), state["gradient"]]
+    )
+    model(torch.randn(8, 3))
+    state["gradient"].zero_()
+    state["memory"][:] = -1
+    held.opened.set()
+    loaded = pending.wait().load()
+    assert_same(dict(loaded["model"]), expected)
+    assert_same(loaded["gradient"], torch.ones(2))
+    assert loaded["memory"].tolist() == [0, 1, 2, 3]
+
+
+def test_tensors_without_a_version_are_copied_at_once(tmp_path: Path, held: Held) -> None:
+    with torch.inference_mode():
+        w = torch.ones(3)
+    pending = Store(tmp_path).save_in_background({"w": w}, staging="overlapped")
+    with torch.inference_mode():
+        w.zero_()
+    held.opened.set()
+    assert_same(pending.wait().load()["w"], torch.ones(3))
+
+
+def test_a_failed_copy_lets_the_caller_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory to copy to")
+
+    store = Store(tmp_path, memory_budget_bytes=2 * BLOCK_BYTES)
+    with monkeypatch.context() as broken:
+        broken.setattr(TensorBytes, "copy_into", fail)
+        for _ in range(3):
+            pending = store.save_in_background({"w": torch.ones(3)}, staging="overlapped")
+            pending.wait_staged()
+            with pytest.raises(BackgroundSaveError, match="no memory"):
+                pending.wait()
+    assert store.save({"w": torch.ones(BLOCK_BYTES)}).verify().sound
+
+
+def test_small_states_are_copied_at_once_and_large_ones_behind(
+    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keepstep.checkpoint.store.AWAITED_UP_TO_BYTES", 100_000)
+    large = Store(tmp_path / "large").save_in_background({"w": torch.ones(50_000)}, staging="auto")
+    assert not large.done()
+    held.opened.set()
+    small = Store(tmp_path / "small").save_in_background({"w": torch.ones(10)}, staging="auto")
+    small.wait_staged()
+    assert small.wait().verify().sound
+    assert large.wait().verify().sound

@@ -1,0 +1,208 @@
+"""Checkpoints that are copied while the next forward and backward run hold the state of their step."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.checkpoint.equality import assert_same
+
+from keepstep.checkpoint.saving.staging import TensorBytes
+from keepstep.checkpoint.store import Store
+from keepstep.errors import BackgroundSaveError
+from keepstep.train.accelerator import Accelerator
+from keepstep.train.config import CheckpointPolicy
+
+OVERLAPPED = CheckpointPolicy(every_n_steps=1, staging="overlapped")
+
+
+class Net(torch.nn.Module):
+    """With everything that changes between two optimizer steps: statistics, gradients, generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(8, 64), torch.nn.BatchNorm1d(64), torch.nn.Dropout(0.2), torch.nn.Linear(64, 2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Held:
+    """Copies wait until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.opened.set()
+        real = TensorBytes.copy_into
+
+        def copy_into(source: TensorBytes, *args: Any) -> None:
+            assert self.opened.wait(60)
+            real(source, *args)
+
+        monkeypatch.setattr(TensorBytes, "copy_into", copy_into)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    held = Held(monkeypatch)
+    yield held
+    held.opened.set()
+
+
+def make(path: Path, policy: CheckpointPolicy = OVERLAPPED, **options: Any) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    accelerator = Accelerator(project_dir=path, checkpoint_policy=policy, cpu=True, **options)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
+    loss = model(torch.randn(16, 8)).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state_of(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    return copy.deepcopy({"model": dict(model.state_dict()), "optimizer": optimizer.optimizer.state_dict()})
+
+
+def assert_holds(path: Path, expected: dict[str, Any]) -> None:
+    loaded = Store(path / "checkpoints").latest().load(["model/*", "optimizer/*"])  # type: ignore[union-attr]
+    assert_same(dict(loaded["model"]), expected["model"])
+    assert_same(loaded["optimizer"]["state"], expected["optimizer"]["state"])
+
+
+def test_each_checkpoint_holds_its_own_step(tmp_path: Path) -> None:
+    accelerator, model, optimizer = make(tmp_path)
+    expected = []
+    for _ in range(12):
+        train_step(accelerator, model, optimizer)
+        accelerator.checkpoint()
+        expected.append(state_of(model, optimizer))
+    accelerator.wait_for_checkpoint()
+    checkpoints = Store(tmp_path / "checkpoints").list()
+    assert [c.step for c in checkpoints] == list(range(1, 13))
+    for checkpoint, state in zip(checkpoints, expected, strict=True):
+        loaded = checkpoint.load()
+        assert_same(dict(loaded["model"]), state["model"])
+        assert_same(loaded["optimizer"]["state"], state["optimizer"]["state"])
+
+
+def test_the_optimizer_waits_for_the_copy_and_nothing_else_does(tmp_path: Path, held: Held) -> None:
+    accelerator, model, optimizer = make(tmp_path)
+    train_step(accelerator, model, optimizer)
+    held.opened.clear()
+    accelerator.checkpoint()
+    expected = state_of(model, optimizer)
+    accelerator.backward(model(torch.randn(16, 8)).square().mean())  # batch statistics and gradients change
+    stepping = threading.Thread(target=optimizer.step)
+    stepping.start()
+    stepping.join(0.1)
+    assert stepping.is_alive(), "the optimizer did not wait"
+    held.opened.set()
+    stepping.join(60)
+    accelerator.wait_for_checkpoint()
+    assert_holds(tmp_path, expected)
+
+
+def test_gradients_that_count_may_be_cleared_at_once(tmp_path: Path, held: Held) -> None:
+    """They are part of the checkpoint, and `zero_grad` does not wait for their copy."""
+    accelerator, model, optimizer = make(tmp_path)
+    accelerator.backward(model(torch.randn(16, 8)).square().mean())
+    optimizer.step()
+    accelerator.backward(model(torch.randn(16, 8)).square().mean())  # added to what was not cleared
+    gradients = [p.grad.clone() for p in model.parameters()]
+    held.opened.clear()
+    assert accelerator.checkpoint() is not None
+    optimizer.zero_grad(set_to_none=False)
+    held.opened.set()
+    accelerator.wait_for_checkpoint()
+    saved = Store(tmp_path / "checkpoints").latest().load("gradients/*")["gradients"]  # type: ignore[union-attr]
+    assert_same(list(saved["optimizer"].values()), gradients)
+
+
+def test_a_slip_is_named_and_the_checkpoint_made_again(
+    tmp_path: Path, held: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator, model, optimizer = make(tmp_path)
+    train_step(accelerator, model, optimizer)
+    held.opened.clear()
+    accelerator.checkpoint(metrics={"loss": 1.0})
+    with torch.no_grad():
+        model.layers[0].weight.add_(1)  # behind the optimizer's back
+    held.opened.set()
+    with caplog.at_level(logging.WARNING):
+        accelerator.wait_for_checkpoint()
+    assert "model/layers.0.weight" in caplog.text
+    assert_holds(tmp_path, state_of(model, optimizer))
+    (made,) = Store(tmp_path / "checkpoints").list()
+    assert made.metrics == {"loss": 1.0}
+    held.opened.clear()
+    train_step(accelerator, model, optimizer)
+    held.opened.set()
+    pending = accelerator.checkpoint()  # copied at once from now on
+    assert pending is not None
+    with torch.no_grad():
+        before = state_of(model, optimizer)
+        model.layers[0].weight.add_(1)
+    accelerator.wait_for_checkpoint()
+    assert_holds(tmp_path, before)
+
+
+def test_a_slip_is_made_good_by_the_next_call_though_none_is_due(
+    tmp_path: Path, held: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator, model, optimizer = make(tmp_path, CheckpointPolicy(every_n_steps=100, staging="overlapped"))
+    for _ in range(100):
+        train_step(accelerator, model, optimizer)
+        held.opened.clear() if accelerator.step == 100 else None
+        pending = accelerator.checkpoint()
+    accelerator.backward(model(torch.randn(16, 8)).square().mean())
+    optimizer.optimizer.step()  # the optimizer within, which does not wait
+    optimizer.optimizer.zero_grad()
+    held.opened.set()
+    with contextlib.suppress(BackgroundSaveError):
+        pending.wait()
+    train_step(accelerator, model, optimizer)
+    with caplog.at_level(logging.WARNING):
+        assert accelerator.checkpoint() is not None
+    expected = state_of(model, optimizer)
+    accelerator.wait_for_checkpoint()
+    assert "is made again" in caplog.text
+    assert_holds(tmp_path, expected)
+    assert [c.step for c in Store(tmp_path / "checkpoints").list()] == [101]
+
+
+def test_loading_waits_for_the_copy(tmp_path: Path) -> None:
+    accelerator, model, optimizer = make(tmp_path)
+    train_step(accelerator, model, optimizer)
+    accelerator.save_state(tmp_path / "mine")
+    train_step(accelerator, model, optimizer)
+    expected = state_of(model, optimizer)
+    accelerator.checkpoint()
+    accelerator.load_state(tmp_path / "mine")
+    assert_holds(tmp_path, expected)
+
+
+def test_a_copy_of_an_optimizer_waits_for_nothing(tmp_path: Path, held: Held) -> None:
+    accelerator, model, optimizer = make(tmp_path)
+    train_step(accelerator, model, optimizer)
+    held.opened.clear()
+    accelerator.checkpoint()
+    twin = copy.deepcopy(optimizer)
+    pickle.loads(pickle.dumps(optimizer))
+    twin.step()
+    held.opened.set()
+    accelerator.wait_for_checkpoint()
