@@ -24,12 +24,25 @@ from keepstep.train.config import DataLoaderConfiguration, GradientAccumulationP
         ({"keep_best": ("loss", "min", 0)}, "keep_best"),
         ({"keep_every_n_steps": -1}, "keep_every_n_steps"),
         ({"byte_budget": 0}, "byte_budget"),
+        ({"keep_within_s": 0}, "keep_within_s"),
+        ({"scrub_interval_s": -1}, "scrub_interval_s"),
+        ({"when_busy": "later"}, "when_busy"),
+        ({"mean_time_between_failures_s": 0}, "mean_time_between_failures_s"),
+        ({"mean_time_between_failures_s": float("inf")}, "mean_time_between_failures_s"),
     ],
 )
 def test_impossible_policies(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named) as caught:
         CheckpointPolicy(**options)
     assert repr(next(iter(options.values()))) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["every_n_steps", "every_s"])
+def test_what_says_when_to_save_stands_alone(field: str) -> None:
+    with pytest.raises(UsageError, match=f"mean_time_between_failures_s=3600, {field}=7"):
+        CheckpointPolicy(mean_time_between_failures_s=3600, **{field: 7})  # type: ignore[arg-type]
+    assert CheckpointPolicy(mean_time_between_failures_s=3600).max_overhead is None
+    assert CheckpointPolicy(mean_time_between_failures_s=3600, max_overhead=0.1).max_overhead == 0.1
 
 
 def test_a_policy_without_interval_is_spaced_by_cost() -> None:

@@ -165,6 +165,7 @@ class Store:
         self._backend: Backend = LocalBackend(engine.files, self.path)
         self._preflight = Preflight()
         self._scrubber: Scrubber | None = None
+        self._links_in_doubt = False
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r})"
@@ -314,6 +315,9 @@ class Store:
 
     def _begin(self, state: Any, description: Description) -> Save:
         self.claim()
+        if self._links_in_doubt:  # nothing may be linked to what a scrub found damaged
+            self._links_in_doubt = False
+            self._engine.planner.forget()
         workspace = self._backend.reserve()
         try:
             save = self._engine.save(workspace, state, description, self._lineage)
@@ -354,7 +358,7 @@ class Store:
 
         def found(path: Place, report: Report) -> None:
             if (alive := store()) is not None:
-                alive._engine.planner.forget()  # the next save must not link to what is damaged
+                alive._links_in_doubt = True
                 alive._set_aside(path, "; ".join(report.problems))
 
         self._scrubber = Scrubber(

@@ -325,13 +325,23 @@ class Accelerator:
         """
         return self._saver.load(input_dir)
 
-    def end_training(self) -> None:
+    def end_training(self, *, finished: bool = False) -> None:
         """Wait for what is being saved. Call it at the end of a script.
+
+        Args:
+            finished: the run is done for good, even where the loop over `epochs()` was left early (early
+                stopping). In that case a checkpoint is saved, and when the script is started again and
+                resumes, `epochs()` yields nothing; load an older checkpoint to train on. A run that had all
+                its epochs goes on all the same if the script asks for more of them. Leave it False where a
+                loop is left to be gone on with later, before a time limit, say.
 
         Raises:
             BackgroundSaveError: a save failed.
+            UsageError: there is no project_dir to save into.
         """
         self._saver.wait()
+        if finished and self._state.progress.finish():
+            self._saver.save(None, metrics=None, tags=(), pinned=None)
 
     # -- ranks ----------------------------------------------------------------------------------------
 

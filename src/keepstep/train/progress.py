@@ -77,6 +77,7 @@ class Progress:
         self._loop = -1
         self._done = False
         self._inside = False
+        self._finished = False
         self._loops_begun = 0
         self._resume_loop: int | None = None
         self._open: list[OpenPass] = []
@@ -188,7 +189,8 @@ class Progress:
         """Yield the epochs of 0 to count - 1 that are still to run.
 
         A script may have several such loops one after the other: those that were complete when a
-        checkpoint was made yield nothing in the run that resumes from it.
+        checkpoint was made yield nothing in the run that resumes from it. So does one that was left for
+        good (see `finish`).
         """
         loop = self._loops_begun
         self._loops_begun += 1
@@ -197,6 +199,8 @@ class Progress:
             if loop < self._resume_loop:
                 return
             self._resume_loop = None
+            if self._finished:
+                return
             if self.epoch is not None:
                 first, repeats = self.epoch + self._done, not self._done
         for epoch in range(first, count):
@@ -205,9 +209,21 @@ class Progress:
         self._loop, self._done, self._inside = loop, True, False
         self.epoch = max(first, count) - 1
 
+    def finish(self) -> bool:
+        """Note that a loop over epochs which was left early is not to be gone on with.
+
+        Returns:
+            Whether that is news: False if the last loop has yielded all its epochs (a script that asks for
+            more goes on), or if it was known.
+        """
+        news = self._inside and not self._finished
+        self._finished = self._finished or self._inside
+        return news
+
     def _enter_epoch(self, loop: int, epoch: int, repeats: bool) -> None:
         self._before_leaving = None
         self._loop, self.epoch, self._done, self._inside = loop, epoch, False, True
+        self._finished = False
         self._ended.clear()
         outermost = self._outermost()
         if repeats:
@@ -230,6 +246,7 @@ class Progress:
             "loop": self._loop,
             "epoch": self.epoch,
             "done": self._done or ended,
+            "finished": self._finished,
             "cursors": [
                 {
                     "pass": cursor.pass_number,
@@ -260,6 +277,7 @@ class Progress:
         """Take on what was saved; passes that are still open here are forgotten."""
         self.epoch, self._loop, self._done = state["epoch"], state["loop"], state["done"]
         self._inside = False
+        self._finished = bool(state.get("finished", False))
         self._before_leaving = None
         self._loops_begun = 0
         self._resume_loop = self._loop if self._loop >= 0 else None

@@ -1,0 +1,168 @@
+"""Falling back over damaged checkpoints, however many and of whatever kind; and finding them before."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from keepstep import Retention, Store
+from keepstep.errors import NoValidCheckpointError, UsageError
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"model": torch.full((64,), float(value)), "other": torch.full((8,), float(value))}
+
+
+def filled(root: Path, count: int) -> Store:
+    store = Store(root)
+    for step in range(count):
+        store.save(state(step), step=step)
+    return store
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        data = bytearray((path / name).read_bytes())
+        data[random.Random(path.name).randrange(len(data))] ^= 1 << 3
+        (path / name).write_bytes(data)
+
+    return spoil
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path / name, (path / name).stat().st_size // 2)
+
+
+def lose(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def swap(path: Path) -> None:
+    model, other = path / "model.safetensors", path / "other.safetensors"
+    model.rename(path / "between")
+    other.rename(model)
+    (path / "between").rename(other)
+
+
+def become_a_directory(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").mkdir()
+
+
+def name_a_stranger(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../model.safetensors"] = manifest["files"].pop("model.safetensors")
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+SPOILS: list[Callable[[Path], None]] = [
+    *(kind(name) for kind in (flip, cut) for name in ("manifest.json", "state.json", "model.safetensors")),
+    flip("other.safetensors"),
+    lose("state.json"),
+    lose("model.safetensors"),
+    swap,
+    become_a_directory,
+    name_a_stranger,
+]
+
+
+def test_a_resume_falls_back_over_twenty_damaged_in_a_row_and_names_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = filled(tmp_path, 24)
+    for number in range(4, 24):
+        SPOILS[number % len(SPOILS)](tmp_path / f"checkpoint_{number}")
+    live = state(-1)
+    with caplog.at_level(logging.ERROR):
+        restored = store.load_latest_into(live)
+    assert restored is not None
+    assert restored.name == "checkpoint_3"
+    assert torch.equal(live["model"], state(3)["model"])
+    assert torch.equal(live["other"], state(3)["other"])
+    for number in range(4, 24):
+        assert f"checkpoint_{number} is damaged and is set aside" in caplog.text
+    aside = tmp_path / ".keepstep" / "damaged"
+    assert len(list(aside.iterdir())) == 20
+    assert store.save(state(0)).name == "checkpoint_24", "a number is used once"
+
+
+def test_only_damaged_ones_are_no_first_start(tmp_path: Path) -> None:
+    filled(tmp_path, len(SPOILS))
+    for number, spoil in enumerate(SPOILS):
+        spoil(tmp_path / f"checkpoint_{number}")
+    for _ in range(2):
+        with pytest.raises(NoValidCheckpointError, match="checkpoint_0"):
+            Store(tmp_path).load_latest_into(state(0))
+
+
+def test_the_scrub_of_a_store_sets_damaged_ones_aside_and_keeps_going(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(tmp_path, 4)
+    flip("model.safetensors")(tmp_path / "checkpoint_1")
+    store = Store(tmp_path, scrub_interval_s=0.2, scrub_bytes_per_s=1e9)
+    store.claim()
+    aside = tmp_path / ".keepstep" / "damaged"
+    deadline = time.monotonic() + 30
+    while not (aside / "checkpoint_1").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [checkpoint.name for checkpoint in store.list()] == [
+        "checkpoint_0",
+        "checkpoint_2",
+        "checkpoint_3",
+    ]
+    assert "checkpoint_1 is damaged" in caplog.text
+    flip("model.safetensors")(tmp_path / "checkpoint_2")
+    while not (aside / "checkpoint_2").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [checkpoint.name for checkpoint in store.list()] == ["checkpoint_0", "checkpoint_3"]
+    store.close()
+
+
+def test_what_was_found_damaged_is_not_linked_to(tmp_path: Path) -> None:
+    frozen = torch.arange(1 << 18)
+    store = Store(tmp_path, scrub_interval_s=0.05)
+    for step in range(3):
+        store.save({"base": frozen, "step": torch.tensor(step)}, step=step)
+    first, second = (tmp_path / f"checkpoint_{number}" / "base.safetensors" for number in (1, 2))
+    assert first.samefile(second), "unchanged data is linked"
+    flip("base.safetensors")(tmp_path / "checkpoint_1")
+    aside = tmp_path / ".keepstep" / "damaged"
+    deadline = time.monotonic() + 30
+    while not (aside / "checkpoint_1").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    saved = store.save({"base": frozen, "step": torch.tensor(9)})
+    assert saved.verify().sound
+    assert not (saved.path / "base.safetensors").samefile(second)
+    store.close()
+
+
+def test_a_store_that_is_dropped_stops_its_scrub(tmp_path: Path) -> None:
+    store = Store(tmp_path, scrub_interval_s=0.01)
+    store.claim()
+    scrubber = store._scrubber
+    assert scrubber is not None
+    assert scrubber._thread.is_alive()
+    del store
+    deadline = time.monotonic() + 10
+    while scrubber._thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not scrubber._thread.is_alive()
+
+
+def test_no_scrub_unless_asked_for(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.claim()
+    assert store._scrubber is None
+    with pytest.raises(UsageError, match="scrub_interval_s is 0"):
+        Store(tmp_path, scrub_interval_s=0)
+    with pytest.raises(UsageError, match="scrub_bytes_per_s is -1"):
+        Store(tmp_path, scrub_bytes_per_s=-1, retention=Retention())
