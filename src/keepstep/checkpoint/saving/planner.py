@@ -8,6 +8,7 @@ from keepstep.checkpoint.format.manifest import FileEntry, TensorEntry
 from keepstep.checkpoint.saving.grouping import Grouping
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
 from keepstep.checkpoint.saving.linking import Previous, Twin, find_twins
+from keepstep.checkpoint.saving.tracking import KnownDigests
 
 __all__ = ["Planner"]
 
@@ -16,8 +17,12 @@ class Planner:
     """Plans the saves of one store, one after another.
 
     A plan is kept while the tensors stay where and what they are, which they do from step to step.
+
+    Attributes:
+        known: digests of memory that has not been written to.
     """
 
+    known: KnownDigests
     _previous: Previous | None
     _tensors: Sequence[TensorInfo]
     _layout: Layout | None
@@ -34,6 +39,7 @@ class Planner:
 
     def twins(self) -> dict[str, Twin]:
         """Committed segments that those of the last plan may be linked to, by file name."""
+        self.known.next_save()
         if self._layout is None:
             return {}
         return find_twins(self._layout, self._tensors, self._previous)
@@ -71,6 +77,7 @@ class Planner:
 
     def forget(self) -> None:
         """Link nothing to what was committed so far: it may be damaged."""
+        self.known = KnownDigests()
         self._grouping = Grouping()
         self._previous = None
         self._tensors = ()

@@ -189,6 +189,7 @@ class Save:
             self._sources,
             devices=tuple(devices),
             twins=self._planner.twins(),
+            known=self._planner.known,
             pool=pool,
             crew=Crew(WRITER_THREADS, "keepstep-write"),
         )

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from keepstep.checkpoint.format.hashing import Aborted
+from keepstep.checkpoint.format.manifest import digest_of
+from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.errors import UsageError
 
 __all__ = ["BLOCK_BYTES", "Block", "BlockPool", "SideStreams", "TensorBytes", "dense_bytes"]
@@ -120,8 +122,13 @@ class TensorBytes:
         else:
             self._streams.copy(dense[begin:end], target)
 
-    def host_view(self) -> memoryview:
-        """All bytes, on the host; the tensor's own memory where it lies there densely."""
+    def matches(self, expected: str, known: KnownDigests) -> bool:
+        """Whether the bytes have this digest."""
+        if self._streams is None and self._dense is None and self._tensor is not None:
+            return known.matches(self._tensor, self._host_view(), expected)
+        return digest_of(self._host_view()) == expected
+
+    def _host_view(self) -> memoryview:
         dense = self._dense_bytes()
         if self._streams is None:
             view: memoryview = dense.numpy().data

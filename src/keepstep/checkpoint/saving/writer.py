@@ -29,6 +29,7 @@ from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.layout import Layout, Placement, Segment
 from keepstep.checkpoint.saving.linking import Twin
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, Block, BlockPool, TensorBytes
+from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.files import PAGE_BYTES, SegmentFile
 
 __all__ = ["WRITER_THREADS", "SegmentWriter"]
@@ -118,6 +119,7 @@ class SegmentWriter:
         sources: the bytes of each planned tensor, by its index.
         devices: accelerators that the tensors lie on.
         twins: segments of an earlier checkpoint that may be the same, by the name of the new one.
+        known: digests of memory that has not been written to.
         pool: blocks to copy into.
         crew: WRITER_THREADS threads; closed by `drain` and `abort`.
     """
@@ -130,6 +132,7 @@ class SegmentWriter:
         *,
         devices: Sequence[torch.device],
         twins: Mapping[str, Twin],
+        known: KnownDigests,
         pool: BlockPool,
         crew: Crew,
     ) -> None:
@@ -140,6 +143,7 @@ class SegmentWriter:
         self._sources = sources
         self._devices = devices
         self._twins = twins
+        self._known = known
         self._blocks = self._in_blocks()
         self._next_block = threading.Lock()
         self._aborted = threading.Event()
@@ -253,8 +257,7 @@ class SegmentWriter:
         different = threading.Event()
 
         def compare(n: int) -> bool:
-            data = self._sources[segment.placements[n].index].host_view()
-            return digest_of(data) == twin.digests[n]
+            return self._sources[segment.placements[n].index].matches(twin.digests[n], self._known)
 
         def compare_rest() -> None:
             while not (different.is_set() or self._aborted.is_set()):

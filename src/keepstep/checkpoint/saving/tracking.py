@@ -1,0 +1,203 @@
+"""Has anything written to this memory? The kernel's answer, where it has one.
+
+Torch's version counters can't prove that a tensor is unchanged: writes through `.data`, NumPy or another
+library don't count. The kernel sees every write: whole pages are write-protected with userfaultfd in its
+asynchronous mode, in which the first write to a page lifts the protection and costs about a microsecond,
+and `PAGEMAP_SCAN` tells which pages are still protected (Linux 6.7 and later; containers often forbid
+userfaultfd, and then nothing is proved). What is no private memory of this process alone (shared,
+file-backed or pinned for a device) is never taken for proved.
+
+Source: Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst of the Linux kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import platform
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from keepstep.checkpoint.format.manifest import digest_of
+from keepstep.files import PAGE_BYTES
+
+__all__ = ["KnownDigests", "WriteTracker"]
+
+_SYSCALLS = {"x86_64": 323, "aarch64": 282}
+_USER_MODE_ONLY = 1  # all that an unprivileged process may ask for
+_API = 0xAA
+_FEATURES = (1 << 13) | (1 << 15)  # WP_UNPOPULATED, WP_ASYNC
+_MODE_WP = 2
+_WP_ON = 1
+
+_IS_WRITTEN, _IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 1, 1 << 2, 1 << 3, 1 << 4
+_CHECK_WPASYNC = 1 << 1
+
+
+def _request(letter: int, number: int, size: int) -> int:
+    return (3 << 30) | (size << 16) | (letter << 8) | number
+
+
+_UFFDIO_API = _request(_API, 0x3F, 24)
+_UFFDIO_REGISTER = _request(_API, 0x00, 32)
+_UFFDIO_WRITEPROTECT = _request(_API, 0x06, 24)
+_PAGEMAP_SCAN = _request(ord("f"), 16, 96)
+
+
+class WriteTracker:
+    """Watches ranges of this process's memory for writes.
+
+    Raises:
+        OSError: the kernel can't, or may not.
+    """
+
+    def __init__(self) -> None:
+        number = _SYSCALLS.get(platform.machine())
+        if number is None or os.sysconf("SC_PAGE_SIZE") != PAGE_BYTES:
+            raise OSError("write tracking is not known for this platform")
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK | _USER_MODE_ONLY)
+        if self._fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        self._pagemap = -1
+        try:
+            fcntl.ioctl(self._fd, _UFFDIO_API, struct.pack("QQQ", _API, _FEATURES, 0))
+            self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.close()
+            raise
+
+    def watch(self, begin: int, end: int) -> bool:
+        """Protect whole pages from `begin` to `end`, addresses; False if the kernel refuses."""
+        try:
+            fcntl.ioctl(self._fd, _UFFDIO_REGISTER, struct.pack("QQQQ", begin, end - begin, _MODE_WP, 0))
+            fcntl.ioctl(self._fd, _UFFDIO_WRITEPROTECT, struct.pack("QQQ", begin, end - begin, _WP_ON))
+        except OSError:
+            return False
+        return True
+
+    def untouched(self, begin: int, end: int) -> bool:
+        """Whether every page is there, private, and not written to since it was watched."""
+        region = (ctypes.c_uint64 * 3)()
+        wanted = _IS_WRITTEN | _IS_FILE
+        question = struct.pack(
+            "12Q",
+            96,
+            _CHECK_WPASYNC,
+            begin,
+            end,
+            0,
+            ctypes.addressof(region),
+            1,
+            0,
+            wanted,  # inverted: pages that are neither
+            wanted,
+            _IS_PRESENT | _IS_SWAPPED,  # a page that was given back holds zeros, and was not written to
+            _IS_WRITTEN,
+        )
+        try:
+            found = fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, bytearray(question))
+        except OSError:
+            return False
+        return found == 1 and (region[0], region[1]) == (begin, end)
+
+    def close(self) -> None:
+        """Watch nothing any more; what was protected is free again."""
+        for fd in (self._fd, self._pagemap):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._pagemap = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            self.close()
+
+
+_Range = tuple[int, int]
+"""Address and size in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    digest: str
+    head: bytes
+    tail: bytes
+
+
+class KnownDigests:
+    """Digests of tensors that provably have not been written to since they were hashed.
+
+    The pages wholly inside a tensor are watched; the bytes before and after them, which share their pages
+    with other memory, are kept and compared.
+    """
+
+    _LEAST_BYTES = 1 << 20
+    _MOST = 4096  # each may split a mapping of the process in three, and the kernel allows some 65,000
+
+    def __init__(self) -> None:
+        self._tracker: WriteTracker | None = None
+        self._refused = False
+        self._known: dict[_Range, _Known] = {}
+        self._resting: set[_Range] = set()
+        self._asked: set[_Range] = set()
+
+    def next_save(self) -> None:
+        """Forget memory that the last save did not ask about; it may be another tensor's by now."""
+        self._known = {key: known for key, known in self._known.items() if key in self._asked}
+        self._resting &= self._asked
+        self._asked = set()
+
+    def matches(self, tensor: torch.Tensor, data: memoryview, expected: str) -> bool:
+        """Whether a tensor's bytes have this digest; read only if they are not proved to hold still.
+
+        Memory is watched from the second time on that it is what was expected: a watched page costs its
+        first writer a microsecond, which only pays for what rests.
+
+        Args:
+            tensor: whose bytes they are.
+            data: all of them, in the tensor's own memory.
+            expected: the digest that they had.
+        """
+        key = tensor.data_ptr(), tensor.nbytes
+        if not self._can_watch(tensor):
+            return digest_of(data) == expected
+        self._asked.add(key)
+        known = self._known.pop(key, None)
+        begin, end = -(-key[0] // PAGE_BYTES) * PAGE_BYTES, (key[0] + key[1]) // PAGE_BYTES * PAGE_BYTES
+        head, tail = bytes(data[: begin - key[0]]), bytes(data[end - key[0] :])
+        tracker = self._tracker
+        assert tracker is not None, "opened by _can_watch"
+        if known is not None and (known.head, known.tail) == (head, tail) and tracker.untouched(begin, end):
+            self._known[key] = known
+            return known.digest == expected
+        watched = key in self._resting and tracker.watch(begin, end)  # first: a write while we hash is seen
+        digest = digest_of(data)
+        if digest == expected:
+            self._resting.add(key)
+        else:
+            self._resting.discard(key)
+        if watched:
+            self._known[key] = _Known(digest, head, tail)
+        return digest == expected
+
+    def _can_watch(self, tensor: torch.Tensor) -> bool:
+        if self._refused or tensor.nbytes < self._LEAST_BYTES or len(self._known) >= self._MOST:
+            return False
+        hidden = tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg()
+        if hidden or not tensor.is_contiguous() or _is_shared(tensor) or tensor.is_pinned():
+            return False
+        if self._tracker is None:
+            try:
+                self._tracker = WriteTracker()
+            except OSError:
+                self._refused = True
+        return not self._refused
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    return bool(tensor.is_shared())  # type: ignore[no-untyped-call]
