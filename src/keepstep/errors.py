@@ -13,6 +13,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     │   ├── CheckpointBusyError    a checkpoint that is to be deleted is being read
     │   ├── StoreReadOnlyError     no permission to write (also a PermissionError)
     │   ├── NoSpaceError           the disk is full (also an OSError with ENOSPC)
+    │   ├── BucketError            an object store can't be reached, or refuses
     │   └── CheckpointNotFoundError  no checkpoint of that name (also a FileNotFoundError)
     ├── DamagedCheckpointError     bytes on disk are not what was committed
     │   ├── ManifestError          manifest.json is missing, mangled or hostile
@@ -41,6 +42,7 @@ from typing import Any
 
 __all__ = [
     "BackgroundSaveError",
+    "BucketError",
     "CheckpointBusyError",
     "CheckpointNotFoundError",
     "DamagedCheckpointError",
@@ -133,6 +135,10 @@ class CheckpointBusyError(StoreError):
 
 class StoreReadOnlyError(StoreError, PermissionError):
     """The store's directory cannot be written to."""
+
+
+class BucketError(StoreError):
+    """An object store can't be reached, times out, or refuses; what is there is whole."""
 
 
 class NoSpaceError(StoreError, OSError):

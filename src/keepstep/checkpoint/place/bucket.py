@@ -1,0 +1,293 @@
+"""A bucket prefix that holds the checkpoints of one run, and who writes to it.
+
+Keys are those of a directory: `checkpoint_12/manifest.json`. A checkpoint exists from the moment its manifest
+does. docs/decisions/0010 says why each step is the way it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import logging
+import secrets
+import threading
+from collections import defaultdict
+from typing import Final
+
+from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, Manifest
+from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.place.backend import INTERNAL_NAME, checkpoint_name
+from keepstep.checkpoint.place.bucket_reading import BucketSource, FoundLike, Listing, ObjectsLike
+from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace, explained_bucket
+from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_process
+from keepstep.errors import DamagedCheckpointError, StoreBusyError, StoreError
+
+__all__ = ["BucketBackend", "ObjectsLike"]
+
+_WRITER: Final = f"{INTERNAL_NAME}/writer.json"
+_PROBE: Final = f"{INTERNAL_NAME}/create-only"
+_DAMAGED: Final = f"{INTERNAL_NAME}/damaged"
+_LONG_DEAD: Final = dt.timedelta(days=1)
+
+log = logging.getLogger(__name__)
+
+
+class BucketBackend:
+    """A `Backend` that is the objects below one prefix.
+
+    Args:
+        objects: below the prefix.
+    """
+
+    scan_threads = 8
+
+    def __init__(self, objects: ObjectsLike) -> None:
+        self._objects = objects
+        self._manifests: dict[tuple[str, str], bytes] = {}
+        self._linked: set[str] = set()
+        self._lock = threading.RLock()
+        self._owner: Claimant | None = None
+        self._next: int | None = None
+
+    def __str__(self) -> str:
+        return self._objects.address
+
+    def __repr__(self) -> str:
+        return f"BucketBackend({self._objects.address!r})"
+
+    # ------------------------------------------------------------------------------------ looking
+
+    def _listing(self) -> Listing:
+        return Listing({found.key: found for found in self._objects.list()})
+
+    def _source(self, prefix: str, listing: Listing | None = None) -> BucketSource:
+        return BucketSource(self._objects, prefix, listing, self._manifests)
+
+    def at(self, name: str) -> BucketSource:
+        """The checkpoint of that name, there or not."""
+        return self._source(name)
+
+    def checkpoints(self) -> list[tuple[int, Place]]:
+        return self._committed(self._listing())
+
+    def _committed(self, listing: Listing, place: str = "") -> list[tuple[int, Place]]:
+        found: list[tuple[int, Place]] = []
+        for key, seen in listing.found.items():
+            name, _, file = key.removeprefix(place).partition("/")
+            match = CHECKPOINT_NAME.match(name)
+            if match and key.startswith(place) and file == MANIFEST_NAME and seen.bytes:
+                found.append((int(match[1]), self._source(f"{place}{name}", listing)))
+        return sorted(found, key=lambda numbered: numbered[0])
+
+    def set_aside_before(self) -> list[tuple[int, Place]]:
+        return self._committed(Listing({f.key: f for f in self._objects.list(_DAMAGED)}), f"{_DAMAGED}/")
+
+    def next_number(self) -> int:
+        seen = (_number(key.removeprefix(f"{_DAMAGED}/")) for key in self._listing().found)
+        return max((number for number in seen if number is not None), default=-1) + 1
+
+    def explained(
+        self, place: Place | None = None, doing: str = "saving"
+    ) -> contextlib.AbstractContextManager[None]:
+        return explained_bucket(place if place is not None else self, doing)
+
+    # ------------------------------------------------------------------------------------ writing
+
+    def claim(self) -> None:
+        with self._lock, explained_bucket(self, "writing to"):
+            if self._owner == this_process():
+                return
+            self._check_create_only()
+            self._become_writer()
+            self._owner = this_process()
+            self._next = None
+            self._sweep()
+
+    def _check_create_only(self) -> None:
+        """A server that ignores the condition would let two writers overwrite each other's commits."""
+        if self._objects.create(_PROBE, b"keepstep\n") and self._objects.create(_PROBE, b"keepstep\n"):
+            raise self._objects.refuses_create(_PROBE)
+        if self._objects.size(_PROBE) is None:
+            raise self._objects.refuses_create(_PROBE)
+
+    def _become_writer(self) -> None:
+        holder = self._writer()
+        if holder is not None and holder.lives_here and not holder.is_here:
+            raise StoreBusyError(
+                f"{self} is being written to by the process {holder.pid} on {holder.host}. One process at a "
+                "time may write to a store: stop that one, or give this run another address"
+            )
+        if holder is not None and not holder.is_here and not holder.is_dead:
+            log.warning(
+                "taking %s over from process %d on %s; should that one still run, it can't commit any more",
+                self,
+                holder.pid,
+                holder.host,
+            )
+        self._objects.put(_WRITER, this_process().dump(at=_now().isoformat()))
+
+    def _writer(self) -> Claimant | None:
+        try:
+            return parse_claim(self._objects.get(_WRITER))[0]
+        except FileNotFoundError:
+            return None
+
+    def _is_writer(self) -> bool:
+        holder = self._writer()
+        return holder is None or holder.is_here
+
+    def reserve(self) -> BucketWorkspace:
+        with self._lock, explained_bucket(self):
+            number = self._next if self._next is not None else self.next_number()
+            while not self._objects.create(f"{checkpoint_name(number)}/{CLAIM_NAME}", self._claim()):
+                number += 1  # another process was faster, or an answer was lost: that number is burned
+            self._next = number + 1
+        return self._workspace(checkpoint_name(number))
+
+    def reserve_for(self, name: str, checkpoint_id: str) -> BucketWorkspace:
+        """A workspace for a checkpoint that exists elsewhere, under its own name.
+
+        What an earlier attempt at the same checkpoint has uploaded stays and counts.
+
+        Raises:
+            StoreError: that name belongs to another checkpoint here.
+        """
+        key = f"{name}/{CLAIM_NAME}"
+        with explained_bucket(self):
+            if not self._objects.create(key, self._claim(checkpoint=checkpoint_id)):
+                said = parse_claim(self._objects.get(key))[1]
+                if said.get("checkpoint") != checkpoint_id:
+                    raise StoreError(
+                        f"{self}/{name} belongs to another checkpoint already, of another run perhaps. Give "
+                        "each run a mirror of its own"
+                    )
+        return self._workspace(name, keeps_parts=True)
+
+    def _workspace(self, name: str, *, keeps_parts: bool = False) -> BucketWorkspace:
+        return BucketWorkspace(
+            self._objects,
+            self._source(name),
+            is_writer=self._is_writer,
+            linked=self._linked,
+            keeps_parts=keeps_parts,
+        )
+
+    def _claim(self, **more: object) -> bytes:
+        return this_process().dump(at=_now().isoformat(), token=secrets.token_hex(8), **more)
+
+    def release(self, workspace: object) -> None:
+        if isinstance(workspace, BucketWorkspace):
+            workspace.discard()
+
+    def holds(self, place: Place) -> bool:
+        return isinstance(place, BucketSource) and str(place) == f"{self}/{place.name}"
+
+    # ----------------------------------------------------------------------------------- removing
+
+    def delete(self, place: Place) -> None:
+        assert isinstance(place, BucketSource)
+        self.claim()
+        with explained_bucket(place, "deleting"):
+            if not place.exists():
+                raise FileNotFoundError(2, "it was deleted already", f"{place.prefix}/{MANIFEST_NAME}")
+            doomed = self._keys_of(place)
+            self._objects.delete([f"{place.prefix}/{MANIFEST_NAME}"])  # from here on it is no checkpoint
+            listing = self._listing()
+            if doomed is None:
+                doomed = {key for key in listing.found if key.startswith(f"{place.prefix}/")}
+            self._objects.delete(doomed - self._named(listing))
+            self._objects.delete([f"{place.prefix}/{CLAIM_NAME}"])
+
+    def _keys_of(self, place: BucketSource) -> set[str] | None:
+        """The objects that a checkpoint's manifest names; None if it can't be read."""
+        try:
+            return _keys(place, read_manifest(place))
+        except DamagedCheckpointError:
+            return None
+
+    def _named(self, listing: Listing) -> set[str]:
+        """Every object that a remaining manifest, or a save under way, names; those set aside count."""
+        named = set(self._linked)
+        for place in ("", f"{_DAMAGED}/"):
+            for number, source in self._committed(listing, place):
+                assert isinstance(source, BucketSource)
+                try:
+                    manifest = read_manifest(source)
+                except DamagedCheckpointError:
+                    own = f"{checkpoint_name(number)}/"
+                    named |= {key for key in listing.found if key.startswith(own)}
+                else:
+                    named |= _keys(self._source(checkpoint_name(number)), manifest)
+        return named
+
+    def set_aside(self, place: Place) -> Place:
+        assert isinstance(place, BucketSource)
+        self.claim()
+        key = f"{place.prefix}/{MANIFEST_NAME}"
+        target = self._source(f"{_DAMAGED}/{place.name}")
+        self._objects.put(f"{target.prefix}/{MANIFEST_NAME}", self._objects.get(key))
+        self._objects.delete([key])
+        return target
+
+    def _sweep(self) -> None:
+        """Remove what dead attempts, and deletions that were cut off, have left.
+
+        Only the one writer gets here, so that every attempt of another process is over: it is given up first,
+        by taking the key of its manifest.
+        """
+        listing = self._listing()
+        files: defaultdict[int, dict[str, FoundLike]] = defaultdict(dict)
+        for key, found in listing.found.items():
+            number = _number(key)
+            if number is not None:
+                files[number][key.partition("/")[2]] = found
+        committed = {number for number, inside in files.items() if _is_committed(inside)}
+        aside = {number for number, _ in self._committed(listing, f"{_DAMAGED}/")}
+        left = sorted(files.keys() - committed - aside)
+        named = self._named(listing) if left else set()
+        for number in left:
+            if self._give_up(number, files[number]):
+                forget = number < max(committed, default=-1) and _is_old(files[number])
+                self._clear(checkpoint_name(number), files[number], named, forget=forget)
+
+    def _give_up(self, number: int, files: dict[str, FoundLike]) -> bool:
+        """See to it that an attempt can't be committed any more; False if it stays."""
+        if MANIFEST_NAME in files or CLAIM_NAME not in files:
+            return True  # given up before, or the rest of a deletion
+        prefix = checkpoint_name(number)
+        who, said = parse_claim(self._objects.get(f"{prefix}/{CLAIM_NAME}"))
+        resumable = "checkpoint" in said and not _is_old(files)
+        if resumable or (who is not None and who.is_here):
+            return False
+        return self._objects.create(f"{prefix}/{MANIFEST_NAME}", b"")
+
+    def _clear(self, prefix: str, files: dict[str, FoundLike], named: set[str], *, forget: bool) -> None:
+        """Remove an attempt's objects; the marks that burn its number only once nobody can be at it."""
+        doomed = {f"{prefix}/{file}" for file in files.keys() - {MANIFEST_NAME, CLAIM_NAME}} - named
+        if doomed:
+            log.info("removing %s/%s, left unfinished by a process that died", self, prefix)
+            self._objects.delete(doomed)
+        if forget:
+            self._objects.delete([f"{prefix}/{MANIFEST_NAME}", f"{prefix}/{CLAIM_NAME}"])
+
+
+def _is_old(files: dict[str, FoundLike]) -> bool:
+    return all(_now() - found.modified > _LONG_DEAD for found in files.values())
+
+
+def _is_committed(files: dict[str, FoundLike]) -> bool:
+    return MANIFEST_NAME in files and files[MANIFEST_NAME].bytes > 0
+
+
+def _number(key: str) -> int | None:
+    match = CHECKPOINT_NAME.match(key.partition("/")[0])
+    return int(match[1]) if match else None
+
+
+def _keys(source: BucketSource, manifest: Manifest) -> set[str]:
+    return {source.key_of(name, entry) for name, entry in manifest.files.items()}
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)

@@ -1,0 +1,268 @@
+"""An unfinished checkpoint in a bucket, and the commit.
+
+The commit is one create-only put of `manifest.json`. Nobody else can have taken that key for another content,
+and an attempt that is given up takes it itself, with no bytes: then what is still under way can't commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME
+from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike, missing
+from keepstep.errors import BucketError, DamagedCheckpointError, KeepstepError, StoreBusyError, StoreError
+from keepstep.files import SegmentFile
+
+__all__ = ["CLAIM_NAME", "BucketWorkspace", "explained_bucket"]
+
+CLAIM_NAME: Final = "claim.json"
+_PART_BYTES: Final = 8 << 20
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def explained_bucket(what: object, doing: str = "saving") -> Iterator[None]:
+    """Turn what a bucket's objects raise into keepstep's errors."""
+    try:
+        yield
+    except KeepstepError:
+        raise
+    except OSError as error:
+        said = f"{error.filename} is gone" if isinstance(error, FileNotFoundError) else str(error)
+        raise StoreError(f"{doing} {what} failed: {said}. Other checkpoints are whole") from error
+
+
+class _SmallSegment:
+    """A segment of one block: a single put."""
+
+    def __init__(self, objects: ObjectsLike, key: str, size_bytes: int) -> None:
+        self._objects = objects
+        self._key = key
+        self._size_bytes = size_bytes
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        self._objects.put(self._key, bytes(data[: self._size_bytes]))
+
+    def finish(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+
+class _Abandoned(Exception):  # noqa: N818  (ends an upload from within; never seen outside)
+    pass
+
+
+class _LargeSegment:
+    """A segment in parts, uploaded straight from the memory that `write_at` is given.
+
+    obstore keeps a reference to each part until the server has it, and no longer; `write_at` waits for that:
+    there is no second copy, and as many parts are under way as there are writers.
+    """
+
+    def __init__(self, objects: ObjectsLike, key: str, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._changed = threading.Condition()
+        self._waiting: dict[int, memoryview] = {}
+        self._pending: set[threading.Event] = set()
+        self._error: BaseException | None = None
+        self._over = self._abandoned = False
+        self._thread = threading.Thread(
+            target=self._upload, args=(objects, key), name="keepstep-upload", daemon=True
+        )
+        self._thread.start()
+
+    def _upload(self, objects: ObjectsLike, key: str) -> None:
+        try:
+            objects.upload(key, self._parts())
+        except BaseException as error:  # noqa: BLE001  (told to whoever waits)
+            self._error = error
+        with self._changed:
+            self._over = True
+            for released in self._pending:
+                released.set()
+
+    def _parts(self) -> Iterator[memoryview]:
+        position = 0
+        while position < self._size_bytes:
+            part = self._next_part(position)
+            position += len(part)
+            yield part
+            del part
+
+    def _next_part(self, position: int) -> memoryview:
+        with self._changed:
+            while position not in self._waiting:
+                if self._abandoned:
+                    raise _Abandoned
+                self._changed.wait()
+            return self._waiting.pop(position)
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        released = threading.Event()
+        part = data[
+            : self._size_bytes - offset
+        ]  # a view of its own, no copy: it goes when obstore lets go of it
+        gone = weakref.ref(part, lambda _: released.set())
+        with self._changed:
+            if self._over:
+                released.set()
+            self._pending.add(released)
+            self._waiting[offset] = part
+            del part
+            self._changed.notify_all()
+        released.wait()
+        del gone
+        with self._changed:
+            self._pending.discard(released)
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def abandon(self) -> None:
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
+        self._thread.join()
+
+
+class BucketWorkspace:
+    """A `Workspace` under a reserved number.
+
+    Args:
+        objects: of the store.
+        final: where the checkpoint will lie.
+        is_writer: whether this process is still the one that writes; asked just before the commit.
+        linked: keys that no deletion in this process may take; shared with the store.
+        keeps_parts: leave what was uploaded, and the number, for another attempt at the same checkpoint.
+    """
+
+    def __init__(
+        self,
+        objects: ObjectsLike,
+        final: BucketSource,
+        *,
+        is_writer: Callable[[], bool],
+        linked: set[str],
+        keeps_parts: bool = False,
+    ) -> None:
+        self.final = final
+        self.is_over = False
+        self._objects = objects
+        self._is_writer = is_writer
+        self._linked = linked
+        self._mine: set[str] = set()
+        self._written: set[str] = set()
+        self._keeps_parts = keeps_parts
+
+    def check(self) -> None:
+        """The number is this attempt's own."""
+
+    def explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained_bucket(self.final)
+
+    def open(self) -> None:
+        """The claim made room for it."""
+
+    def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
+        key = f"{self.final.prefix}/{name}"
+        self._written.add(key)
+        kind = _SmallSegment if size_bytes <= _PART_BYTES else _LargeSegment
+        return kind(self._objects, key, size_bytes)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        key = f"{self.final.prefix}/{name}"
+        self._written.add(key)
+        self._objects.put(key, data)
+
+    def link(self, name: str, source_checkpoint: str, source_file: str, size_bytes: int) -> str | None:
+        if name != source_file:
+            raise missing(f"{source_checkpoint}/{source_file}")  # an object has one name
+        try:
+            entry = read_manifest(BucketSource(self._objects, source_checkpoint)).files[source_file]
+        except (DamagedCheckpointError, KeyError):
+            raise missing(f"{source_checkpoint}/{source_file}") from None
+        home = entry.within or source_checkpoint
+        key = f"{home}/{source_file}"
+        self._linked.add(key)
+        self._mine.add(key)
+        if self._objects.size(key) != size_bytes:
+            raise missing(key)
+        return home
+
+    def commit(self, manifest: bytes) -> None:
+        """Publish. Everything named by the manifest is durable already."""
+        if not self._is_writer():
+            raise self._taken_over()
+        for key in self._mine:
+            if self._objects.size(key) is None:
+                raise missing(key)
+        key = f"{self.final.prefix}/{MANIFEST_NAME}"
+        try:
+            created = self._objects.create(key, manifest)  # <- commit: after this line the checkpoint exists
+        except BucketError:
+            if not self._settle(key, manifest):
+                raise
+            created = True
+        if not created and self._content(key) != manifest:  # else: a repeated request met its own success
+            if self._objects.size(key) is None:
+                raise self._objects.refuses_create(key)
+            raise self._taken_over()
+        self._end()
+
+    def _settle(self, key: str, manifest: bytes) -> bool:
+        """After a put of unknown fate: True if it was applied; if not, it never will be.
+
+        Raises:
+            BucketError: the bucket does not answer, so that nobody knows. Nothing is removed then.
+        """
+        found = self._content(key)
+        if found is None and self._objects.create(key, b""):
+            return False  # the key is taken: a late put is refused
+        return (found if found is not None else self._content(key)) == manifest
+
+    def _content(self, key: str) -> bytes | None:
+        try:
+            return self._objects.get(key)
+        except FileNotFoundError:
+            return None
+
+    def _taken_over(self) -> StoreBusyError:
+        return StoreBusyError(
+            f"{self.final} was not committed: another process writes to this store meanwhile and has "
+            "given up this attempt. One process at a time may write to a store: stop that one, or give this "
+            "run another address"
+        )
+
+    def discard(self) -> None:
+        """Remove what was written. Never raises: the error that led here is the one that counts."""
+        if self.is_over:
+            return
+        key = f"{self.final.prefix}/{MANIFEST_NAME}"
+        try:
+            if self._keeps_parts:
+                return
+            if self._objects.create(key, b"") or not self._content(key):
+                self._objects.delete(self._written)
+        except (StoreError, OSError) as error:
+            log.warning(
+                "%s was not cleared (%s); the next process that writes tries again", self.final, error
+            )
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._linked -= self._mine

@@ -1,0 +1,231 @@
+"""obstore, behind the few calls that a bucket needs, with errors in words and without secrets.
+
+The only module that imports obstore; `registry.py` imports it when an address asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, NotSupportedError
+from obstore.store import ObjectStore, from_url
+
+from keepstep.checkpoint.place.profile import credentials_of_profile
+from keepstep.errors import BucketError, UsageError
+
+__all__ = ["DEFAULTS", "Found", "Objects"]
+
+DEFAULTS: Final[Mapping[str, float]] = {
+    "timeout_s": 60.0,
+    "connect_timeout_s": 5.0,
+    "max_retries": 10,
+    "retry_timeout_s": 120.0,
+}
+"""One request, its connection, how often it is tried again, and for how long in all."""
+
+PART_BYTES: Final = 8 << 20
+_PARTS_AT_ONCE: Final = 4
+_SECRET = re.compile(r"secret|key|token|password|sas|credential", re.IGNORECASE)
+_QUERY = re.compile(r"\?[^\s\"'<>]*")
+_AWS = ("s3://", "s3a://")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """An object in a listing.
+
+    Attributes:
+        key: relative to the store.
+        bytes: its size.
+        modified: by the server's clock.
+        tag: changes with its content.
+    """
+
+    key: str
+    bytes: int
+    modified: datetime
+    tag: str
+
+
+class Objects:
+    """The objects below one prefix of a bucket.
+
+    Args:
+        store: of obstore.
+        address: to name it in messages.
+        secrets: texts that no message may show.
+    """
+
+    def __init__(self, store: ObjectStore, address: str, secrets: Iterable[str] = ()) -> None:
+        self.address = address
+        self._store = store
+        self._secrets = sorted({secret for secret in secrets if len(secret) > 3}, key=len, reverse=True)
+
+    @classmethod
+    def open(cls, address: str, options: Mapping[str, Any]) -> Objects:
+        """Connect to nothing yet; say where and how.
+
+        Raises:
+            UsageError: obstore does not know an option, or the address.
+        """
+        limits = {name: options.get(name, default) for name, default in DEFAULTS.items()}
+        config = {key: value for key, value in options.items() if key not in DEFAULTS}
+        profile = config.pop("profile", None)
+        client = {
+            "timeout": timedelta(seconds=limits["timeout_s"]),
+            "connect_timeout": timedelta(seconds=limits["connect_timeout_s"]),
+            **config.pop("client_options", {}),
+        }
+        if str(config.get("endpoint", config.get("aws_endpoint", ""))).startswith("http://"):
+            client.setdefault("allow_http", True)
+        retry: Any = {
+            "max_retries": limits["max_retries"],
+            "retry_timeout": timedelta(seconds=limits["retry_timeout_s"]),
+            "backoff": {"max_backoff": timedelta(seconds=5)},
+        }
+        try:
+            store = from_url(address, client_options=client, retry_config=retry, **config)  # type: ignore[call-overload]
+            if address.startswith(_AWS) and not _has_key(store):
+                found = {**credentials_of_profile(profile), **config}
+                store = from_url(address, client_options=client, retry_config=retry, **found)  # type: ignore[call-overload]
+        except (BaseError, TypeError, ValueError) as error:
+            hidden = _hidden(str(error), [str(value) for value in config.values()])
+            raise UsageError(
+                f"{address} can't be opened: {hidden}. See docs/object-stores.md for addresses and options"
+            ) from None
+        known: Mapping[str, Any] = getattr(store, "config", {})
+        secrets = [str(value) for key, value in {**known, **config}.items() if _SECRET.search(key)]
+        return cls(store, address, secrets)
+
+    def __repr__(self) -> str:
+        return f"Objects({self.address!r})"
+
+    # -------------------------------------------------------------------------------------- reads
+
+    def list(self, prefix: str = "") -> Iterator[Found]:
+        """Every object below `prefix`, a whole number of path segments; in no order."""
+        with self._explained("list", f"{prefix}/*" if prefix else "*"):
+            for batch in obstore.list(self._store, prefix or None, chunk_size=1000):
+                for meta in batch:
+                    yield Found(
+                        key=meta["path"],
+                        bytes=meta["size"],
+                        modified=meta["last_modified"],
+                        tag=meta["e_tag"] or meta["version"] or "",
+                    )
+
+    def size(self, key: str) -> int | None:
+        """Size of an object, None if there is none."""
+        try:
+            with self._explained("look at", key):
+                return obstore.head(self._store, key)["size"]
+        except FileNotFoundError:
+            return None
+
+    def get(self, key: str) -> bytes:
+        """A small object, whole.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self._explained("read", key):
+            return bytes(obstore.get(self._store, key).bytes())
+
+    def read_into(self, key: str, view: memoryview, offset: int) -> int:
+        """Fill `view` from `offset` of an object; return how many bytes there were."""
+        with self._explained("read", key):
+            data = memoryview(obstore.get_range(self._store, key, start=offset, length=len(view)))
+        view[: len(data)] = data
+        return len(data)
+
+    # ------------------------------------------------------------------------------------- writes
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Write a small object in one request; it may replace another."""
+        with self._explained("write", key):
+            obstore.put(self._store, key, data, use_multipart=False)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a small object if there is none of that key; False if there is.
+
+        Raises:
+            BucketError: it failed; whether the object is there is not known.
+        """
+        with self._explained("create", key):
+            try:
+                obstore.put(self._store, key, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+            except NotSupportedError as error:
+                raise self.refuses_create(key) from error
+        return True
+
+    def refuses_create(self, key: str) -> BucketError:
+        """The error of a server that can't write an object only if there is none."""
+        return BucketError(
+            f"{self.address}: the server refuses, or ignores, create-only puts (If-None-Match: *), which the "
+            f"commit of a checkpoint needs (seen on {key}). Nothing was committed. Use a server that has "
+            "them (S3, GCS, Azure, recent MinIO, SeaweedFS, Ceph), or save to a directory"
+        )
+
+    def upload(self, key: str, parts: Iterable[memoryview]) -> None:
+        """Write a large object in parts of `PART_BYTES`; none of it is visible before all is there."""
+        with self._explained("write", key):
+            obstore.put(
+                self._store,
+                key,
+                iter(parts),
+                use_multipart=True,
+                chunk_size=PART_BYTES,
+                max_concurrency=_PARTS_AT_ONCE,
+            )
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that are gone already don't matter."""
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError), self._explained("delete", key):
+                obstore.delete(self._store, key)
+
+    # ------------------------------------------------------------------------------------- errors
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except NotFoundError:
+            raise FileNotFoundError(
+                errno.ENOENT, os.strerror(errno.ENOENT), f"{self.address}/{key}"
+            ) from None
+        except BaseError as error:
+            said = _hidden(str(error), self._secrets)
+            refused = "501" in said and doing == "create"
+            if refused:
+                raise self.refuses_create(key) from None
+            # Not chained: the text of the cause may show a signature.
+            raise BucketError(
+                f"{self.address}: could not {doing} {key}: {said}. Older checkpoints are whole. Check the "
+                "address, the credentials and the network, or give it more time (storage_options timeout_s, "
+                "max_retries, retry_timeout_s)"
+            ) from None
+
+
+def _has_key(store: ObjectStore) -> bool:
+    config: Mapping[str, Any] = getattr(store, "config", {})
+    return "access_key_id" in config or bool(config.get("skip_signature"))
+
+
+def _hidden(text: str, secrets: Iterable[str]) -> str:
+    """An error's first line without secrets and without what follows a `?`."""
+    for secret in secrets:
+        if len(secret) > 3:
+            text = text.replace(secret, "***")
+    lines = _QUERY.sub("?***", text).split("\n\n")[0].replace("\n", " ").strip()
+    return lines if len(lines) <= 400 else f"{lines[:400]}..."

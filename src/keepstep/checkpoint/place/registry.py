@@ -1,0 +1,56 @@
+"""Addresses of buckets, and the backend that an address asks for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from keepstep.checkpoint.place.bucket import BucketBackend, ObjectsLike
+from keepstep.errors import UsageError
+
+__all__ = ["is_address", "open_bucket"]
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_SCHEMES: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
+_ADAPTER: Final = "keepstep.checkpoint.place.objects"
+
+
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is meant as the address of a bucket ("s3://bucket/run")."""
+    return not isinstance(path, Path) and _SCHEME.match(os.fspath(path)) is not None
+
+
+def open_bucket(address: str, options: Mapping[str, Any] | None = None) -> BucketBackend:
+    """The backend at an address; connects to nothing yet.
+
+    Raises:
+        UsageError: the address is none that keepstep knows, holds credentials, or obstore is missing.
+    """
+    clean = address.rstrip("/")
+    parts = urlsplit(clean)
+    if parts.scheme not in _SCHEMES:
+        raise UsageError(
+            f"{parts.scheme}:// is no kind of bucket that keepstep knows; allowed: "
+            f"{', '.join(f'{scheme}://' for scheme in _SCHEMES)}, or a directory"
+        )
+    secret = "@" in parts.netloc and parts.scheme not in ("abfs", "abfss")
+    if secret or parts.query or parts.fragment or not parts.netloc:
+        raise UsageError(
+            f"the address of a bucket is {parts.scheme}://bucket/prefix and nothing more: no credentials, no "
+            "'?' and no '#'. Credentials come from the environment, a profile, or storage_options"
+        )
+    try:
+        adapter = import_module(_ADAPTER)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "obstore":
+            raise
+        raise UsageError(
+            f"{clean} needs obstore, which is not installed: pip install keepstep[objects]"
+        ) from None
+    objects: ObjectsLike = adapter.Objects.open(clean, dict(options or {}))
+    return BucketBackend(objects)
