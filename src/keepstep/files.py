@@ -44,6 +44,9 @@ class SegmentFile(Protocol):
     def write_at(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`; both multiples of `PAGE_BYTES`, as is the data's address."""
 
+    def stop(self) -> None:
+        """Let every `write_at` end soon, with an error if need be: the file is not wanted any more."""
+
     def finish(self) -> None:
         """Cut the file to its size, make it durable and close it."""
 
@@ -133,6 +136,9 @@ class _LocalSegment:
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
         self._direct = False
+
+    def stop(self) -> None:
+        """A write to a file ends by itself."""
 
     def finish(self) -> None:
         try:

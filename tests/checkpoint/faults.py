@@ -195,6 +195,9 @@ class _FaultySegment:
         ):
             self._real.write_at(data, offset)
 
+    def stop(self) -> None:
+        self._real.stop()
+
     def finish(self) -> None:
         with self._files._operation("finish", self._path):
             self._real.finish()

@@ -30,6 +30,7 @@ from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.place.backend import Backend, Workspace
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
 from keepstep.checkpoint.place.local import LocalWorkspace
+from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.checkpoint.recovery import restore_newest
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.planner import Planner
@@ -127,7 +128,11 @@ class Store:
     One process at a time writes to a store; any number may read.
 
     Args:
-        path: the directory; made at the first save.
+        path: the directory, made at the first save; or the address of a place in a bucket, as
+            "s3://bucket/run", "gs://bucket/run" or "az://container/run" (needs `keepstep[objects]`).
+        storage_options: for a bucket: what obstore's `from_url` takes ("endpoint", "region", "access_key_id"
+            ...), "profile" (of AWS), and "timeout_s" (60), "connect_timeout_s" (5), "max_retries" (10),
+            "retry_timeout_s" (120) of a request. What is not said comes from the environment.
         retention: what to keep, applied after each commit; None keeps everything.
         memory_budget_bytes: most host memory for staging saves in the background, kept for the next one.
         scrub_interval_s: while this process writes to the store, verify each older checkpoint again after so
@@ -141,6 +146,7 @@ class Store:
         self,
         path: str | os.PathLike[str],
         *,
+        storage_options: Mapping[str, Any] | None = None,
         retention: Retention | None = None,
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
         scrub_interval_s: float | None = None,
@@ -151,7 +157,9 @@ class Store:
             if value is not None and not value > 0:
                 raise UsageError(f"{name} is {value!r}; expected more than 0")
         self._scrub_interval_s, self._scrub_bytes_per_s = scrub_interval_s, scrub_bytes_per_s
-        self.path = Path(path).absolute()  # a program may change its directory between two saves
+        # A program may change its directory between two saves.
+        self._root = path if is_address(path) else Path(path).absolute()
+        self._storage_options = storage_options
         self.retention = retention if retention is not None else Retention()
         self._lineage = Lineage(run=secrets.token_hex(8))
         self._start(_Engine(files, memory_budget_bytes))
@@ -162,13 +170,39 @@ class Store:
         self._engine = engine
         self._one_save = threading.RLock()
         self._in_flight: PendingSave | None = None
-        self._backend: Backend = LocalBackend(engine.files, self.path)
+        self._backend = self._open_backend(engine.files)
         self._preflight = Preflight()
         self._scrubber: Scrubber | None = None
         self._links_in_doubt = False
 
+    def _open_backend(self, files: Files) -> Backend:
+        if isinstance(self._root, Path):
+            return LocalBackend(files, self._root)
+        return open_bucket(os.fspath(self._root), self._storage_options)
+
+    @property
+    def path(self) -> Path:
+        """Its directory.
+
+        Raises:
+            UsageError: it is a bucket; `address` says which.
+        """
+        if not isinstance(self._root, Path):
+            raise UsageError(f"{self.address} is a bucket and has no path; see Store.address")
+        return self._root
+
+    @property
+    def address(self) -> str:
+        """Its directory or address, for people."""
+        return str(self._backend)
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next checkpoint."""
+        return self._backend.next_number()
+
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r})"
+        return f"Store({self.address!r})"
 
     # ------------------------------------------------------------------------------------- saving
 
@@ -470,7 +504,7 @@ class Store:
         entry = catalog.find(self._backend, name)
         if not isinstance(checkpoint, str) and not self._backend.holds(checkpoint.place):
             raise CheckpointNotFoundError(
-                errno.ENOENT, f"{checkpoint.place} is not in {self.path}; delete it through its own store"
+                errno.ENOENT, f"{checkpoint.place} is not in {self.address}; delete it through its own store"
             )
         try:
             self._backend.delete(entry.path)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keepstep.checkpoint.keeping.catalog import next_number
 from keepstep.checkpoint.store import Store, save_directory
 from keepstep.checkpoint.version import Checkpoint, PendingSave
 from keepstep.errors import (
@@ -76,7 +75,7 @@ class Saver:
     @property
     def next_number(self) -> int:
         """Number of the next automatic checkpoint."""
-        return next_number(self._require_store("save_iteration").path)
+        return self._require_store("save_iteration").next_number
 
     def _require_store(self, what: str) -> Store:
         if self._store is None:
@@ -192,7 +191,7 @@ class Saver:
             loaded = self._restore(self._require_store("load_state() without input_dir").load_latest_into)
             if loaded is None:
                 raise CheckpointNotFoundError(
-                    f"load_state() found no checkpoint in {self._require_store('load_state()').path}. Use "
+                    f"load_state() found no checkpoint in {self._require_store('load_state()').address}. Use "
                     "resume(), which returns None on a first start, or pass input_dir."
                 )
             return loaded

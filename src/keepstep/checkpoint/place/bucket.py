@@ -183,6 +183,9 @@ class BucketBackend:
     def holds(self, place: Place) -> bool:
         return isinstance(place, BucketSource) and str(place) == f"{self}/{place.name}"
 
+    def free_bytes(self) -> None:
+        """A bucket has no end that it could tell."""
+
     # ----------------------------------------------------------------------------------- removing
 
     def delete(self, place: Place) -> None:

@@ -105,6 +105,9 @@ class _RangeFile:
     def map(self) -> None:
         return None
 
+    def forget_cached(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -50,6 +50,9 @@ class _SmallSegment:
     def write_at(self, data: memoryview, offset: int) -> None:
         self._objects.put(self._key, bytes(data[: self._size_bytes]))
 
+    def stop(self) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
@@ -131,10 +134,13 @@ class _LargeSegment:
         if self._error is not None:
             raise self._error
 
-    def abandon(self) -> None:
+    def stop(self) -> None:
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
+
+    def abandon(self) -> None:
+        self.stop()
         self._thread.join()
 
 

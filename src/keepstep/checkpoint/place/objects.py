@@ -16,9 +16,14 @@ from typing import Any, Final
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, NotSupportedError
-from obstore.store import ObjectStore, from_url
+from obstore.store import MemoryStore, ObjectStore, from_url
 
-from keepstep.checkpoint.place.profile import credentials_of_profile
+from keepstep.checkpoint.place.profile import (
+    allows_http,
+    credentials_of_profile,
+    has_credentials,
+    secrets_in_environment,
+)
 from keepstep.errors import BucketError, UsageError
 
 __all__ = ["DEFAULTS", "Found", "Objects"]
@@ -36,6 +41,8 @@ _PARTS_AT_ONCE: Final = 4
 _SECRET = re.compile(r"secret|key|token|password|sas|credential", re.IGNORECASE)
 _QUERY = re.compile(r"\?[^\s\"'<>]*")
 _AWS = ("s3://", "s3a://")
+_KEYS = {"access_key_id", "aws_access_key_id", "skip_signature", "aws_skip_signature", "credential_provider"}
+_ENDPOINTS = ("endpoint", "aws_endpoint", "endpoint_url", "aws_endpoint_url")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +74,7 @@ class Objects:
     def __init__(self, store: ObjectStore, address: str, secrets: Iterable[str] = ()) -> None:
         self.address = address
         self._store = store
+        self._in_memory = isinstance(store, MemoryStore)
         self._secrets = sorted({secret for secret in secrets if len(secret) > 3}, key=len, reverse=True)
 
     @classmethod
@@ -84,26 +92,24 @@ class Objects:
             "connect_timeout": timedelta(seconds=limits["connect_timeout_s"]),
             **config.pop("client_options", {}),
         }
-        if str(config.get("endpoint", config.get("aws_endpoint", ""))).startswith("http://"):
-            client.setdefault("allow_http", True)
         retry: Any = {
             "max_retries": limits["max_retries"],
             "retry_timeout": timedelta(seconds=limits["retry_timeout_s"]),
             "backoff": {"max_backoff": timedelta(seconds=5)},
         }
         try:
+            if address.startswith(_AWS) and (profile or not (_KEYS & config.keys() or has_credentials())):
+                config = {**credentials_of_profile(profile), **config}
+            plain = any(str(config.get(name, "")).startswith("http://") for name in _ENDPOINTS)
+            client.setdefault("allow_http", plain or allows_http())
             store = from_url(address, client_options=client, retry_config=retry, **config)  # type: ignore[call-overload]
-            if address.startswith(_AWS) and not _has_key(store):
-                found = {**credentials_of_profile(profile), **config}
-                store = from_url(address, client_options=client, retry_config=retry, **found)  # type: ignore[call-overload]
         except (BaseError, TypeError, ValueError) as error:
             hidden = _hidden(str(error), [str(value) for value in config.values()])
             raise UsageError(
                 f"{address} can't be opened: {hidden}. See docs/object-stores.md for addresses and options"
             ) from None
-        known: Mapping[str, Any] = getattr(store, "config", {})
-        secrets = [str(value) for key, value in {**known, **config}.items() if _SECRET.search(key)]
-        return cls(store, address, secrets)
+        secrets = [str(value) for key, value in config.items() if _SECRET.search(key)]
+        return cls(store, address, [*secrets, *secrets_in_environment()])
 
     def __repr__(self) -> str:
         return f"Objects({self.address!r})"
@@ -179,10 +185,12 @@ class Objects:
     def upload(self, key: str, parts: Iterable[memoryview]) -> None:
         """Write a large object in parts of `PART_BYTES`; none of it is visible before all is there."""
         with self._explained("write", key):
+            # Memory would hold on to the parts, which are used again, until all are there.
+            taken = map(_copied, parts) if self._in_memory else iter(parts)
             obstore.put(
                 self._store,
                 key,
-                iter(parts),
+                taken,
                 use_multipart=True,
                 chunk_size=PART_BYTES,
                 max_concurrency=_PARTS_AT_ONCE,
@@ -217,9 +225,8 @@ class Objects:
             ) from None
 
 
-def _has_key(store: ObjectStore) -> bool:
-    config: Mapping[str, Any] = getattr(store, "config", {})
-    return "access_key_id" in config or bool(config.get("skip_signature"))
+def _copied(part: memoryview) -> memoryview:
+    return memoryview(bytes(part))
 
 
 def _hidden(text: str, secrets: Iterable[str]) -> str:

@@ -1,14 +1,18 @@
-"""AWS profiles: credentials from `~/.aws/credentials` and `~/.aws/config`, which obstore does not read."""
+"""What the environment says of buckets: secrets to hide, and AWS profiles, which obstore does not read.
+
+obstore takes everything else from the environment by itself.
+"""
 
 from __future__ import annotations
 
 import configparser
 import os
+import re
 from pathlib import Path
 
 from keepstep.errors import UsageError
 
-__all__ = ["credentials_of_profile"]
+__all__ = ["allows_http", "credentials_of_profile", "has_credentials", "secrets_in_environment"]
 
 _TAKEN = {
     "aws_access_key_id": "access_key_id",
@@ -17,6 +21,31 @@ _TAKEN = {
     "region": "region",
     "endpoint_url": "endpoint",
 }
+
+_SECRET = re.compile(r"(AWS|AZURE|GOOGLE)_.*(SECRET|KEY|TOKEN|PASSWORD|SAS)")
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+
+
+def secrets_in_environment() -> list[str]:
+    """Values that no message may show."""
+    return [value for name, value in os.environ.items() if _SECRET.match(name)]
+
+
+def has_credentials() -> bool:
+    """Whether AWS credentials come from the environment."""
+    return any(name in os.environ for name in _CREDENTIALS)
+
+
+def allows_http() -> bool:
+    """Whether the environment names a server without encryption, or allows one."""
+    plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
+    return plain or os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
 
 
 def credentials_of_profile(profile: str | None) -> dict[str, str]:

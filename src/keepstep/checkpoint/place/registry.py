@@ -22,7 +22,11 @@ _ADAPTER: Final = "keepstep.checkpoint.place.objects"
 
 def is_address(path: str | os.PathLike[str]) -> bool:
     """Whether a path is meant as the address of a bucket ("s3://bucket/run")."""
-    return not isinstance(path, Path) and _SCHEME.match(os.fspath(path)) is not None
+    if isinstance(path, Path):
+        if path.parts and path.parts[0] in {f"{scheme}:" for scheme in _SCHEMES}:
+            raise UsageError(f"{path} was an address before it became a Path; pass it as a string")
+        return False
+    return _SCHEME.match(os.fspath(path)) is not None
 
 
 def open_bucket(address: str, options: Mapping[str, Any] | None = None) -> BucketBackend:

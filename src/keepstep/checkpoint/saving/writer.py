@@ -300,6 +300,10 @@ class SegmentWriter:
         self._aborted.set()
         self._pool.wake()
         self._hasher.wake()
+        for opened in self._segments:
+            with opened.lock:  # a file that is made later finds `aborted` set
+                if opened.file is not None:
+                    opened.file.stop()
 
     def _guarded(self, work: Callable[..., None], *args: Any) -> None:
         try:
@@ -384,6 +388,8 @@ class SegmentWriter:
 
     def _write(self, opened: _OpenSegment, begin: int, end: int, block: Block) -> None:
         with opened.lock:
+            if self._aborted.is_set():
+                raise Aborted
             if opened.file is None:
                 segment = opened.segment
                 opened.file = self._workspace.create_segment(segment.file, segment.bytes)
