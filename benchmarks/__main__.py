@@ -16,12 +16,15 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import load, overhead, save, small_tensors
+from benchmarks import blocked, every_step, frozen, load, overhead, save, small_tensors
 from benchmarks.methods import quiet_peers
 from benchmarks.report import Bar, heading, note, show_bars
 from benchmarks.settings import FULL, QUICK, Settings
 
 _PARTS: dict[str, Callable[[Settings], list[Bar]]] = {
+    "every_step": every_step.run,
+    "blocked": blocked.run,
+    "frozen": frozen.run,
     "save": save.run,
     "load": load.run,
     "small_tensors": small_tensors.run,
@@ -33,7 +36,7 @@ _PARTS: dict[str, Callable[[Settings], list[Bar]]] = {
 @click.option(
     "--only", type=click.Choice(list(_PARTS)), multiple=True, help="Run this part only (repeatable)."
 )
-@click.option("--quick", is_flag=True, help="A smaller state and fewer rounds, under 1.5 minutes.")
+@click.option("--quick", is_flag=True, help="A smaller state and fewer rounds, a few minutes.")
 @click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),

@@ -5,7 +5,58 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FULL", "QUICK", "SIZES", "TINY", "Settings", "Size"]
+__all__ = ["FULL", "QUICK", "SIZES", "TINY", "EveryStep", "Frozen", "Point", "Settings", "Size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point of the curve over step times.
+
+    Attributes:
+        step_s: how long a step is meant to take without checkpoints.
+        steps: timed steps of a segment of the loop.
+        rounds: segments of each way of staging; each lies between two segments without checkpoints.
+        peer_rounds: segments of each peer.
+    """
+
+    step_s: float
+    steps: int
+    rounds: int
+    peer_rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryStep:
+    """A small GPT that is saved at every optimizer step.
+
+    Attributes:
+        width, layers: of the model.
+        tokens: length of a sample.
+        points: the curve.
+    """
+
+    width: int
+    layers: int
+    tokens: int
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """A frozen base with an adapter that is trained.
+
+    Attributes:
+        width, layers: of the base; a layer has width ** 2 parameters.
+        rank: the adapter has 2 * width * rank parameters.
+        checkpoints: how many are kept.
+        peer_saves: how often a peer saves; its saves are all alike.
+    """
+
+    width: int
+    layers: int
+    rank: int
+    checkpoints: int
+    peer_saves: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +74,8 @@ class Size:
         calls: of a function that takes microseconds.
         starts: processes whose start is timed.
         memory_budget_bytes: of the background save whose peak memory is measured.
+        every_step: the loop that saves at every step.
+        frozen: the checkpoints of a frozen base.
         disk_bytes: most that is on disk at a time.
     """
 
@@ -39,6 +92,8 @@ class Size:
     calls: int
     starts: int
     memory_budget_bytes: int
+    every_step: EveryStep
+    frozen: Frozen
     disk_bytes: int
 
 
@@ -69,6 +124,19 @@ FULL = Size(
     calls=100_000,
     starts=9,
     memory_budget_bytes=512 << 20,
+    every_step=EveryStep(
+        width=384,
+        layers=6,
+        tokens=128,
+        points=(
+            Point(step_s=0.1, steps=8, rounds=3, peer_rounds=2),
+            Point(step_s=0.3, steps=4, rounds=3, peer_rounds=2),
+            Point(step_s=0.4, steps=4, rounds=5, peer_rounds=1),
+            Point(step_s=1.0, steps=2, rounds=5, peer_rounds=1),
+            Point(step_s=3.0, steps=1, rounds=2, peer_rounds=1),
+        ),
+    ),
+    frozen=Frozen(width=2048, layers=24, rank=256, checkpoints=20, peer_saves=3),
     disk_bytes=12 << 30,
 )
 QUICK = Size(
@@ -85,6 +153,17 @@ QUICK = Size(
     calls=20_000,
     starts=5,
     memory_budget_bytes=128 << 20,
+    every_step=EveryStep(
+        width=384,
+        layers=6,
+        tokens=128,
+        points=(
+            Point(step_s=0.1, steps=4, rounds=1, peer_rounds=1),
+            Point(step_s=0.4, steps=2, rounds=2, peer_rounds=1),
+            Point(step_s=1.0, steps=1, rounds=2, peer_rounds=1),
+        ),
+    ),
+    frozen=Frozen(width=1024, layers=24, rank=128, checkpoints=20, peer_saves=2),
     disk_bytes=4 << 30,
 )
 TINY = Size(
@@ -101,6 +180,10 @@ TINY = Size(
     calls=100,
     starts=1,
     memory_budget_bytes=16 << 20,
+    every_step=EveryStep(
+        width=32, layers=1, tokens=8, points=(Point(step_s=0.005, steps=2, rounds=1, peer_rounds=1),)
+    ),
+    frozen=Frozen(width=256, layers=8, rank=2, checkpoints=4, peer_saves=1),
     disk_bytes=1 << 20,
 )
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}

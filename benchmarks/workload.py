@@ -72,6 +72,12 @@ class TrainingState:
             hasher.update(bytes_of(tensor).data)
         return hasher.hexdigest()
 
+    def advance(self) -> None:
+        """Change every tensor a little, as a step does: what did not change would be linked, not written."""
+        with torch.no_grad():
+            for tensor in self.tensors():
+                tensor.view(-1)[:1] += 1
+
     def spoil(self) -> None:
         """Overwrite everything, so that a load which does nothing can't pass."""
         for tensor in self.tensors():

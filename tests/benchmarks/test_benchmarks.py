@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from benchmarks import __main__ as program
-from benchmarks import load, overhead, save, small_tensors
+from benchmarks import blocked, every_step, frozen, load, overhead, save, small_tensors
+from benchmarks.every_step import SamplesFor
 from benchmarks.report import Bar
-from benchmarks.settings import TINY, Settings
+from benchmarks.settings import TINY, Point, Settings
 from benchmarks.small_tensors import fitted_exponent
 from click.testing import CliRunner
 
@@ -24,7 +25,39 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def test_save(settings: Settings) -> None:
-    assert len(save.run(settings)) == 5
+    assert len(save.run(settings)) == 4
+
+
+def test_every_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = tuple(Point(step_s=step_s, steps=2, rounds=1, peer_rounds=1) for step_s in (0.4, 1.0))
+    size = dataclasses.replace(TINY, every_step=dataclasses.replace(TINY.every_step, points=points))
+    monkeypatch.setattr(SamplesFor, "__call__", lambda self, step_s: 9)  # two micro-batches
+    bars = every_step.run(Settings(size=size, directory=tmp_path))
+    assert [bar.target for bar in bars] == [">= 0.95", ">= 0.9"]
+    assert all(0 < float(bar.measured) < 10 for bar in bars)
+    printed = capsys.readouterr().out
+    assert printed.count("keepstep, overlapped") == 2
+    assert printed.count("accelerate save_state + fsync") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_of_a_wanted_length() -> None:
+    samples = SamplesFor(0.05, 0.4)  # 0.05 s each
+    assert [samples(step_s) for step_s in (0.01, 0.1, 3.0)] == [1, 2, 60]
+
+
+def test_blocked(settings: Settings) -> None:
+    bars = blocked.run(settings)
+    assert len(bars) == 3
+    assert bars[0].met
+
+
+def test_a_frozen_base_is_on_disk_once(settings: Settings) -> None:
+    bars = frozen.run(settings)
+    assert bars[0].met
+    assert len(bars) == 2
 
 
 def test_load(settings: Settings) -> None:

@@ -1,0 +1,149 @@
+"""What is left of a loop's throughput when it is saved at every step."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.loops import AccelerateLoop, DcpLoop, KeepstepLoop, PlainLoop, Segment, TorchLoop
+from benchmarks.report import Bar, at_least, note, show_table, status
+from benchmarks.settings import Point, Settings
+
+__all__ = ["SamplesFor", "run"]
+
+_AUTO = "keepstep, auto"
+_FEW_SAMPLES, _MANY_SAMPLES = 1, 8
+_PROBES = 3
+_BARS = ((1.0, 0.95, 0.97), (0.4, 0.90, 0.93))
+"""Seconds of a step, the throughput that is promised there, and what is aimed at."""
+
+
+@dataclass(kw_only=True)
+class _Measured:
+    """What was measured at one point of the curve, by the name of the loop."""
+
+    point: Point
+    plain_s: list[float] = field(default_factory=list)
+    ratios: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    segments: dict[str, list[Segment]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def title(self) -> str:
+        """The length of a step as it turned out."""
+        return f"{statistics.median(self.plain_s):.2g} s"
+
+    def ratio(self, name: str) -> str:
+        ratios = self.ratios[name]
+        if not ratios:
+            return ""
+        spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if len(ratios) > 1 else ""
+        return f"{statistics.median(ratios):.3f}{spread}"
+
+    def times(self, name: str) -> str:
+        segments = self.segments[name]
+        if not segments:
+            return ""
+        blocked_s = statistics.median(segment.blocked_s for segment in segments)
+        waited_s = statistics.median(segment.waited_s for segment in segments)
+        return f"{blocked_s * 1e3:.1f} + {waited_s * 1e3:.1f}"
+
+
+def run(settings: Settings) -> list[Bar]:
+    """Print both tables; return the bars."""
+    size, directory = settings.size.every_step, settings.directory
+    plain = PlainLoop(size, directory)
+    ours: list[PlainLoop] = [
+        KeepstepLoop(size, directory, "auto"),
+        KeepstepLoop(size, directory, "awaited"),
+        KeepstepLoop(size, directory, "overlapped"),
+    ]
+    peers: list[PlainLoop] = [
+        DcpLoop(size, directory),
+        TorchLoop(size, directory, fsync=True),
+        TorchLoop(size, directory, fsync=False),
+        AccelerateLoop(size, directory, fsync=True),
+        AccelerateLoop(size, directory, fsync=False),
+    ]
+    try:
+        samples = _calibrate(plain, [*ours, *peers])
+        curve = [_at(point, samples(point.step_s), plain, ours, peers) for point in size.points]
+    finally:
+        for loop in (*ours, *peers):
+            loop.close()
+    _show(curve, [*ours, *peers], sum(p.nbytes for p in plain.model.parameters()) * 3)
+    return _bars(curve)
+
+
+class SamplesFor:
+    """How many samples make a step of a given length: a straight line through two measured points."""
+
+    def __init__(self, few_s: float, many_s: float) -> None:
+        self._each_s = max((many_s - few_s) / (_MANY_SAMPLES - _FEW_SAMPLES), 1e-6)
+        self._fixed_s = few_s - self._each_s * _FEW_SAMPLES
+
+    def __call__(self, step_s: float) -> int:
+        return max(1, round((step_s - self._fixed_s) / self._each_s))
+
+
+def _calibrate(plain: PlainLoop, others: Sequence[PlainLoop]) -> SamplesFor:
+    with status("every_step: warming up"):
+        for loop in (plain, *others):
+            loop.run(_FEW_SAMPLES, 1)
+        times = [
+            statistics.median(plain.run(samples, 1).step_s for _ in range(_PROBES))
+            for samples in (_FEW_SAMPLES, _MANY_SAMPLES)
+        ]
+    return SamplesFor(*times)
+
+
+def _at(
+    point: Point, samples: int, plain: PlainLoop, ours: Sequence[PlainLoop], peers: Sequence[PlainLoop]
+) -> _Measured:
+    """Plain, A, plain, B, plain, ...: each way of saving between two segments of the plain loop."""
+    measured = _Measured(point=point)
+    before = _segment(plain, samples, point.steps)
+    for number in range(point.rounds):
+        loops = [*ours, *(peers if number < point.peer_rounds else ())]
+        for loop in loops if number % 2 == 0 else list(reversed(loops)):
+            with status(f"every_step: {point.step_s:g} s, round {number + 1} of {point.rounds}, {loop.name}"):
+                saved = _segment(loop, samples, point.steps)
+                after = _segment(plain, samples, point.steps)
+            measured.plain_s.append(after.step_s)
+            measured.ratios[loop.name].append((before.step_s + after.step_s) / 2 / saved.step_s)
+            measured.segments[loop.name].append(saved)
+            before = after
+    return measured
+
+
+def _segment(loop: PlainLoop, samples: int, steps: int) -> Segment:
+    gc.collect()
+    os.sync()  # nobody pays for what another left unwritten
+    return loop.run(samples, steps)
+
+
+def _show(curve: Sequence[_Measured], loops: Sequence[PlainLoop], state_bytes: int) -> None:
+    titles = [measured.title for measured in curve]
+    rows = [(loop.name, loop.durable, *(m.ratio(loop.name) for m in curve)) for loop in loops]
+    show_table(
+        f"{state_bytes / 1e6:.0f} MB saved at every step: throughput relative to no checkpoints",
+        ("step time without checkpoints:", "durable", *titles),
+        rows,
+    )
+    rows = [(loop.name, *(m.times(loop.name) for m in curve)) for loop in loops]
+    show_table("ms a step: in the call that saves + waiting in step() for the copy", ("", *titles), rows)
+    note("'no': left to the page cache, which a power cut empties, and whose writing nobody is charged for.")
+    note("'files': their data is fsynced by DCP, their names are not.")
+
+
+def _bars(curve: Sequence[_Measured]) -> list[Bar]:
+    bars = []
+    for step_s, promised, aim in _BARS:
+        for measured in curve:
+            if measured.point.step_s == step_s:
+                name = f"every step saved, {step_s:g} s each: throughput (aim {aim:g})"
+                bars.append(at_least(name, statistics.median(measured.ratios[_AUTO]), promised, "", digits=3))
+    return bars
