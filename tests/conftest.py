@@ -17,6 +17,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from tests.crash.tally import Tally, summary, tally_of
 
 torch.set_num_threads(1)
 # Two processes on two cores stall now and then: a slow example is no failure, an irreproducible one is.
@@ -37,3 +38,16 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh directory that is also the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Counts rounds, operations and flips; the sums are told at the end of the run."""
+    return tally_of(request.node.user_properties)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = summary(report for reports in terminalreporter.stats.values() for report in reports)
+    if lines:
+        terminalreporter.section("what was survived")
+        terminalreporter.write_line("\n".join(lines))

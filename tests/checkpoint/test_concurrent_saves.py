@@ -298,3 +298,22 @@ def test_everything_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         thread.join(PATIENCE_S)
     assert not failures
     assert not caplog.records
+
+
+def test_a_fork_does_not_wait_for_its_parents_save(tmp_path: Path) -> None:
+    gate = Gate()
+    pending = Store(tmp_path, files=gate).save_in_background({"x": torch.ones(3)}, staging="overlapped")
+
+    def work() -> None:
+        pending.wait_staged()
+        assert pending.done()
+        assert pending.inherited
+        with pytest.raises(BackgroundSaveError, match=rf"begun by process {os.getppid()}.*finished there"):
+            pending.wait()
+
+    try:
+        assert in_child(work) == 0
+    finally:
+        gate.opened.set()
+    assert not pending.inherited
+    assert pending.wait().name == "checkpoint_0"

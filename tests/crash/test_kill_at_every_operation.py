@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.checkpoint.equality import assert_same, difference
-from tests.checkpoint.faults import IO_ERROR, NO_SPACE, FaultyFiles, Killed, Locks
+from tests.checkpoint.faults import IO_ERROR, NO_SPACE, FaultyFiles
+from tests.crash.harness import (
+    Scenario,
+    fail_at_each_operation,
+    kill_at_each_operation,
+    leftovers,
+    operations_of,
+)
+from tests.crash.tally import Tally
 
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.store import Store, save_directory
@@ -42,22 +48,6 @@ def whole(checkpoint: Checkpoint) -> int:
     checkpoint.load_into(live)
     assert_same(live, state(number))
     return number
-
-
-def leftovers(root: Path) -> list[str]:
-    """Everything that no finished run leaves behind."""
-    found = [p for p in root.rglob("*") if ".tmp-" in p.name or ".replaced" in p.name]
-    trash = root / ".keepstep" / "trash"
-    return [str(p.relative_to(root)) for p in [*found, *(trash.iterdir() if trash.is_dir() else [])]]
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What is there before, what is done with faulty files, and what must hold afterwards."""
-
-    before: Callable[[Path], None]
-    act: Callable[[Path, Any], None]
-    check: Callable[[Path], None]
 
 
 # -------------------------------------------------------------------------------------- in a store
@@ -185,67 +175,29 @@ CASES = [(name, True) for name in SCENARIOS] + [("replaced directory", False)]
 """The second value is whether the system can swap two names; where it can't, two renames do."""
 
 
-def _count(tmp_path: Path, scenario: Scenario, *, exchange: bool) -> list[str]:
-    root = tmp_path / "whole"
-    template = tmp_path / "template"
-    template.mkdir(parents=True)
-    scenario.before(template)
-    shutil.copytree(template, root, symlinks=True)
-    files = FaultyFiles(exchange=exchange)
-    scenario.act(root, files)
-    return files.log
-
-
 @pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
 @pytest.mark.parametrize(("name", "exchange"), CASES)
 def test_killed_at_every_operation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, exchange: bool, power_cut: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tally: Tally,
+    name: str,
+    exchange: bool,
+    power_cut: bool,
 ) -> None:
-    scenario = SCENARIOS[name]
-    operations = _count(tmp_path, scenario, exchange=exchange)
-    locks = Locks(monkeypatch)
-    for at, operation in enumerate(operations):
-        root = tmp_path / f"at{at}"
-        shutil.copytree(tmp_path / "template", root, symlinks=True)
-        files = FaultyFiles(at=at, power_cut=power_cut, exchange=exchange, graveyard=tmp_path / f"graves{at}")
-        with pytest.raises(Killed):
-            scenario.act(root, files)
-        locks.die()
-        try:
-            scenario.check(root)
-        except BaseException as error:
-            error.add_note(f"killed at operation {at} of {len(operations)}: {operation}")
-            raise
-
-
-def _failure_of(scenario: Scenario, root: Path, files: FaultyFiles) -> BaseException | None:
-    try:
-        scenario.act(root, files)
-    except (BackgroundSaveError, StoreError) as failure:
-        return failure
-    return None
+    done = kill_at_each_operation(
+        tmp_path, monkeypatch, SCENARIOS[name], power_cut=power_cut, exchange=exchange
+    )
+    tally("operations at which the power was cut" if power_cut else "operations killed at", done)
 
 
 @pytest.mark.parametrize("error", [NO_SPACE, IO_ERROR], ids=["no space", "i/o error"])
 @pytest.mark.parametrize(("name", "exchange"), CASES)
-def test_an_error_at_every_operation(tmp_path: Path, name: str, exchange: bool, error: OSError) -> None:
-    scenario = SCENARIOS[name]
-    operations = _count(tmp_path, scenario, exchange=exchange)
-    for at, operation in enumerate(operations):
-        root = tmp_path / f"at{at}"
-        shutil.copytree(tmp_path / "template", root, symlinks=True)
-        files = FaultyFiles(at=at, error=error, exchange=exchange)
-        try:
-            failure = _failure_of(scenario, root, files)
-            if isinstance(failure, BackgroundSaveError):
-                failure = failure.__cause__
-            if failure is not None:
-                assert isinstance(failure, StoreError)
-                assert isinstance(failure, NoSpaceError) == (error is NO_SPACE)
-            scenario.check(root)
-        except BaseException as problem:
-            problem.add_note(f"failed at operation {at} of {len(operations)}: {operation}")
-            raise
+def test_an_error_at_every_operation(
+    tmp_path: Path, tally: Tally, name: str, exchange: bool, error: OSError
+) -> None:
+    done = fail_at_each_operation(tmp_path, SCENARIOS[name], error, exchange=exchange)
+    tally("operations that failed", done)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -280,7 +232,7 @@ def test_every_kind_of_operation_is_met(tmp_path: Path) -> None:
         line.split()[0]
         for name, scenario in SCENARIOS.items()
         for exchange in (True, False)
-        for line in _count(tmp_path / f"{name}{exchange}", scenario, exchange=exchange)
+        for line in operations_of(tmp_path / f"{name}{exchange}", scenario, exchange=exchange)
     }
     expected = {name for name in vars(LocalFiles) if not name.startswith("_")}
     assert kinds == expected | {"write_at", "finish"}
@@ -290,7 +242,7 @@ def test_nothing_is_held_open_after_a_failed_save(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(state(1))
     open_before = open_files()
-    for at in range(len(_count(tmp_path, SCENARIOS["new directory"], exchange=True))):
+    for at in range(len(operations_of(tmp_path, SCENARIOS["new directory"]))):
         files = FaultyFiles(at=at, error=IO_ERROR)
         with pytest.raises(StoreError):
             save_directory(tmp_path / str(at) / "mine", state(1), files=files)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.checkpoint.equality import assert_same
-from tests.crash.test_kill_at_every_operation import leftovers
+from tests.crash.harness import leftovers
 
 from keepstep.checkpoint.store import Store
 

@@ -214,6 +214,7 @@ class PendingSave:
         self._seal = seal
         self.blocked_s = blocked_s
         self.seen = False
+        self._pid = os.getpid()
         future.add_done_callback(self._done)
 
     def _done(self, future: Future[Checkpoint]) -> None:
@@ -225,24 +226,35 @@ class PendingSave:
 
         Call it on the thread that is going to change the state.
         """
-        self._staged.wait()
-        self._seal()
+        if not self.inherited:
+            self._staged.wait()
+            self._seal()
 
     def done(self) -> bool:
         """Whether it is committed, or has failed."""
-        return self._future.done()
+        return self.inherited or self._future.done()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether the process that this one was forked from saves it; how that ends can't be told here."""
+        return self._pid != os.getpid()
 
     @property
     def failed(self) -> bool:
         """Whether it is over and nothing was committed; `wait` says why."""
-        return self._future.done() and self._future.exception() is not None
+        return not self.inherited and self._future.done() and self._future.exception() is not None
 
     def wait(self) -> Checkpoint:
         """Wait until it is committed.
 
         Raises:
-            BackgroundSaveError: it failed; the cause is chained.
+            BackgroundSaveError: it failed; the cause is chained. Or this process was forked meanwhile.
         """
+        if self.inherited:
+            raise BackgroundSaveError(
+                f"this save was begun by process {self._pid}, from which this one was forked: it is finished "
+                "there, and can't be waited for here"
+            )
         try:
             checkpoint = self._future.result()
         except Exception as error:

@@ -134,7 +134,7 @@ class Saver:
     def _ask_finished(self) -> None:
         """Ask what became of the last save in the background."""
         finished, self._pending = self._pending, None
-        if finished is not None:
+        if finished is not None and not finished.inherited:
             try:
                 finished.wait()
             except BackgroundSaveError as error:
@@ -226,7 +226,7 @@ class Saver:
             BackgroundSaveError: a save in the background failed.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is not None and not pending.inherited:
             try:
                 pending.wait()
             except BackgroundSaveError as error:

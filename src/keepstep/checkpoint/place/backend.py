@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
+from keepstep.checkpoint.format.manifest import FileEntry
 from keepstep.checkpoint.format.source import Place
 from keepstep.files import SegmentFile
 
@@ -51,20 +52,21 @@ class Workspace(Protocol):
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file; its bytes are durable on return."""
 
-    def link(self, name: str, source_checkpoint: str, source_file: str, size_bytes: int) -> str | None:
+    def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
         """Make `name` hold the bytes of a file of a committed checkpoint of the same store, unwritten.
 
         Args:
             name: of the file to be.
-            source_checkpoint: its name, as "checkpoint_3".
-            source_file: the file's name there.
-            size_bytes: what that file must have.
+            checkpoint: its name, as "checkpoint_3".
+            file: its name there.
+            committed: what the manifest there must say of it.
 
         Returns:
             What the manifest has to say in `FileEntry.within`; None if the place needs no such word.
 
         Raises:
-            FileNotFoundError: there is no such plain file of that size (any more): write the bytes instead.
+            FileNotFoundError: it is gone, or that name belongs to another checkpoint by now.
+            OSError: the place refuses; nothing of it is left, and it can be written instead.
         """
 
     def commit(self, manifest: bytes) -> None:

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.errors import (
     CheckpointBusyError,
@@ -155,15 +155,20 @@ class LocalWorkspace:
     def write_file(self, name: str, data: bytes) -> None:
         self._files.write_file(self.path / name, data)
 
-    def link(self, name: str, source_checkpoint: str, source_file: str, size_bytes: int) -> str | None:
-        source = self.final.parent / source_checkpoint / source_file
+    def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
+        directory = self.final.parent / checkpoint
+        source = directory / file
+        if not _says(directory, file, committed):  # deleted, or the next one to get its number
+            raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
+        found = os.stat(source, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != committed.bytes:
+            raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
         try:
-            found = os.lstat(source)
-        except NotADirectoryError:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source)) from None
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size_bytes:
-            raise FileNotFoundError(errno.ENOENT, f"no plain file of {size_bytes} bytes", str(source))
-        self._files.link(source, self.path / name)
+            self._files.link(source, self.path / name)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._files.remove_file(self.path / name)  # a copy that was cut off
+            raise
         return None
 
     def _finish_replacement(self) -> None:
@@ -243,6 +248,14 @@ class LocalWorkspace:
         self._files.rename(aside, self.path)  # a name that is swept, should the removal be cut off
         self._files.sync_directory(self.final.parent)
         self._files.remove_tree(self.path)
+
+
+def _says(directory: Path, file: str, committed: FileEntry) -> bool:
+    """Whether the manifest in a directory says just this of a file."""
+    try:
+        return read_manifest(directory).files.get(file) == committed
+    except DamagedCheckpointError:
+        return False
 
 
 def _link_tree(files: Files, source: Path, target: Path) -> None:

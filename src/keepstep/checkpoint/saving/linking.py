@@ -37,11 +37,13 @@ class Twin:
     Attributes:
         checkpoint: the name of the checkpoint that holds it.
         file: its name there.
+        committed: what its manifest says of it.
         digests: of its tensors, in file order.
     """
 
     checkpoint: str
     file: str
+    committed: FileEntry
     digests: tuple[str, ...]
 
 
@@ -78,4 +80,4 @@ def _twin(
     # The header too: it says dtypes and shapes.
     if committed is None or committed.digest != combine_digests([digest_of(segment.header), *digests]):
         return None
-    return Twin(checkpoint=previous.checkpoint, file=first.file, digests=digests)
+    return Twin(checkpoint=previous.checkpoint, file=first.file, committed=committed, digests=digests)

@@ -215,6 +215,7 @@ class Save:
             changing: tensors that the next forward and backward write to, such as buffers.
         """
         memories = {_memory(tensor) for tensor in changing}
+        memories |= {_memory(leaf.tensor) for leaf in self._flat.leaves if not leaf.counted}
         for index, (leaf, source) in enumerate(zip(self._flat.leaves, self._sources, strict=True)):
             if not leaf.counted or _memory(leaf.tensor) in memories:
                 source.take_copy()

@@ -14,6 +14,7 @@ NumPy copies, xxhash and pwrite all release the GIL.
 from __future__ import annotations
 
 import bisect
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -33,6 +34,8 @@ from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.files import PAGE_BYTES, SegmentFile
 
 __all__ = ["WRITER_THREADS", "SegmentWriter"]
+
+log = logging.getLogger(__name__)
 
 _Job = tuple[int, int]
 """A block to fill: the number of its segment, and where it begins there."""
@@ -239,9 +242,10 @@ class SegmentWriter:
                 continue
             try:
                 opened.within = self._workspace.link(
-                    opened.segment.file, twin.checkpoint, twin.file, opened.segment.bytes
+                    opened.segment.file, twin.checkpoint, twin.file, twin.committed
                 )
-            except FileNotFoundError:  # deleted meanwhile: it is written
+            except OSError as error:  # deleted meanwhile, or the disk refuses: it is written
+                log.debug("%s can't be linked (%s); it is written", opened.segment.file, error)
                 continue
             opened.linked = True
             self.digests.update(
