@@ -16,6 +16,8 @@ import pytest
 import torch
 from tests.checkpoint.equality import assert_same
 from tests.crash.harness import leftovers
+from tests.crash.tally import Tally, draw_seed
+from tests.crash.tally import rounds as scaled
 
 from keepstep.checkpoint.store import Store
 
@@ -82,9 +84,8 @@ def kill_in_the_middle(root: Path, how: str, after_s: float) -> tuple[int, str]:
     return int(lines[-1].split()[1]) if lines else int(first.split()[1]), first
 
 
-def rounds(root: Path, how: str, count: int) -> None:
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
+def rounds(root: Path, how: str, count: int, tally: Tally) -> None:
+    seed = draw_seed()
     draw = random.Random(seed)
     for number in range(count):
         durable, first = kill_in_the_middle(root, how, draw.uniform(0.0, 0.12))
@@ -98,6 +99,7 @@ def rounds(root: Path, how: str, count: int) -> None:
             assert checkpoint.verify().sound
             assert checkpoint.step is not None
             assert_same(checkpoint.load(), state(checkpoint.step))
+    tally(f"random kills: whole processes, {how}", count)
     finished = start(root, how, steps=2)
     _out, err = finished.communicate()
     assert finished.returncode == 0, err
@@ -106,15 +108,15 @@ def rounds(root: Path, how: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["save", "background"])
-def test_killed_at_random_instants(tmp_path: Path, how: str) -> None:
-    rounds(tmp_path, how, 2)
+def test_killed_at_random_instants(tmp_path: Path, how: str, tally: Tally) -> None:
+    rounds(tmp_path, how, 2, tally)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("how", ["save", "background"])
-def test_killed_hundreds_of_times(tmp_path: Path, how: str) -> None:
-    rounds(tmp_path, how, 200)
+def test_killed_hundreds_of_times(tmp_path: Path, how: str, tally: Tally) -> None:
+    rounds(tmp_path, how, scaled(100), tally)
 
 
 FORKED = """
@@ -148,10 +150,9 @@ print("sound")
 """
 
 
-def fork_rounds(root: Path, count: int) -> None:
+def fork_rounds(root: Path, count: int, tally: Tally) -> None:
     """Children of a warm process: dozens of kills a second, most of them within a save."""
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
+    seed = draw_seed()
     done = subprocess.run(
         [sys.executable, "-c", FORKED, str(root), str(seed), str(count)],
         capture_output=True,
@@ -160,18 +161,19 @@ def fork_rounds(root: Path, count: int) -> None:
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
+    tally("random kills: forked children", count)
     Store(root).save(state(1))
     assert leftovers(root) == []
 
 
-def test_thirty_kills_of_forked_children(tmp_path: Path) -> None:
-    fork_rounds(tmp_path, 30)
+def test_thirty_kills_of_forked_children(tmp_path: Path, tally: Tally) -> None:
+    fork_rounds(tmp_path, 30, tally)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_a_thousand_kills_of_forked_children(tmp_path: Path) -> None:
-    fork_rounds(tmp_path, 1000)
+def test_a_thousand_kills_of_forked_children(tmp_path: Path, tally: Tally) -> None:
+    fork_rounds(tmp_path, scaled(1000), tally)
 
 
 def test_a_background_save_is_finished_when_the_process_ends(tmp_path: Path) -> None:
