@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import blocked, every_step, frozen, load, overhead, save, small_tensors
+from benchmarks import blocked, cold, every_step, frozen, load, overhead, save, scale, small_tensors
 from benchmarks.methods import quiet_peers
 from benchmarks.report import Bar, heading, note, show_bars
 from benchmarks.settings import FULL, QUICK, Settings
@@ -27,7 +27,9 @@ _PARTS: dict[str, Callable[[Settings], list[Bar]]] = {
     "frozen": frozen.run,
     "save": save.run,
     "load": load.run,
+    "cold": cold.run,
     "small_tensors": small_tensors.run,
+    "scale": scale.run,
     "overhead": overhead.run,
 }
 

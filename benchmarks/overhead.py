@@ -23,7 +23,7 @@ from keepstep.checkpoint.store import Store
 from keepstep.train.accelerator import Accelerator
 from keepstep.train.config import CheckpointPolicy
 
-__all__ = ["run"]
+__all__ = ["many_checkpoints", "run"]
 
 _SAMPLES = 32_000
 _BATCH = 32
@@ -102,12 +102,12 @@ def _import_ms(times: int) -> float:
 
 def _listing_s(settings: Settings) -> float:
     root = settings.directory / "listed"
-    _many_checkpoints(root, settings.size.checkpoints)
+    many_checkpoints(root, settings.size.checkpoints)
     command = [str(Path(sys.executable).with_name("keepstep")), "ls", str(root)]
     return _median_process_s(command, max(1, settings.size.starts // 2))
 
 
-def _many_checkpoints(root: Path, count: int) -> None:
+def many_checkpoints(root: Path, count: int) -> None:
     """One checkpoint saved, the others made from it: each with a manifest and an id of its own."""
     first = Store(root).save({"model": torch.nn.Linear(8, 8)}, step=0, metrics={"val_loss": 4.0})
     for number in range(1, count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FULL", "QUICK", "SIZES", "TINY", "EveryStep", "Frozen", "Point", "Settings", "Size"]
+__all__ = ["FULL", "QUICK", "SIZES", "TINY", "EveryStep", "Frozen", "Point", "Scale", "Settings", "Size"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,14 @@ class Frozen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Two or more counts of each, rising, to see how time grows with them."""
+
+    manifests: tuple[int, ...]
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Size:
     """What is saved and loaded, and how many rounds are timed.
 
@@ -76,6 +84,7 @@ class Size:
         memory_budget_bytes: of the background save whose peak memory is measured.
         every_step: the loop that saves at every step.
         frozen: the checkpoints of a frozen base.
+        scale: how many of what is counted.
         disk_bytes: most that is on disk at a time.
     """
 
@@ -94,6 +103,7 @@ class Size:
     memory_budget_bytes: int
     every_step: EveryStep
     frozen: Frozen
+    scale: Scale
     disk_bytes: int
 
 
@@ -137,6 +147,7 @@ FULL = Size(
         ),
     ),
     frozen=Frozen(width=2048, layers=24, rank=256, checkpoints=20, peer_saves=3),
+    scale=Scale(manifests=(1_000, 4_000), tensors=(10_000, 100_000)),
     disk_bytes=12 << 30,
 )
 QUICK = Size(
@@ -164,6 +175,7 @@ QUICK = Size(
         ),
     ),
     frozen=Frozen(width=1024, layers=24, rank=128, checkpoints=20, peer_saves=2),
+    scale=Scale(manifests=(250, 1_000), tensors=(10_000, 100_000)),
     disk_bytes=4 << 30,
 )
 TINY = Size(
@@ -184,6 +196,7 @@ TINY = Size(
         width=32, layers=1, tokens=8, points=(Point(step_s=0.005, steps=2, rounds=1, peer_rounds=1),)
     ),
     frozen=Frozen(width=256, layers=8, rank=2, checkpoints=4, peer_saves=1),
+    scale=Scale(manifests=(2, 6), tensors=(100, 1_000)),
     disk_bytes=1 << 20,
 )
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 from benchmarks import __main__ as program
-from benchmarks import blocked, every_step, frozen, load, overhead, save, small_tensors
+from benchmarks import blocked, cold, every_step, frozen, load, overhead, save, scale, small_tensors
 from benchmarks.every_step import SamplesFor
+from benchmarks.methods import fsync_all
 from benchmarks.report import Bar
 from benchmarks.settings import TINY, Point, Settings
 from benchmarks.small_tensors import fitted_exponent
@@ -64,6 +66,29 @@ def test_load(settings: Settings) -> None:
     bars = bars_by_name(load.run(settings))
     assert bars["peak memory: load_into"].met
     assert bars["peak memory: store.save"].met
+
+
+def test_cold(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [bar.target for bar in cold.run(settings)] == [">= 0.8x"]
+    assert "stayed in the page cache" not in capsys.readouterr().out
+
+
+def test_files_leave_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(1 << 20))
+    assert cold.resident_share(tmp_path) == 1
+    fsync_all(tmp_path)
+    cold.drop_from_cache(tmp_path)
+    assert cold.resident_share(tmp_path) == 0
+
+
+def test_scale(settings: Settings) -> None:
+    assert len(scale.run(settings)) == 3
+
+
+def test_growth_per_ten_times_as_many() -> None:
+    assert scale.growth_per_10x({1_000: 1.0, 4_000: 4.0}) == pytest.approx(10)
+    assert scale.growth_per_10x({10: 1.0, 1_000: 10_000.0}) == pytest.approx(100)
 
 
 def test_small_tensors(settings: Settings) -> None:
