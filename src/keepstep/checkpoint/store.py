@@ -113,15 +113,6 @@ def save_directory(
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
-def _stage_at_once(save: Save) -> None:
-    """Copy with two threads: one alone does not get all that memory can give."""
-    copiers = Crew(1, "keepstep-copy")
-    try:
-        save.stage(copiers)
-    finally:
-        copiers.close()
-
-
 class Store:
     """Checkpoints of one run, in one directory: `checkpoint_0`, `checkpoint_1`, ...
 
@@ -296,7 +287,7 @@ class Store:
                     save.hold(changing)
                     future = crew.submit(lambda: self._stage_and_finish(save, staged))
                 else:
-                    _stage_at_once(save)
+                    save.stage()
                     staged.set()
                     future = crew.submit(lambda: self._finish(save))
                 self._in_flight = PendingSave(

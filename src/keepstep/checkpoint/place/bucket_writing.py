@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike, missing
 from keepstep.errors import BucketError, DamagedCheckpointError, KeepstepError, StoreBusyError, StoreError
@@ -193,18 +193,18 @@ class BucketWorkspace:
         self._written.add(key)
         self._objects.put(key, data)
 
-    def link(self, name: str, source_checkpoint: str, source_file: str, size_bytes: int) -> str | None:
-        if name != source_file:
-            raise missing(f"{source_checkpoint}/{source_file}")  # an object has one name
+    def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
+        if name != file:
+            raise missing(f"{checkpoint}/{file}")  # an object has one name
         try:
-            entry = read_manifest(BucketSource(self._objects, source_checkpoint)).files[source_file]
+            entry = read_manifest(BucketSource(self._objects, checkpoint)).files[file]
         except (DamagedCheckpointError, KeyError):
-            raise missing(f"{source_checkpoint}/{source_file}") from None
-        home = entry.within or source_checkpoint
-        key = f"{home}/{source_file}"
+            raise missing(f"{checkpoint}/{file}") from None
+        home = entry.within or checkpoint
+        key = f"{home}/{file}"
         self._linked.add(key)
         self._mine.add(key)
-        if self._objects.size(key) != size_bytes:
+        if entry.digest != committed.digest or self._objects.size(key) != committed.bytes:
             raise missing(key)
         return home
 

@@ -223,9 +223,9 @@ class Save:
                 self._held.append(Held(index, leaf.tensor, leaf.tensor._version))
         self._streams.follow()
 
-    def stage(self, copiers: Crew | None = None) -> None:
+    def stage(self) -> None:
         """Copy the state out; writing goes on behind. Call `finish` afterwards."""
-        self._discarding(lambda: self._open_and_stage(copiers))
+        self._discarding(self._open_and_stage)
 
     def seal(self) -> None:
         """Take note of what was written to since `hold`; whatever is written after this call is no concern.
@@ -263,9 +263,9 @@ class Save:
         self._writer.write()
         return self._commit()
 
-    def _open_and_stage(self, copiers: Crew | None) -> None:
+    def _open_and_stage(self) -> None:
         self.workspace.open()
-        self._writer.stage(copiers)
+        self._writer.stage()
         self._flat = Flat(tree=self._flat.tree, leaves=[])  # the live tensors are not ours any more
 
     def _drain_and_commit(self) -> Manifest:

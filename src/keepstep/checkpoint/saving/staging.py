@@ -110,6 +110,7 @@ class TensorBytes:
 
     def __init__(self, tensor: torch.Tensor, streams: SideStreams | None = None) -> None:
         self._tensor: torch.Tensor | None = tensor
+        self.bytes = tensor.nbytes
         self._streams = None if tensor.device.type == "cpu" else streams
         self._dense: torch.Tensor | None = None
         self._lock = threading.Lock()

@@ -4,8 +4,8 @@ Two ways through the same blocks:
 
 * `write`: each thread copies a block from the live tensors, hashes it while it is in the cache and
   writes it. Memory: a block a thread. The state must not change until it returns.
-* `stage` then `drain`: blocks are copied as fast as memory takes it (waiting for free ones if the state is
-  larger than the budget), the threads hash and write behind it. The state may change once `stage` returns.
+* `stage` then `drain`: blocks are copied and hashed as fast as memory takes it (waiting for free ones if the
+  state is larger than the budget), the threads write behind it. The state may change once `stage` returns.
 
 Before either, segments that an earlier checkpoint holds byte for byte are linked, not written.
 NumPy copies, xxhash and pwrite all release the GIL.
@@ -31,6 +31,7 @@ from keepstep.checkpoint.saving.layout import Layout, Placement, Segment
 from keepstep.checkpoint.saving.linking import Twin
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, Block, BlockPool, TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests
+from keepstep.checkpoint.saving.unchanged import is_unchanged
 from keepstep.files import PAGE_BYTES, SegmentFile
 
 __all__ = ["WRITER_THREADS", "SegmentWriter"]
@@ -39,9 +40,6 @@ log = logging.getLogger(__name__)
 
 _Job = tuple[int, int]
 """A block to fill: the number of its segment, and where it begins there."""
-
-_PROBES = 3
-"""So many small tensors are compared before a segment is taken for unchanged and all of it is hashed."""
 
 WRITER_THREADS = 3
 """Two keep the disk busy; the third copies and hashes meanwhile (1.2 times the disk's floor, not 1.4)."""
@@ -172,18 +170,16 @@ class SegmentWriter:
             self._running.append(self._crew.submit(lambda: self._guarded(self._copy_and_write_blocks)))
         self.drain()
 
-    def stage(self, copiers: Crew | None = None) -> None:
-        """Copy everything; hashing and writing go on behind. The tensors may change afterwards.
+    def stage(self) -> None:
+        """Copy and hash everything; writing goes on behind. The tensors may change afterwards.
 
-        Args:
-            copiers: threads that copy beside the calling one.
+        Two threads copy, this one and one of the crew: one alone does not get all that memory can give.
         """
         line = _Line(self._hand_over)
         helping: list[Future[None]] = []
         try:
             self._link_unchanged()
-            if copiers is not None:
-                helping.append(copiers.submit(lambda: self._guarded(self._copy_blocks, line)))
+            helping.append(self._crew.submit(lambda: self._guarded(self._copy_blocks, line)))
             self._guarded(self._copy_blocks, line)
             for future in helping:
                 future.result()
@@ -238,7 +234,10 @@ class SegmentWriter:
         """Link the segments whose tensors are, byte for byte, those of their twins."""
         for opened in self._segments:
             twin = self._twins.get(opened.segment.file)
-            if twin is None or not self._is_unchanged(opened.segment, twin):
+            if twin is None:
+                continue
+            sources = [self._sources[placement.index] for placement in opened.segment.placements]
+            if not is_unchanged(sources, twin.digests, self._known, self._crew):
                 continue
             try:
                 opened.within = self._workspace.link(
@@ -251,35 +250,6 @@ class SegmentWriter:
             self.digests.update(
                 (placement.index, twin.digests[n]) for n, placement in enumerate(opened.segment.placements)
             )
-
-    def _is_unchanged(self, segment: Segment, twin: Twin) -> bool:
-        """Whether all tensors are as in the twin; the smallest first, which tell of a change at no cost."""
-        order = sorted(range(len(segment.placements)), key=lambda n: segment.placements[n].bytes)
-        probes, rest = order[:_PROBES], order[_PROBES:]
-        jobs = iter(sorted(rest, key=lambda n: -segment.placements[n].bytes))
-        taking = threading.Lock()
-        different = threading.Event()
-
-        def compare(n: int) -> bool:
-            return self._sources[segment.placements[n].index].matches(twin.digests[n], self._known)
-
-        def compare_rest() -> None:
-            while not (different.is_set() or self._aborted.is_set()):
-                with taking:
-                    n = next(jobs, None)
-                if n is None:
-                    return
-                if not compare(n):
-                    different.set()
-
-        if not all(map(compare, probes)):
-            return False
-        helping = [self._crew.submit(compare_rest) for _ in range(WRITER_THREADS - 1)] if rest else []
-        compare_rest()
-        wait(helping)
-        for future in helping:
-            future.result()
-        return not different.is_set()
 
     # ----------------------------------------------------------------------------------- threads
 
@@ -328,12 +298,8 @@ class SegmentWriter:
             if job is None:
                 self._pool.release(block)
                 return
-            try:
-                self._fill(job, block)
-            except BaseException:
-                self._pool.release(block)
-                raise
-            self._hash_and_write(job, block)
+            self._copy_and_hash(job, block)
+            self._write(job, block)
 
     def _copy_blocks(self, line: _Line) -> None:
         while True:
@@ -344,17 +310,24 @@ class SegmentWriter:
             if job is None:
                 self._pool.release(block)
                 return
-            try:
-                self._fill(job, block)
-            except BaseException:
-                self._pool.release(block)
-                raise
+            self._copy_and_hash(job, block)
             line.ready(place, job, block)
 
     def _hand_over(self, job: _Job, block: Block) -> None:
-        self._running.append(self._crew.submit(lambda: self._guarded(self._hash_and_write, job, block)))
+        self._running.append(self._crew.submit(lambda: self._guarded(self._write, job, block)))
 
     # ------------------------------------------------------------------------------------ blocks
+
+    def _copy_and_hash(self, job: _Job, block: Block) -> None:
+        try:
+            if self._aborted.is_set():
+                raise Aborted
+            self._fill(job, block)
+            for piece in self._pieces(job):
+                self._hash(piece, block.view[piece.at : piece.at + piece.end - piece.begin])
+        except BaseException:
+            self._pool.release(block)
+            raise
 
     def _fill(self, job: _Job, block: Block) -> None:
         opened, begin, end = self._range(job)
@@ -362,22 +335,15 @@ class SegmentWriter:
         if begin < len(header):
             part = header[begin:end]
             block.view[: len(part)] = part
-        for piece in opened.pieces(begin, end):
+        for piece in self._pieces(job):
             source = self._sources[piece.placement.index]
             source.copy_into(
                 block.array[piece.at : piece.at + piece.end - piece.begin], piece.begin, piece.end
             )
 
-    def _hash_and_write(self, job: _Job, block: Block) -> None:
-        try:
-            if self._aborted.is_set():
-                raise Aborted
-            opened, begin, end = self._range(job)
-            for piece in opened.pieces(begin, end):
-                self._hash(piece, block.view[piece.at : piece.at + piece.end - piece.begin])
-            self._write(opened, begin, end, block)
-        finally:
-            self._pool.release(block)
+    def _pieces(self, job: _Job) -> Iterator[_Piece]:
+        opened, begin, end = self._range(job)
+        return opened.pieces(begin, end)
 
     def _range(self, job: _Job) -> tuple[_OpenSegment, int, int]:
         opened = self._segments[job[0]]
@@ -390,7 +356,13 @@ class SegmentWriter:
             self.digests[index] = digest
             self._sources[index].release()
 
-    def _write(self, opened: _OpenSegment, begin: int, end: int, block: Block) -> None:
+    def _write(self, job: _Job, block: Block) -> None:
+        try:
+            self._write_out(*self._range(job), block)
+        finally:
+            self._pool.release(block)
+
+    def _write_out(self, opened: _OpenSegment, begin: int, end: int, block: Block) -> None:
         with opened.lock:
             if self._aborted.is_set():
                 raise Aborted

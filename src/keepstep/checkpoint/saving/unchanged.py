@@ -1,0 +1,58 @@
+"""Are a segment's tensors, byte for byte, those of a committed one?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import wait
+
+from keepstep.checkpoint.saving.crew import Crew
+from keepstep.checkpoint.saving.staging import TensorBytes
+from keepstep.checkpoint.saving.tracking import KnownDigests
+
+__all__ = ["is_unchanged"]
+
+_PROBES = 3
+"""So many small tensors are compared before the rest is: of a segment that changes, one of them tells."""
+_HELPERS = 2
+
+
+def is_unchanged(
+    sources: Sequence[TensorBytes], digests: Sequence[str], known: KnownDigests, crew: Crew
+) -> bool:
+    """Compare the tensors of a segment with the digests of another.
+
+    Args:
+        sources: its tensors.
+        digests: what they have to be.
+        known: digests of memory that has not been written to.
+        crew: threads that help with hashing.
+    """
+    order = sorted(range(len(sources)), key=lambda n: sources[n].bytes)
+    if not all(sources[n].matches(digests[n], known) for n in order[:_PROBES]):
+        return False
+    rest = iter(reversed(order[_PROBES:]))
+    taking = threading.Lock()
+    different = threading.Event()
+
+    def compare() -> None:
+        try:
+            while not different.is_set():
+                with taking:
+                    n = next(rest, None)
+                if n is None:
+                    return
+                if not sources[n].matches(digests[n], known):
+                    different.set()
+        except BaseException:
+            different.set()
+            raise
+
+    helping = [crew.submit(compare) for _ in range(_HELPERS)] if len(order) > _PROBES else []
+    try:
+        compare()
+    finally:
+        wait(helping)
+    for future in helping:
+        future.result()
+    return not different.is_set()
