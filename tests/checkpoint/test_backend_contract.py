@@ -206,7 +206,7 @@ def test_linked_files_outlive_their_first_checkpoint(opened: Open, order: tuple[
     for number in (1, 2):
         workspace = backend.reserve()
         files = write(workspace, {STATE_NAME: b"{}", "head.bin": b"%d" % number})
-        within = workspace.link("base.bin", source_of(places[-1]).name, "base.bin", len(frozen))
+        within = workspace.link("base.bin", source_of(places[-1]).name, "base.bin", entry(frozen))
         workspace.commit(manifest_of(files | {"base.bin": entry(frozen, within)}, f"c{number}"))
         backend.release(workspace)
         places.append(workspace.final)
@@ -225,16 +225,17 @@ def test_only_what_is_there_can_be_linked(opened: Open) -> None:
     first = committed(backend, {"base.bin": b"12345"})
     workspace = backend.reserve()
     workspace.open()
-    for checkpoint, file, size in [
-        ("checkpoint_0", "base.bin", 6),
-        ("checkpoint_0", "other.bin", 5),
-        ("checkpoint_7", "base.bin", 5),
+    for checkpoint, file, data in [
+        ("checkpoint_0", "base.bin", b"longer"),
+        ("checkpoint_0", "base.bin", b"other"),
+        ("checkpoint_0", "other.bin", b"12345"),
+        ("checkpoint_7", "base.bin", b"12345"),
     ]:
         with pytest.raises(FileNotFoundError):
-            workspace.link(file, checkpoint, file, size)
+            workspace.link(file, checkpoint, file, entry(data))
     backend.delete(first)
     with pytest.raises(FileNotFoundError):
-        workspace.link("base.bin", "checkpoint_0", "base.bin", 5)
+        workspace.link("base.bin", "checkpoint_0", "base.bin", entry(b"12345"))
     workspace.discard()
 
 
