@@ -27,6 +27,9 @@ TORCH_FREE = [
     "keepstep.checkpoint.keeping.retention",
     "keepstep.checkpoint.keeping.scrub",
     "keepstep.checkpoint.keeping.verify",
+    "keepstep.checkpoint.mirror",
+    "keepstep.checkpoint.place.objects",
+    "keepstep.checkpoint.place.registry",
     "keepstep.cli.main",
 ]
 

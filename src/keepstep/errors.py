@@ -24,6 +24,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     ├── NoValidCheckpointError     there are checkpoints, and every one of them is damaged
     ├── MismatchError              a sound checkpoint that does not fit the live objects
     ├── RestoreError               an object's own load_state_dict, or a codec, raised
+    ├── MirrorError                a committed checkpoint could not be copied to the mirror
     ├── BackgroundSaveError        a save in the background failed; raised at the next call
     ├── RankError                  something that all ranks do together came to nothing
     │   ├── RankMissingError       ranks did not come within the time-out
@@ -51,6 +52,7 @@ __all__ = [
     "FileSizeError",
     "KeepstepError",
     "ManifestError",
+    "MirrorError",
     "MismatchError",
     "MissingFileError",
     "NoSpaceError",
@@ -299,6 +301,10 @@ def _failed(message: str, rank: int) -> RankFailedError:
 
 class RanksDifferError(RankError, StateError):
     """Ranks hold states that are not of one model: other names, dtypes or shapes; nothing was written."""
+
+
+class MirrorError(KeepstepError):
+    """A checkpoint could not be copied to the mirror; it is whole where it was committed."""
 
 
 class UsageError(KeepstepError, ValueError):

@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import obstore
 import pytest
 from tests.buckets.server import Server
 
 from keepstep import Store
+from keepstep.checkpoint.place.objects import Objects
 
 _numbers = itertools.count()
 
@@ -18,6 +20,8 @@ _numbers = itertools.count()
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("weed") / "server")
     server.start()
+    # A bucket is made by whoever owns it; this server makes one with its first object.
+    obstore.put(Objects.open("s3://tests/made", server.options())._store, "by-the-owner", b"")
     yield server
     server.kill()
 

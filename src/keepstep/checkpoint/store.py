@@ -27,6 +27,7 @@ from keepstep.checkpoint.keeping.quarantine import set_aside
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.scrub import SCRUB_BYTES_PER_S, Scrubber
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
+from keepstep.checkpoint.mirror import Mirror, pull_newest
 from keepstep.checkpoint.place.backend import Backend, Workspace
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
 from keepstep.checkpoint.place.local import LocalWorkspace
@@ -124,6 +125,12 @@ class Store:
         storage_options: for a bucket: what obstore's `from_url` takes ("endpoint", "region", "access_key_id"
             ...), "profile" (of AWS), and "timeout_s" (60), "connect_timeout_s" (5), "max_retries" (10),
             "retry_timeout_s" (120) of a request. What is not said comes from the environment.
+        mirror: the address of a place in a bucket for copies of what is committed to the directory `path`.
+            They are uploaded in the background; a machine whose directory has nothing as new takes the newest
+            from there.
+        mirror_retention: what the mirror keeps; None: the same as `retention`.
+        mirror_pending: checkpoints that may wait for their upload. If more do, the oldest that are neither
+            tagged nor pinned are not mirrored; the newest always is.
         retention: what to keep, applied after each commit; None keeps everything.
         memory_budget_bytes: most host memory for staging saves in the background, kept for the next one.
         scrub_interval_s: while this process writes to the store, verify each older checkpoint again after so
@@ -138,6 +145,9 @@ class Store:
         path: str | os.PathLike[str],
         *,
         storage_options: Mapping[str, Any] | None = None,
+        mirror: str | None = None,
+        mirror_retention: Retention | None = None,
+        mirror_pending: int = 2,
         retention: Retention | None = None,
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
         scrub_interval_s: float | None = None,
@@ -151,6 +161,10 @@ class Store:
         # A program may change its directory between two saves.
         self._root = path if is_address(path) else Path(path).absolute()
         self._storage_options = storage_options
+        if mirror is not None and not (isinstance(self._root, Path) and is_address(mirror)):
+            raise UsageError(f"mirror is {mirror!r} of {path}; expected the bucket for copies of a directory")
+        self._mirror_address, self._mirror_pending = mirror, mirror_pending
+        self._mirror_retention = mirror_retention
         self.retention = retention if retention is not None else Retention()
         self._lineage = Lineage(run=secrets.token_hex(8))
         self._start(_Engine(files, memory_budget_bytes))
@@ -162,6 +176,7 @@ class Store:
         self._one_save = threading.RLock()
         self._in_flight: PendingSave | None = None
         self._backend = self._open_backend(engine.files)
+        self.mirror = self._open_mirror(engine.files)
         self._preflight = Preflight()
         self._scrubber: Scrubber | None = None
         self._links_in_doubt = False
@@ -170,6 +185,32 @@ class Store:
         if isinstance(self._root, Path):
             return LocalBackend(files, self._root)
         return open_bucket(os.fspath(self._root), self._storage_options)
+
+    def _open_mirror(self, files: Files) -> Mirror | None:
+        if self._mirror_address is None:
+            return None
+        return Mirror(
+            self.path,
+            open_bucket(self._mirror_address, self._storage_options),
+            files=files,
+            retention=self._mirror_retention if self._mirror_retention is not None else self.retention,
+            most_pending=self._mirror_pending,
+        )
+
+    def _pull(self) -> None:
+        """Take the newest checkpoint from the mirror, if it is newer than all here.
+
+        Raises:
+            StoreError: nothing is here, and the mirror can't be read.
+        """
+        if self.mirror is None:
+            return
+        try:
+            pull_newest(self.mirror.bucket, self.path, self._engine.files, self._backend.claim)
+        except StoreError as error:
+            if not catalog.scan(self._backend):
+                raise
+            log.warning("the mirror could not be asked for a newer checkpoint: %s", error)
 
     @property
     def path(self) -> Path:
@@ -354,6 +395,8 @@ class Store:
 
     def _committed(self, path: Place, manifest: Manifest) -> Checkpoint:
         self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
+        if self.mirror is not None and isinstance(path, Path):
+            self.mirror.offer(path, manifest)
         if not self.retention.keeps_all:
             try:
                 check_committed(path, manifest)
@@ -375,8 +418,18 @@ class Store:
             StoreReadOnlyError, StoreError: the directory can't be written to.
         """
         self._backend.claim()
+        if self.mirror is not None and not self.mirror.started:
+            self._join_mirror(self.mirror)
         if self._scrub_interval_s is not None and self._scrubber is None:
             self._start_scrub(self._scrub_interval_s)
+
+    def _join_mirror(self, mirror: Mirror) -> None:
+        try:
+            if isinstance(self._backend, LocalBackend):
+                self._backend.number_floor = mirror.bucket.next_number()
+        except StoreError as error:
+            log.warning("the mirror can't be reached; training goes on without it for now: %s", error)
+        mirror.start()
 
     def _start_scrub(self, interval_s: float) -> None:
         store = weakref.ref(self)  # a thread must not keep alive what nobody uses any more
@@ -393,14 +446,17 @@ class Store:
         weakref.finalize(self, self._scrubber.stop)
 
     def close(self) -> None:
-        """Wait for the save in flight, and stop the scrub. The store can be used again; the scrub stays off.
+        """Wait for the save in flight and the mirror, and stop the scrub, which stays off.
 
         Raises:
             BackgroundSaveError: the save in flight failed.
+            MirrorError: something could not be mirrored.
         """
         if self._scrubber is not None:
             self._scrubber.stop()
         self.wait()
+        if self.mirror is not None:
+            self.mirror.wait()
 
     # ------------------------------------------------------------------------------------ finding
 
@@ -411,8 +467,10 @@ class Store:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose manifest is sound and whose files are all there and whole in size.
 
-        Damaged ones are named in a warning and passed over. Data is verified when it is loaded.
+        Damaged ones are named in a warning and passed over. Data is verified when it is loaded. If the
+        mirror has a newer one, it is brought here first.
         """
+        self._pull()
         gone = False
         for entry in reversed(catalog.scan(self._backend)):
             damage = catalog.damage_of(entry)
@@ -455,7 +513,8 @@ class Store:
         """Restore the newest valid checkpoint into live objects, falling back over damaged ones.
 
         A damaged checkpoint is named in an error log, moved aside (into `.keepstep/damaged/`, never
-        deleted), and the next older one is taken, which overwrites everything.
+        deleted), and the next older one is taken, which overwrites everything. If the mirror has a newer
+        one, it is brought here first.
 
         Returns:
             The checkpoint that was restored; None if the store holds none.
@@ -466,6 +525,7 @@ class Store:
             MismatchError, RestoreError: as for `Checkpoint.load_into`.
         """
         self.wait()
+        self._pull()
         checkpoint = restore_newest(self._backend, objects, self._set_aside)
         if checkpoint is not None:
             manifest = checkpoint.manifest

@@ -11,6 +11,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
@@ -207,6 +208,27 @@ class BucketWorkspace:
         if entry.digest != committed.digest or self._objects.size(key) != committed.bytes:
             raise missing(key)
         return home
+
+    def has(self, name: str, size_bytes: int) -> bool:
+        """Whether an earlier attempt at the same checkpoint has uploaded a file."""
+        return self._objects.size(f"{self.final.prefix}/{name}") == size_bytes
+
+    def upload_file(self, name: str, path: Path, size_bytes: int, progress: Callable[[int], None]) -> None:
+        """Upload a file of the disk; `progress` is called with the bytes read since the last call."""
+        key = f"{self.final.prefix}/{name}"
+        self._written.add(key)
+
+        def parts() -> Iterator[memoryview]:
+            with path.open("rb") as file:
+                while part := file.read(_PART_BYTES):
+                    yield memoryview(part)
+                    progress(len(part))
+
+        if size_bytes > _PART_BYTES:
+            self._objects.upload(key, parts())
+        else:
+            self._objects.put(key, path.read_bytes())
+            progress(size_bytes)
 
     def commit(self, manifest: bytes) -> None:
         """Publish. Everything named by the manifest is durable already."""

@@ -66,6 +66,8 @@ class LocalBackend:
         self.path = path
         self._files = files
         self._owned = False
+        self.number_floor = 0
+        """Numbers below this one are taken elsewhere: by the mirror."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -82,7 +84,7 @@ class LocalBackend:
 
     def next_number(self) -> int:
         seen = [number for place in (self.path, self._damaged) for number, _ in _numbered(place)]
-        return max(seen, default=-1) + 1
+        return max(self.number_floor, max(seen, default=-1) + 1)
 
     def free_bytes(self) -> int | None:
         return free_bytes(self.path)

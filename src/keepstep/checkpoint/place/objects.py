@@ -39,7 +39,7 @@ DEFAULTS: Final[Mapping[str, float]] = {
 PART_BYTES: Final = 8 << 20
 _PARTS_AT_ONCE: Final = 4
 _SECRET = re.compile(r"secret|key|token|password|sas|credential", re.IGNORECASE)
-_QUERY = re.compile(r"\?[^\s\"'<>]*")
+_QUERY = re.compile(r"(?<=[\w/])\?[^\s\"'<>]*")
 _AWS = ("s3://", "s3a://")
 _KEYS = {"access_key_id", "aws_access_key_id", "skip_signature", "aws_skip_signature", "credential_provider"}
 _ENDPOINTS = ("endpoint", "aws_endpoint", "endpoint_url", "aws_endpoint_url")
