@@ -337,7 +337,7 @@ class Mirror:
         holder = holders.get((name, entry.digest, entry.bytes))
         if holder is not None:
             with contextlib.suppress(FileNotFoundError):
-                within = workspace.link(name, holder, name, entry.bytes)
+                within = workspace.link(name, holder, name, entry)
                 self._advance(entry.bytes)
                 return replace(entry, within=within)
         if workspace.has(name, entry.bytes):  # from an attempt that was cut off

@@ -101,6 +101,10 @@ def save_directory(
         DirectoryNotOursError: it holds something else; nothing was touched.
         StateError, StoreError: see `Store.save`.
     """
+    if is_address(directory):
+        raise UsageError(
+            f"{os.fspath(directory)} is in a bucket; save there through Store(address).save(...)"
+        )
     final = Path(directory).resolve()  # a link to a directory stays a link
     description = describe(
         step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment

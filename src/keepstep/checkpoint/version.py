@@ -18,6 +18,7 @@ from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.loading.reader import Reader
 from keepstep.checkpoint.loading.restore import load_into, load_tree
 from keepstep.checkpoint.place.local import reading, replaced_path
+from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.errors import BackgroundSaveError, CheckpointNotFoundError, UsageError
 
 __all__ = ["Checkpoint", "PendingSave", "unseen_failures"]
@@ -39,12 +40,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """The checkpoint in a directory.
+        """The checkpoint in a directory, or at an address in a bucket.
 
         Raises:
             CheckpointNotFoundError: there is no such directory, or no manifest in it.
             ManifestError: the manifest is damaged.
         """
+        if is_address(path):
+            return cls._in_bucket(os.fspath(path).rstrip("/"))
         directory = Path(path)
         if not directory.exists() and replaced_path(directory).exists():
             directory = replaced_path(directory)
@@ -57,6 +60,16 @@ class Checkpoint:
                 "one checkpoint, as .../checkpoints/checkpoint_12"
             )
         return cls(directory, read_manifest(directory))
+
+    @classmethod
+    def _in_bucket(cls, address: str) -> Checkpoint:
+        store, _, name = address.rpartition("/")
+        source = open_bucket(store).at(name)
+        if not source.exists():
+            raise CheckpointNotFoundError(
+                f"there is no checkpoint at {address}; give the address of one, as s3://bucket/run/checkpoint_12"
+            )
+        return cls(source, read_manifest(source))
 
     @property
     def path(self) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -104,13 +103,15 @@ class Accelerator:
             placement=parts.placement,
             step_with_optimizer=step_scheduler_with_optimizer,
         )
-        project_path = parts.project.project_dir
+        place = parts.project.checkpoints
         self._saver = Saver(
             state=self._state,
             store=None
-            if project_path is None
+            if place is None
             else Store(
-                Path(project_path) / "checkpoints",
+                place,
+                mirror=parts.project.mirror,
+                storage_options=parts.project.storage_options,
                 retention=parts.retention,
                 scrub_interval_s=parts.policy.scrub_interval_s,
             ),

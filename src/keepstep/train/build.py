@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from keepstep.checkpoint.keeping.retention import Retention
+from keepstep.checkpoint.place.registry import is_address
 from keepstep.errors import UsageError
 from keepstep.train.config import (
     CheckpointPolicy,
@@ -169,11 +170,15 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def _place(path: str | os.PathLike[str]) -> str | Path:
+    return os.fspath(path) if is_address(path) else Path(path)
+
+
 def _project(
     project_dir: str | os.PathLike[str] | None, config: ProjectConfiguration | None
 ) -> ProjectConfiguration:
     if config is None:
-        return ProjectConfiguration(project_dir=None if project_dir is None else Path(project_dir))
+        return ProjectConfiguration(project_dir=None if project_dir is None else _place(project_dir))
     if project_dir is None or config.project_dir == project_dir:
         return config
     if config.project_dir is not None:
@@ -181,12 +186,7 @@ def _project(
             f"project_dir={os.fspath(project_dir)!r} and ProjectConfiguration(project_dir="
             f"{os.fspath(config.project_dir)!r}) differ. Leave one of them out."
         )
-    return ProjectConfiguration(
-        project_dir=Path(project_dir),
-        logging_dir=config.logging_dir,
-        automatic_checkpoint_naming=config.automatic_checkpoint_naming,
-        total_limit=config.total_limit,
-    )
+    return replace(config, project_dir=_place(project_dir))
 
 
 def _retention(project: ProjectConfiguration, policy: CheckpointPolicy | None) -> Retention:

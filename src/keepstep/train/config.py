@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.store import Staging
 from keepstep.errors import UsageError
 
@@ -124,8 +127,12 @@ class ProjectConfiguration:
     """Where a project keeps its files.
 
     Args:
-        project_dir: checkpoints go to `project_dir/checkpoints/checkpoint_N`.
-        logging_dir: for trackers; `project_dir` if None.
+        project_dir: checkpoints go to `project_dir/checkpoints/checkpoint_N`; a directory, or a place in a
+            bucket ("s3://bucket/project").
+        logging_dir: for trackers; `project_dir` if None and a directory.
+        mirror: a place in a bucket ("s3://bucket/run") for copies of the automatic checkpoints; see `Store`.
+        storage_options: how the bucket is reached; see `Store`. They may hold secrets, which is why they are
+            not shown.
         automatic_checkpoint_naming: `save_state()` numbers checkpoints by itself and ignores `output_dir`.
         total_limit: how many of the newest automatic checkpoints to keep; None keeps all.
         iteration: must be 0: numbering goes on from what is on disk.
@@ -141,6 +148,8 @@ class ProjectConfiguration:
     total_limit: int | None = None
     iteration: int = 0
     save_on_each_node: bool = False
+    mirror: str | None = None
+    storage_options: Mapping[str, Any] | None = dataclass_field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         fine = self.total_limit is None or _is_count(self.total_limit)
@@ -152,8 +161,21 @@ class ProjectConfiguration:
             "left at 0: numbering goes on from the checkpoints on disk",
         )
         _require(not self.save_on_each_node, self, "save_on_each_node", "False: there is one process")
-        if self.logging_dir is None:
+        if self.logging_dir is None and not _in_bucket(self.project_dir):
             object.__setattr__(self, "logging_dir", self.project_dir)
+
+    @property
+    def checkpoints(self) -> str | Path | None:
+        """Where automatic checkpoints go."""
+        if self.project_dir is None:
+            return None
+        if _in_bucket(self.project_dir):
+            return f"{str(self.project_dir).rstrip('/')}/checkpoints"
+        return Path(self.project_dir) / "checkpoints"
+
+
+def _in_bucket(place: str | Path | None) -> bool:
+    return place is not None and is_address(place)
 
 
 @dataclass(frozen=True, kw_only=True)

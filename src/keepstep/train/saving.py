@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from keepstep.checkpoint.store import Store, save_directory
@@ -195,7 +194,7 @@ class Saver:
                     "resume(), which returns None on a first start, or pass input_dir."
                 )
             return loaded
-        checkpoint = Checkpoint.open(Path(input_dir))
+        checkpoint = Checkpoint.open(input_dir)
 
         def load_into(objects: dict[str, Any]) -> Checkpoint:
             checkpoint.load_into(objects)

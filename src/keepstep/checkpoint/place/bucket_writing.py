@@ -205,7 +205,9 @@ class BucketWorkspace:
         key = f"{home}/{file}"
         self._linked.add(key)
         self._mine.add(key)
-        if entry.digest != committed.digest or self._objects.size(key) != committed.bytes:
+        same = (entry.digest, entry.bytes) == (committed.digest, committed.bytes)
+        if not same or self._objects.size(key) != committed.bytes:
+            self._mine.discard(key)
             raise missing(key)
         return home
 
