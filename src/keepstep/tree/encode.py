@@ -119,16 +119,10 @@ class _Flattener:
             n += 1
             address = f"{group}/{name}~{n}"
         self.addresses.add(address)
-        self.leaves.append(
-            Leaf(
-                address=address,
-                group=group,
-                name=address[len(group) + 1 :],
-                tensor=tensor.detach(),
-                frozen=bool(self.frozen) and tensor.data_ptr() in self.frozen,
-                counted=counted and not tensor.is_inference(),
-            )
-        )
+        frozen = bool(self.frozen) and tensor.data_ptr() in self.frozen
+        counted = counted and not tensor.is_inference()
+        held = tensor.detach()  # keeps the memory, should `tensor.data` be replaced meanwhile
+        self.leaves.append(Leaf(address, group, address[len(group) + 1 :], held, frozen, counted))
         return address
 
     def encode_numpy(self, value: np.ndarray[Any, Any] | np.generic, path: tuple[Any, ...]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -75,9 +75,8 @@ ALL_DTYPES: dict[str, torch.dtype] = {
 """Every dtype, by name."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Leaf:
-    """One tensor of a state.
+class Leaf(NamedTuple):
+    """One tensor of a state. A tuple, since they are made anew for each save.
 
     Attributes:
         address: unique in the state: group, "/", name.

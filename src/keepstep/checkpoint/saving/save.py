@@ -32,7 +32,7 @@ from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.staging import BlockPool, SideStreams, TensorBytes
 from keepstep.checkpoint.saving.writer import WRITER_THREADS, SegmentWriter
 from keepstep.errors import StateChangedError, UsageError
-from keepstep.tree import Flat, Leaf, flatten
+from keepstep.tree import DTYPES, Flat, Leaf, flatten
 
 __all__ = ["Description", "Lineage", "Save", "describe"]
 
@@ -307,23 +307,26 @@ class Save:
         )
 
 
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
 def _info(leaf: Leaf) -> TensorInfo:
     tensor = leaf.tensor
     hidden = tensor.is_conj() or tensor.is_neg()  # the bytes in memory are not the values
-    storage = tensor.untyped_storage()
+    memory = None if hidden else (tensor.get_device(), tensor.untyped_storage().data_ptr())
     return TensorInfo(
-        address=leaf.address,
-        group=leaf.group,
-        name=leaf.name,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        itemsize=tensor.itemsize,
-        bytes=tensor.nbytes,
-        memory=None if hidden else (tensor.get_device(), storage.data_ptr()),
-        begin=tensor.data_ptr(),
-        stride=tensor.stride(),
-        contiguous=tensor.is_contiguous(),
-        frozen=leaf.frozen,
+        leaf.address,
+        leaf.group,
+        leaf.name,
+        _DTYPE_NAMES[tensor.dtype],
+        tuple(tensor.shape),
+        tensor.itemsize,
+        tensor.nbytes,
+        memory,
+        tensor.data_ptr(),
+        tensor.stride(),
+        tensor.is_contiguous(),
+        leaf.frozen,
     )
 
 
