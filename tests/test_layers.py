@@ -30,6 +30,7 @@ TORCH_FREE = [
     "keepstep.checkpoint.mirror",
     "keepstep.checkpoint.place.objects",
     "keepstep.checkpoint.place.registry",
+    "keepstep.checkpoint.upkeep",
     "keepstep.cli.main",
 ]
 

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keepstep.checkpoint.engine import save_directory as save_directory
     from keepstep.checkpoint.keeping.retention import Retention as Retention
     from keepstep.checkpoint.store import Store as Store
-    from keepstep.checkpoint.store import save_directory as save_directory
     from keepstep.checkpoint.version import Checkpoint as Checkpoint
     from keepstep.checkpoint.version import PendingSave as PendingSave
     from keepstep.train.accelerator import Accelerator as Accelerator
@@ -32,7 +32,7 @@ _HOME_OF_NAME = {
     "Retention": "keepstep.checkpoint.keeping.retention",
     "Store": "keepstep.checkpoint.store",
     "register_codec": "keepstep.tree",
-    "save_directory": "keepstep.checkpoint.store",
+    "save_directory": "keepstep.checkpoint.engine",
     "skip_first_batches": "keepstep.train.loader",
 }
 

@@ -16,6 +16,7 @@ from keepstep.checkpoint.keeping.preflight import Preflight, to_make_room
 from keepstep.checkpoint.keeping.pruning import survey
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.directory import LocalBackend
+from keepstep.checkpoint.upkeep import Upkeep
 from keepstep.errors import StoreError
 from keepstep.files import LocalFiles, free_bytes
 
@@ -132,6 +133,7 @@ def test_a_save_makes_room_before_it_writes(tmp_path: Path) -> None:
     one = (tmp_path / "checkpoint_0" / "model.safetensors").stat().st_size
     store.retention = Retention(keep_last=2)
     store._backend = disk = Disk(tmp_path, 4 * one)
+    store._upkeep = Upkeep(disk)
     seen = []
     reserve = disk.reserve
 

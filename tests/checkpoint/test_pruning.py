@@ -147,7 +147,7 @@ def test_nothing_is_deleted_for_a_commit_that_does_not_read_back(
 
     store = filled(tmp_path, 2)
     store.retention = Retention(keep_last=1)
-    monkeypatch.setattr("keepstep.checkpoint.store.check_committed", cut)
+    monkeypatch.setattr("keepstep.checkpoint.upkeep.check_committed", cut)
     store.save(state())
     assert names(store) == ["checkpoint_0", "checkpoint_1", "checkpoint_2"]
     assert "checkpoint_2" in caplog.text

@@ -148,7 +148,7 @@ def test_what_was_found_damaged_is_not_linked_to(tmp_path: Path) -> None:
 def test_a_store_that_is_dropped_stops_its_scrub(tmp_path: Path) -> None:
     store = Store(tmp_path, scrub_interval_s=0.01)
     store.claim()
-    scrubber = store._scrubber
+    scrubber = store._upkeep._scrubber
     assert scrubber is not None
     assert scrubber._thread.is_alive()
     del store
@@ -161,7 +161,7 @@ def test_a_store_that_is_dropped_stops_its_scrub(tmp_path: Path) -> None:
 def test_no_scrub_unless_asked_for(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.claim()
-    assert store._scrubber is None
+    assert store._upkeep._scrubber is None
     with pytest.raises(UsageError, match="scrub_interval_s is 0"):
         Store(tmp_path, scrub_interval_s=0)
     with pytest.raises(UsageError, match="scrub_bytes_per_s is -1"):

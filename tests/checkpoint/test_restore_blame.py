@@ -15,7 +15,7 @@ from torch import nn
 
 from keepstep import Store
 from keepstep.checkpoint import version
-from keepstep.checkpoint.store import save_directory
+from keepstep.checkpoint.engine import save_directory
 from keepstep.errors import (
     CheckpointNotFoundError,
     DirectoryNotOursError,

@@ -17,9 +17,10 @@ import torch
 from tests.checkpoint.equality import assert_same
 from tests.checkpoint.faults import IO_ERROR, NO_PERMISSION, NO_SPACE, READ_ONLY, FaultyFiles
 
+from keepstep.checkpoint.engine import save_directory
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES
-from keepstep.checkpoint.store import Store, save_directory
+from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
     BackgroundSaveError,

@@ -23,9 +23,10 @@ import torch
 from tests.checkpoint.equality import assert_same
 from tests.crash.harness import leftovers
 
+from keepstep.checkpoint.engine import save_directory
 from keepstep.checkpoint.keeping.catalog import disk_bytes
 from keepstep.checkpoint.keeping.retention import Retention
-from keepstep.checkpoint.store import Store, save_directory
+from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import CheckpointNotFoundError, NoValidCheckpointError
 

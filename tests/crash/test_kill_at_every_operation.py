@@ -19,8 +19,9 @@ from tests.crash.harness import (
 )
 from tests.crash.tally import Tally
 
+from keepstep.checkpoint.engine import save_directory
 from keepstep.checkpoint.keeping.retention import Retention
-from keepstep.checkpoint.store import Store, save_directory
+from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import BackgroundSaveError, NoSpaceError, StoreError
 from keepstep.files import LocalFiles

@@ -27,7 +27,8 @@ TRAIN = textwrap.dedent(
     import torch
     torch.set_num_threads(1)
     from keepstep.checkpoint.keeping.retention import Retention
-    from keepstep.checkpoint.store import Store, save_directory
+    from keepstep.checkpoint.engine import save_directory
+    from keepstep.checkpoint.store import Store
     from tests.crash.test_sigkill import state
 
     root, how, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])

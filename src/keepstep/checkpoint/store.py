@@ -17,37 +17,32 @@ from typing import Any, Literal
 
 import torch
 
+from keepstep.checkpoint.engine import Engine
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
-from keepstep.checkpoint.keeping.preflight import Preflight
-from keepstep.checkpoint.keeping.pruning import check_committed, prune
-from keepstep.checkpoint.keeping.quarantine import set_aside
+from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention
-from keepstep.checkpoint.keeping.scrub import SCRUB_BYTES_PER_S, Scrubber
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.mirror import Mirror, pull_newest
-from keepstep.checkpoint.place.backend import Backend, Workspace
+from keepstep.checkpoint.place.backend import Backend
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
-from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.checkpoint.recovery import restore_newest
 from keepstep.checkpoint.saving.crew import Crew
-from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
-from keepstep.checkpoint.saving.staging import BlockPool
+from keepstep.checkpoint.upkeep import Upkeep
 from keepstep.checkpoint.version import Checkpoint, PendingSave, unseen_failures
 from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,
-    DamagedCheckpointError,
     StoreError,
     UsageError,
 )
-from keepstep.files import Files, LocalFiles
+from keepstep.files import Files
 
-__all__ = ["AWAITED_UP_TO_BYTES", "DEFAULT_MEMORY_BUDGET_BYTES", "Staging", "Store", "save_directory"]
+__all__ = ["AWAITED_UP_TO_BYTES", "DEFAULT_MEMORY_BUDGET_BYTES", "Staging", "Store"]
 
 DEFAULT_MEMORY_BUDGET_BYTES = 2 << 30
 
@@ -58,61 +53,6 @@ Staging = Literal["auto", "awaited", "overlapped"]
 """Whether the training waits until a state is copied, or goes on; see `Store.save_in_background`."""
 
 log = logging.getLogger(__name__)
-
-
-class _Engine:
-    """Reusable memory of a writer, and what it knows of the save before."""
-
-    def __init__(self, files: Files | None, memory_budget_bytes: int) -> None:
-        self.files: Files = files if files is not None else LocalFiles()
-        self.memory_budget_bytes = memory_budget_bytes
-        self.pool = BlockPool(memory_budget_bytes)
-        self.planner = Planner()
-
-    def save(self, workspace: Workspace, state: Any, description: Description, lineage: Lineage) -> Save:
-        return Save(
-            workspace=workspace,
-            planner=self.planner,
-            state=state,
-            description=description,
-            lineage=lineage,
-            pool=self.pool,
-        )
-
-
-def save_directory(
-    directory: str | os.PathLike[str],
-    state: Any,
-    *,
-    step: int | None = None,
-    epoch: int | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    tags: Sequence[str] = (),
-    pinned: bool = False,
-    environment: Mapping[str, Any] | None = None,
-    files: Files | None = None,
-) -> Checkpoint:
-    """Save one checkpoint as exactly this directory, outside any store; durable on return.
-
-    The directory may be new, empty, or an earlier keepstep checkpoint, which is then replaced in one
-    step (files that somebody else put into it stay).
-
-    Raises:
-        DirectoryNotOursError: it holds something else; nothing was touched.
-        StateError, StoreError: see `Store.save`.
-    """
-    if is_address(directory):
-        raise UsageError(
-            f"{os.fspath(directory)} is in a bucket; save there through Store(address).save(...)"
-        )
-    final = Path(directory).resolve()  # a link to a directory stays a link
-    description = describe(
-        step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
-    )
-    engine, lineage = _Engine(files, 64 << 20), Lineage(run=secrets.token_hex(8))
-    workspace = LocalWorkspace(engine.files, final, may_replace=True)
-    manifest = engine.save(workspace, state, description, lineage).write()
-    return Checkpoint(Path(directory), manifest)
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -140,7 +80,7 @@ class Store:
         scrub_interval_s: while this process writes to the store, verify each older checkpoint again after so
             many seconds, on a thread of lowest priority; damaged ones are named in an error log and set aside
             as in `load_latest_into`. None: don't.
-        scrub_bytes_per_s: how fast it reads at most.
+        scrub_bytes_per_s: how fast it reads at most; None: 50 MB/s.
         files: how the disk is changed; tests pass one that fails on purpose.
     """
 
@@ -155,13 +95,9 @@ class Store:
         retention: Retention | None = None,
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
         scrub_interval_s: float | None = None,
-        scrub_bytes_per_s: float = SCRUB_BYTES_PER_S,
+        scrub_bytes_per_s: float | None = None,
         files: Files | None = None,
     ) -> None:
-        for name, value in (("scrub_interval_s", scrub_interval_s), ("scrub_bytes_per_s", scrub_bytes_per_s)):
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value!r}; expected more than 0")
-        self._scrub_interval_s, self._scrub_bytes_per_s = scrub_interval_s, scrub_bytes_per_s
         # A program may change its directory between two saves.
         self._root = path if is_address(path) else Path(path).absolute()
         self._storage_options = storage_options
@@ -171,19 +107,19 @@ class Store:
         self._mirror_retention = mirror_retention
         self.retention = retention if retention is not None else Retention()
         self._lineage = Lineage(run=secrets.token_hex(8))
-        self._start(_Engine(files, memory_budget_bytes))
+        self._scrub = {"scrub_interval_s": scrub_interval_s, "scrub_bytes_per_s": scrub_bytes_per_s}
+        self._start(Engine(files, memory_budget_bytes))
         _stores.add(self)
 
-    def _start(self, engine: _Engine) -> None:
+    def _start(self, engine: Engine) -> None:
         """Everything that belongs to this process; a fork starts anew, without its parent's threads."""
         self._engine = engine
         self._one_save = threading.RLock()
         self._in_flight: PendingSave | None = None
         self._backend = self._open_backend(engine.files)
         self.mirror = self._open_mirror(engine.files)
-        self._preflight = Preflight()
-        self._scrubber: Scrubber | None = None
-        self._links_in_doubt = False
+        self._upkeep = Upkeep(self._backend, **self._scrub)
+        weakref.finalize(self, self._upkeep.stop)
 
     def _open_backend(self, files: Files) -> Backend:
         if isinstance(self._root, Path):
@@ -385,13 +321,12 @@ class Store:
 
     def _begin(self, state: Any, description: Description) -> Save:
         self.claim()
-        if self._links_in_doubt:  # nothing may be linked to what a scrub found damaged
-            self._links_in_doubt = False
+        if self._upkeep.found_damage():
             self._engine.planner.forget()
         workspace = self._backend.reserve()
         try:
             save = self._engine.save(workspace, state, description, self._lineage)
-            self._preflight.check(self._backend, save.bytes, self.retention)
+            self._upkeep.before_save(save.bytes, self.retention)
             return save
         except BaseException:
             self._backend.release(workspace)
@@ -401,14 +336,7 @@ class Store:
         self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
         if self.mirror is not None and isinstance(path, Path):
             self.mirror.offer(path, manifest)
-        if not self.retention.keeps_all:
-            try:
-                check_committed(path, manifest)
-                self.prune()
-            except DamagedCheckpointError as error:
-                log.error("%s was committed, but can't be relied on; nothing older was deleted", error)
-            except StoreError as error:  # the new checkpoint is whole; what could not go now goes next time
-                log.warning("old checkpoints could not be deleted: %s", error)
+        self._upkeep.after_commit(path, manifest, self.retention)
         return Checkpoint(path, manifest)
 
     def claim(self) -> None:
@@ -421,11 +349,9 @@ class Store:
             StoreBusyError: another process writes to this store.
             StoreReadOnlyError, StoreError: the directory can't be written to.
         """
-        self._backend.claim()
+        self._upkeep.claim()
         if self.mirror is not None and not self.mirror.started:
             self._join_mirror(self.mirror)
-        if self._scrub_interval_s is not None and self._scrubber is None:
-            self._start_scrub(self._scrub_interval_s)
 
     def _join_mirror(self, mirror: Mirror) -> None:
         try:
@@ -435,20 +361,6 @@ class Store:
             log.warning("the mirror can't be reached; training goes on without it for now: %s", error)
         mirror.start()
 
-    def _start_scrub(self, interval_s: float) -> None:
-        store = weakref.ref(self)  # a thread must not keep alive what nobody uses any more
-
-        def found(path: Place, report: Report) -> None:
-            if (alive := store()) is not None:
-                alive._links_in_doubt = True
-                alive._set_aside(path, "; ".join(report.problems))
-
-        self._scrubber = Scrubber(
-            self._backend, interval_s=interval_s, bytes_per_s=self._scrub_bytes_per_s, found=found
-        )
-        self._scrubber.start()
-        weakref.finalize(self, self._scrubber.stop)
-
     def close(self) -> None:
         """Wait for the save in flight and the mirror, and stop the scrub, which stays off.
 
@@ -456,8 +368,7 @@ class Store:
             BackgroundSaveError: the save in flight failed.
             MirrorError: something could not be mirrored.
         """
-        if self._scrubber is not None:
-            self._scrubber.stop()
+        self._upkeep.stop()
         self.wait()
         if self.mirror is not None:
             self.mirror.wait()
@@ -530,20 +441,12 @@ class Store:
         """
         self.wait()
         self._pull()
-        checkpoint = restore_newest(self._backend, objects, self._set_aside)
+        checkpoint = restore_newest(self._backend, objects, self._upkeep.set_aside)
         if checkpoint is not None:
             manifest = checkpoint.manifest
             self._engine.planner.adopt(checkpoint.name, manifest.files, checkpoint.tensors)
             self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
         return checkpoint
-
-    def _set_aside(self, path: Place, problem: str) -> None:
-        log.error("the checkpoint %s is damaged and is set aside: %s", path, problem)
-        try:
-            self.claim()
-            set_aside(self._backend, path)
-        except (OSError, StoreError) as refused:  # read-only, or another's: passing it over is enough
-            log.warning("%s could not be set aside: %s", path, refused)
 
     # ------------------------------------------------------------------------------------ pruning
 
@@ -592,7 +495,7 @@ def _start_anew_after_fork() -> None:
     forget_places_after_fork()
     unseen_failures.clear()
     for store in list(_stores):
-        store._start(_Engine(store._engine.files, store._engine.memory_budget_bytes))
+        store._start(Engine(store._engine.files, store._engine.memory_budget_bytes))
 
 
 os.register_at_fork(after_in_child=_start_anew_after_fork)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keepstep.checkpoint.store import Store, save_directory
+from keepstep.checkpoint.engine import save_directory
+from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint, PendingSave
 from keepstep.errors import (
     BackgroundSaveError,

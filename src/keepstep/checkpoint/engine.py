@@ -1,0 +1,76 @@
+"""What every save needs, whether it goes into a store or into a directory of its own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.place.local import LocalWorkspace
+from keepstep.checkpoint.place.registry import is_address
+from keepstep.checkpoint.saving.planner import Planner
+from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
+from keepstep.checkpoint.saving.staging import BlockPool
+from keepstep.checkpoint.version import Checkpoint
+from keepstep.errors import UsageError
+from keepstep.files import Files, LocalFiles
+
+__all__ = ["Engine", "save_directory"]
+
+
+class Engine:
+    """Reusable memory of a writer, and what it knows of the save before."""
+
+    def __init__(self, files: Files | None, memory_budget_bytes: int) -> None:
+        self.files: Files = files if files is not None else LocalFiles()
+        self.memory_budget_bytes = memory_budget_bytes
+        self.pool = BlockPool(memory_budget_bytes)
+        self.planner = Planner()
+
+    def save(self, workspace: Workspace, state: Any, description: Description, lineage: Lineage) -> Save:
+        return Save(
+            workspace=workspace,
+            planner=self.planner,
+            state=state,
+            description=description,
+            lineage=lineage,
+            pool=self.pool,
+        )
+
+
+def save_directory(
+    directory: str | os.PathLike[str],
+    state: Any,
+    *,
+    step: int | None = None,
+    epoch: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    pinned: bool = False,
+    environment: Mapping[str, Any] | None = None,
+    files: Files | None = None,
+) -> Checkpoint:
+    """Save one checkpoint as exactly this directory, outside any store; durable on return.
+
+    The directory may be new, empty, or an earlier keepstep checkpoint, which is then replaced in one
+    step (files that somebody else put into it stay).
+
+    Raises:
+        DirectoryNotOursError: it holds something else; nothing was touched.
+        StateError, StoreError: see `Store.save`.
+    """
+    if is_address(directory):
+        raise UsageError(
+            f"{os.fspath(directory)} is in a bucket; save there through Store(address).save(...)"
+        )
+    final = Path(directory).resolve()  # a link to a directory stays a link
+    description = describe(
+        step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
+    )
+    engine, lineage = Engine(files, 64 << 20), Lineage(run=secrets.token_hex(8))
+    workspace = LocalWorkspace(engine.files, final, may_replace=True)
+    manifest = engine.save(workspace, state, description, lineage).write()
+    return Checkpoint(Path(directory), manifest)

@@ -1,0 +1,101 @@
+"""What a store does beside saving and loading: room, retention, the scrub, quarantine. No torch."""
+
+from __future__ import annotations
+
+import logging
+
+from keepstep.checkpoint.format.manifest import Manifest
+from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.keeping.preflight import Preflight
+from keepstep.checkpoint.keeping.pruning import check_committed, prune
+from keepstep.checkpoint.keeping.quarantine import set_aside
+from keepstep.checkpoint.keeping.retention import Retention
+from keepstep.checkpoint.keeping.scrub import SCRUB_BYTES_PER_S, Scrubber
+from keepstep.checkpoint.keeping.verify import Report
+from keepstep.checkpoint.place.backend import Backend
+from keepstep.errors import DamagedCheckpointError, StoreError, UsageError
+
+__all__ = ["Upkeep"]
+
+log = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """Keeps the place of a store in order.
+
+    Args:
+        backend: the place.
+        scrub_interval_s: from one verification of an older checkpoint to the next, in seconds; None: never.
+        scrub_bytes_per_s: how fast the scrub reads at most; None: 50 MB/s.
+
+    Raises:
+        UsageError: a value is impossible.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        scrub_interval_s: float | None = None,
+        scrub_bytes_per_s: float | None = None,
+    ) -> None:
+        for name, value in (("scrub_interval_s", scrub_interval_s), ("scrub_bytes_per_s", scrub_bytes_per_s)):
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value!r}; expected more than 0")
+        self._interval_s = scrub_interval_s
+        self._bytes_per_s = SCRUB_BYTES_PER_S if scrub_bytes_per_s is None else scrub_bytes_per_s
+        self._backend = backend
+        self._preflight = Preflight()
+        self._scrubber: Scrubber | None = None
+        self._found_damage = False
+
+    def before_save(self, needed_bytes: int, retention: Retention) -> None:
+        """Make room for the next checkpoint as far as the rules allow, or warn."""
+        self._preflight.check(self._backend, needed_bytes, retention)
+
+    def after_commit(self, place: Place, manifest: Manifest, retention: Retention) -> None:
+        """Delete what the rules drop, if the new checkpoint can stand in for it. Never raises."""
+        if retention.keeps_all:
+            return
+        try:
+            check_committed(place, manifest)
+            prune(self._backend, retention)
+        except DamagedCheckpointError as error:
+            log.error("%s was committed, but can't be relied on; nothing older was deleted", error)
+        except StoreError as error:  # the new checkpoint is whole; what could not go now goes next time
+            log.warning("old checkpoints could not be deleted: %s", error)
+
+    def claim(self) -> None:
+        """Become the one process that writes here; the scrub begins."""
+        self._backend.claim()
+        if self._interval_s is not None and self._scrubber is None:
+            self._scrubber = Scrubber(
+                self._backend,
+                interval_s=self._interval_s,
+                bytes_per_s=self._bytes_per_s,
+                found=self._found,
+            )
+            self._scrubber.start()
+
+    def stop(self) -> None:
+        """End the scrub."""
+        if self._scrubber is not None:
+            self._scrubber.stop()
+
+    def _found(self, place: Place, report: Report) -> None:
+        self._found_damage = True
+        self.set_aside(place, "; ".join(report.problems))
+
+    def found_damage(self) -> bool:
+        """Whether the scrub found damage since this was last asked: nothing may be linked to it."""
+        found, self._found_damage = self._found_damage, False
+        return found
+
+    def set_aside(self, place: Place, problem: str) -> None:
+        """Move a damaged checkpoint out of the way, loudly; what can't be moved is passed over."""
+        log.error("the checkpoint %s is damaged and is set aside: %s", place, problem)
+        try:
+            self._backend.claim()
+            set_aside(self._backend, place)
+        except (OSError, StoreError) as refused:  # read-only, or another's: passing it over is enough
+            log.warning("%s could not be set aside: %s", place, refused)
