@@ -146,3 +146,13 @@ def test_small_states_are_copied_at_once_and_large_ones_behind(
     small.wait_staged()
     assert small.wait().verify().sound
     assert large.wait().verify().sound
+
+
+def test_what_changes_is_not_copied_twice_over_if_it_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keepstep.checkpoint.saving.save._HELD_BYTES", 1000)
+    w = torch.ones(1000)
+    pending = Store(tmp_path).save_in_background({"w": w}, staging="overlapped", changing=[w])
+    w.zero_()
+    assert_same(pending.wait().load(), {"w": torch.ones(1000)})

@@ -27,6 +27,8 @@ from keepstep.train.config import DataLoaderConfiguration, GradientAccumulationP
         ({"keep_within_s": 0}, "keep_within_s"),
         ({"scrub_interval_s": -1}, "scrub_interval_s"),
         ({"when_busy": "later"}, "when_busy"),
+        ({"staging": "sometimes"}, "staging"),
+        ({"memory_budget_bytes": 1000}, "memory_budget_bytes"),
         ({"mean_time_between_failures_s": 0}, "mean_time_between_failures_s"),
         ({"mean_time_between_failures_s": float("inf")}, "mean_time_between_failures_s"),
     ],

@@ -252,7 +252,8 @@ class Store:
                 nothing is committed, and the error names them. "auto": the one that costs less for a state of
                 this size; treat it as "overlapped".
             changing: tensors that may change at once all the same, such as buffers that a forward updates;
-                they are copied before this returns. So is all memory of NumPy's.
+                they are copied before this returns. So is all memory of NumPy's. If that comes to more than
+                128 MiB, everything is copied before this returns.
         """
         description = describe(
             step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
@@ -264,8 +265,8 @@ class Store:
             crew = Crew(1, "keepstep-commit")
             staged = threading.Event()
             try:
-                if staging == "overlapped" or (staging == "auto" and save.bytes > AWAITED_UP_TO_BYTES):
-                    save.hold(changing)
+                behind = staging == "overlapped" or (staging == "auto" and save.bytes > AWAITED_UP_TO_BYTES)
+                if behind and save.hold(changing):
                     future = crew.submit(lambda: self._stage_and_finish(save, staged))
                 else:
                     save.stage()

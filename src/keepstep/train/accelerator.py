@@ -114,6 +114,7 @@ class Accelerator:
                 storage_options=parts.project.storage_options,
                 retention=parts.retention,
                 scrub_interval_s=parts.policy.scrub_interval_s,
+                memory_budget_bytes=parts.policy.memory_budget_bytes,
             ),
             project=parts.project,
             policy=parts.policy,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from keepstep.checkpoint.place.registry import is_address
-from keepstep.checkpoint.store import Staging
+from keepstep.checkpoint.saving.staging import BLOCK_BYTES
+from keepstep.checkpoint.store import DEFAULT_MEMORY_BUDGET_BYTES, Staging
 from keepstep.errors import UsageError
 
 __all__ = [
@@ -66,6 +67,8 @@ class CheckpointPolicy:
         staging: "awaited": `checkpoint()` returns once the state is copied. "overlapped": it is copied while
             the next forward and backward run, and prepared optimizers wait for it in `step()`. "auto": the
             one that costs less for a state of its size.
+        memory_budget_bytes: most host memory that copies of the state may take; a larger state is copied in
+            waves, as its parts are written.
 
     Raises:
         UsageError: a value is impossible.
@@ -84,6 +87,7 @@ class CheckpointPolicy:
     scrub_interval_s: float | None = None
     on_error: Literal["raise", "warn"] = "raise"
     staging: Staging = "auto"
+    memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES
 
     def __post_init__(self) -> None:
         for field in ("every_n_steps", "keep_last", "keep_every_n_steps", "byte_budget"):
@@ -98,6 +102,10 @@ class CheckpointPolicy:
         _require(self.when_busy in (None, "skip", "wait"), self, "when_busy", '"skip", "wait" or None')
         self._check_failures()
         _require(self.on_error in ("raise", "warn"), self, "on_error", '"raise" or "warn"')
+        least = 2 * BLOCK_BYTES
+        budget = self.memory_budget_bytes
+        fine = _is_count(budget) and budget >= least
+        _require(fine, self, "memory_budget_bytes", f"an integer of at least {least} (two blocks)")
         _require(self.staging in get_args(Staging), self, "staging", '"auto", "awaited" or "overlapped"')
         best = self.keep_best
         fine = best is None or (

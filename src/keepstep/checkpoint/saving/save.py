@@ -148,8 +148,8 @@ class Save:
 
     * `write`: copy, write and commit; the state must not change meanwhile.
     * `stage` (the state may change afterwards), then `finish` from any thread.
-    * `hold` (what changes of itself is copied), then `stage` and `finish` from any thread; the state must not
-      change until `stage` has returned, and `finish` refuses if it did.
+    * `hold` (what changes of itself is copied, if it is not too much), then `stage` and `finish` from any
+      thread; the state must not change until `stage` has returned, and `finish` refuses if it did.
     """
 
     def __init__(
@@ -208,20 +208,29 @@ class Save:
         with collector_paused():
             return self._discarding(self._write_and_commit)
 
-    def hold(self, changing: Iterable[torch.Tensor]) -> None:
+    def hold(self, changing: Iterable[torch.Tensor]) -> bool:
         """Copy what may change before everything is staged, and take note of the rest's versions.
 
         Args:
             changing: tensors that the next forward and backward write to, such as buffers.
+
+        Returns:
+            False if that is too much to be held in memory beside the blocks; then nothing was copied, and
+            everything has to be staged at once.
         """
         memories = {_memory(tensor) for tensor in changing}
         memories |= {_memory(leaf.tensor) for leaf in self._flat.leaves if not leaf.counted}
-        for index, (leaf, source) in enumerate(zip(self._flat.leaves, self._sources, strict=True)):
-            if not leaf.counted or _memory(leaf.tensor) in memories:
+        pairs = list(zip(self._flat.leaves, self._sources, strict=True))
+        moving = [not leaf.counted or _memory(leaf.tensor) in memories for leaf, _ in pairs]
+        if sum(source.bytes for (_, source), moves in zip(pairs, moving, strict=True) if moves) > _HELD_BYTES:
+            return False
+        for index, ((leaf, source), moves) in enumerate(zip(pairs, moving, strict=True)):
+            if moves:
                 source.take_copy()
             else:
                 self._held.append(Held(index, leaf.tensor, leaf.tensor._version))
         self._streams.follow()
+        return True
 
     def stage(self) -> None:
         """Copy the state out; writing goes on behind. Call `finish` afterwards."""
@@ -306,6 +315,9 @@ class Save:
             files=entries,
         )
 
+
+_HELD_BYTES = 128 << 20
+"""Most memory for copies of what changes while the rest is staged: a save beyond that is staged at once."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
