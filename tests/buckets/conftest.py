@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("weed") / "server")
     server.start()
     # A bucket is made by whoever owns it; this server makes one with its first object.
-    obstore.put(Objects.open("s3://tests/made", server.options())._store, "by-the-owner", b"")
+    obstore.put(Objects.open("s3://tests/made", server.options())._store, "by-the-owner", bytes(1 << 20))
     yield server
     server.kill()
 

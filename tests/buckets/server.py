@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,15 +24,24 @@ READY_WITHIN_S = 60
 def free_ports(count: int) -> list[int]:
     """Ports whose companions for gRPC, 10,000 above, are free as well."""
     found: list[int] = []
+    chosen = random.Random(
+        f"{os.getpid()} {time.time_ns()}"
+    )  # not what a test has seeded: two processes would choose the same
     while len(found) < count:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if port < 50_000 and port not in found:
+        port = chosen.randrange(12_000, 22_000)
+        if port not in found and all(map(_is_free, (port, port + 10_000))):
             found.append(port)
-        elif port >= 50_000:
-            found.append(port - 20_000) if port - 20_000 not in found else None
     return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 class Server:
@@ -82,7 +92,8 @@ class Server:
                 [weed, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
                 + [f"-{name}.port={port}" for name, port in self.ports.items()]
                 + [f"-dir={self.directory / 'data'}", f"-s3.config={self.directory / 's3.json'}"]
-                + ["-master.volumeSizeLimitMB=64", "-volume.max=60"],
+                + ["-master.volumeSizeLimitMB=64", "-volume.max=60", "-master.telemetry=false"]
+                + ["-s3.port.iceberg=0", "-s3.port.lance=0"],
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,

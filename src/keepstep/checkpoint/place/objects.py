@@ -9,13 +9,14 @@ import contextlib
 import errno
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, NotSupportedError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotFoundError, NotSupportedError
 from obstore.store import MemoryStore, ObjectStore, from_url
 
 from keepstep.checkpoint.place.profile import (
@@ -38,6 +39,7 @@ DEFAULTS: Final[Mapping[str, float]] = {
 
 PART_BYTES: Final = 8 << 20
 _PARTS_AT_ONCE: Final = 4
+_UNANSWERED: Final = "error sending request"
 _SECRET = re.compile(r"secret|key|token|password|sas|credential", re.IGNORECASE)
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"'<>]*")
 _AWS = ("s3://", "s3a://")
@@ -69,10 +71,22 @@ class Objects:
         store: of obstore.
         address: to name it in messages.
         secrets: texts that no message may show.
+        max_retries: of a request that got no answer.
+        retry_timeout_s: for all of them together.
     """
 
-    def __init__(self, store: ObjectStore, address: str, secrets: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        address: str,
+        secrets: Iterable[str] = (),
+        *,
+        max_retries: int = 10,
+        retry_timeout_s: float = 120.0,
+    ) -> None:
         self.address = address
+        self._max_retries = max_retries
+        self._retry_timeout_s = retry_timeout_s
         self._store = store
         self._in_memory = isinstance(store, MemoryStore)
         self._secrets = sorted({secret for secret in secrets if len(secret) > 3}, key=len, reverse=True)
@@ -109,7 +123,13 @@ class Objects:
                 f"{address} can't be opened: {hidden}. See docs/object-stores.md for addresses and options"
             ) from None
         secrets = [str(value) for key, value in config.items() if _SECRET.search(key)]
-        return cls(store, address, [*secrets, *secrets_in_environment()])
+        return cls(
+            store,
+            address,
+            [*secrets, *secrets_in_environment()],
+            max_retries=int(limits["max_retries"]),
+            retry_timeout_s=limits["retry_timeout_s"],
+        )
 
     def __repr__(self) -> str:
         return f"Objects({self.address!r})"
@@ -166,13 +186,30 @@ class Objects:
             BucketError: it failed; whether the object is there is not known.
         """
         with self._explained("create", key):
-            try:
-                obstore.put(self._store, key, data, mode="create", use_multipart=False)
-            except AlreadyExistsError:
-                return False
-            except NotSupportedError as error:
-                raise self.refuses_create(key) from error
+            for pause_s in self._pauses():
+                try:
+                    obstore.put(self._store, key, data, mode="create", use_multipart=False)
+                except AlreadyExistsError:
+                    return False
+                except NotSupportedError as error:
+                    raise self.refuses_create(key) from error
+                except GenericError as error:
+                    # obstore does not repeat this; whoever hears False afterwards looks what is there.
+                    if pause_s is None or _UNANSWERED not in str(error):
+                        raise
+                    time.sleep(pause_s)
+                else:
+                    break
         return True
+
+    def _pauses(self) -> Iterator[float | None]:
+        """How long to wait after each failure; None after the last."""
+        deadline_s = time.monotonic() + self._retry_timeout_s
+        for attempt in range(self._max_retries):
+            if time.monotonic() > deadline_s:
+                break
+            yield min(0.1 * 2**attempt, 5.0)
+        yield None
 
     def refuses_create(self, key: str) -> BucketError:
         """The error of a server that can't write an object only if there is none."""
