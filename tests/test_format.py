@@ -11,6 +11,9 @@ import torch
 import xxhash
 
 from keepstep import Store
+from keepstep.checkpoint.format.manifest import dump_state
+from keepstep.checkpoint.saving.layout import tensor_entries
+from keepstep.checkpoint.saving.ranks import Report, Shard, layout_of, merge, plan_ranks
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "format.md"
 DIFFERS_BY_RUN = {"id", "created_at", "run", "environment", "self_digest"}
@@ -32,13 +35,29 @@ def samples_in_page() -> list[Any]:
 
 def test_the_samples_in_the_page_are_what_is_written(tmp_path: Path) -> None:
     directory = save_sample(tmp_path)
-    shown_manifest, shown_state = samples_in_page()
+    shown_manifest, shown_state, _ = samples_in_page()
     manifest = json.loads((directory / "manifest.json").read_text())
     assert list(shown_manifest) == list(manifest)
     assert list(shown_manifest["environment"]) == list(manifest["environment"])
     for member in set(manifest) - DIFFERS_BY_RUN:
         assert shown_manifest[member] == manifest[member], member
     assert shown_state == json.loads((directory / "state.json").read_text())
+
+
+def test_the_sample_of_a_sharded_tensor_is_what_two_ranks_write() -> None:
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    shards = [
+        Shard("model/head.weight", "model", "head.weight", "float32", 4, (2, 2), (row, 0), (1, 2))
+        for row in (0, 1)
+    ]
+    plan = plan_ranks([], [[shard] for shard in shards])
+    reports = []
+    for shard, (share,) in zip(shards, plan.shares, strict=True):
+        layout = layout_of([share], [shard.info], [])
+        digest = xxhash.xxh3_128_hexdigest(weight[shard.at[0]].numpy().tobytes())
+        reports.append(Report.of(tensor_entries([shard.info], layout, {0: digest}), {}, [shard]))
+    written = json.loads(dump_state(None, merge(reports)[1]))
+    assert samples_in_page()[2] == written["tensors"]
 
 
 def test_every_kind_in_the_page_is_known_and_every_known_kind_is_in_the_page() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -18,6 +19,7 @@ PUBLIC_NAMES = [
     "Retention",
     "Store",
     "__version__",
+    "dcp",
     "register_codec",
     "save_directory",
     "skip_first_batches",
@@ -44,7 +46,8 @@ def test_each_public_name_is_there_and_documented(name: str) -> None:
     assert name in dir(keepstep)
     if name != "__version__":
         assert value.__doc__
-        assert value.__module__.startswith("keepstep.")
+        home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+        assert home.startswith("keepstep.")
 
 
 def test_an_unknown_name_says_what_there_is() -> None:

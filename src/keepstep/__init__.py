@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keepstep.checkpoint import dcp as dcp
     from keepstep.checkpoint.engine import save_directory as save_directory
     from keepstep.checkpoint.keeping.retention import Retention as Retention
     from keepstep.checkpoint.store import Store as Store
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_MODULES = {"dcp": "keepstep.checkpoint.dcp"}
 _HOME_OF_NAME = {
     "Accelerator": "keepstep.train.accelerator",
     "Checkpoint": "keepstep.checkpoint.version",
@@ -36,14 +38,17 @@ _HOME_OF_NAME = {
     "skip_first_batches": "keepstep.train.loader",
 }
 
-__all__ = ["__version__", *sorted(_HOME_OF_NAME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted([*_HOME_OF_NAME, *_MODULES])]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     home = _HOME_OF_NAME.get(name)
-    if home is None:
+    if name in _MODULES:
+        value: Any = import_module(_MODULES[name])
+    elif home is not None:
+        value = getattr(import_module(home), name)
+    else:
         raise AttributeError(f"module 'keepstep' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

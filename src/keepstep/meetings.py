@@ -206,7 +206,7 @@ class _StoreMeeting:
         if isinstance(error, RankMissingError):
             news["missing"] = list(error.ranks)
         with contextlib.suppress(RankMissingError):  # no store, nobody to tell
-            self._store.set(self._made("failed"), json.dumps(news))
+            self._store.set_once(self._made("failed"), json.dumps(news))
             for step in range(max(self._step, 1), _MOST_STEPS + 1):
                 self._store.set_once(self._made(f"{step}/done"), json.dumps(news))
 

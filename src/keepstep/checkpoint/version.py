@@ -131,7 +131,7 @@ class Checkpoint:
         Raises:
             DamagedCheckpointError: it can't be read.
         """
-        return self._reader().tensors
+        return self.reader().tensors
 
     def __repr__(self) -> str:
         said = {"step": self.step, "epoch": self.epoch, **self.metrics}
@@ -156,7 +156,7 @@ class Checkpoint:
             UnsupportedTypeError: a value's codec is not registered.
         """
         with self._held():
-            return load_tree(self._reader(), only=_patterns(only), verify=verify)
+            return load_tree(self.reader(), only=_patterns(only), verify=verify)
 
     def load_into(self, objects: Any, only: str | Sequence[str] | None = None) -> None:
         """Restore live objects in place: all of it or nothing.
@@ -175,13 +175,13 @@ class Checkpoint:
                 overwritten by then. Load another checkpoint into the same objects before going on.
         """
         with self._held():
-            load_into(self._reader(), objects, only=_patterns(only))
+            load_into(self.reader(), objects, only=_patterns(only))
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         """Hold off its deletion, where a place can."""
         return reading(self.place) if isinstance(self.place, Path) else contextlib.nullcontext()
 
-    def _reader(self) -> Reader:
+    def reader(self) -> Reader:
         """What lies at the path, if it is still this checkpoint."""
         if not source_of(self.place).exists():
             raise CheckpointNotFoundError(

@@ -112,7 +112,7 @@ def _subject(found: Found, name: str | None) -> _Subject:
     damage = damage_of(entry)
     tensors = None
     try:
-        _, tensors = read_state(entry.path, manifest)
+        tensors = read_state(entry.path, manifest).tensors
     except DamagedCheckpointError as error:
         damage = damage or error.message
     names = {other.manifest.id: other.name for other in found.entries if other.manifest is not None}

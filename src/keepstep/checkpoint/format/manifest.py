@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "STATE_NAME",
+    "Chunk",
     "FileEntry",
     "Manifest",
     "TensorEntry",
@@ -29,6 +30,7 @@ __all__ = [
     "digest_of",
     "dump_manifest",
     "dump_state",
+    "stored_parts",
 ]
 
 SCHEMA_VERSION: Final = 1
@@ -122,12 +124,33 @@ class Manifest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A box of a sharded tensor, its elements stored densely.
+
+    Attributes:
+        at: where the box begins, one index for each dimension of the tensor.
+        shape: of the box.
+        file: the segment that holds it.
+        offset: from the start of the file, bytes.
+        bytes: its size.
+        digest: of its bytes.
+    """
+
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
     """Where one tensor's bytes lie.
 
     A stored tensor has `file`, `offset` (from the start of the file), `bytes` and `digest`. An alias
     has `alias_of` (the address of a stored tensor), `stride` in elements and `offset` in bytes from the
-    start of that tensor.
+    start of that tensor. A sharded tensor has `chunks`, and `bytes` of all of them.
     """
 
     dtype: str
@@ -138,6 +161,14 @@ class TensorEntry:
     digest: str | None = None
     alias_of: str | None = None
     stride: tuple[int, ...] | None = None
+    chunks: tuple[Chunk, ...] = ()
+
+
+def stored_parts(entry: TensorEntry) -> tuple[TensorEntry | Chunk, ...]:
+    """What of a tensor lies in files, each a range with a digest: itself, its chunks, nothing if an alias."""
+    if entry.chunks:
+        return entry.chunks
+    return () if entry.file is None else (entry,)
 
 
 # ------------------------------------------------------------------------------------------ write
@@ -163,21 +194,30 @@ def _metric_to_json(value: float | int | str | bool) -> Any:
     return value
 
 
-def dump_state(tree: Any, tensors: Mapping[str, TensorEntry]) -> bytes:
-    """The bytes of state.json: the tensor index, then the tree."""
+def dump_state(tree: Any, tensors: Mapping[str, TensorEntry], ranks: Sequence[Any] | None = None) -> bytes:
+    """The bytes of state.json: the tensor index, the tree, and each rank's own tree if there are such."""
     # The index as text: the garbage collector would feel the objects of a hundred thousand tensors.
     index = ",".join(f"{json.dumps(address)}:{_tensor_to_json(entry)}" for address, entry in tensors.items())
     encoded = json.dumps(tree, separators=(",", ":"), allow_nan=False)
-    return f'{{"schema":{SCHEMA_VERSION},"tensors":{{{index}}},"tree":{encoded}}}\n'.encode()
+    own = "" if ranks is None else f',"ranks":{json.dumps(ranks, separators=(",", ":"), allow_nan=False)}'
+    return f'{{"schema":{SCHEMA_VERSION},"tensors":{{{index}}},"tree":{encoded}{own}}}\n'.encode()
 
 
 def _tensor_to_json(entry: TensorEntry) -> str:
+    if entry.chunks:
+        chunks = ",".join(map(_chunk_to_json, entry.chunks))
+        return f'{{"dtype":"{entry.dtype}","shape":{_whole_numbers(entry.shape)},"chunks":[{chunks}]}}'
     node = f'{{"dtype":"{entry.dtype}","shape":{_whole_numbers(entry.shape)},"offset":{entry.offset},'
     if entry.alias_of is not None:
         return (
             f'{node}"alias_of":{json.dumps(entry.alias_of)},"stride":{_whole_numbers(entry.stride or ())}}}'
         )
     return f'{node}"file":"{entry.file}","bytes":{entry.bytes},"digest":"{entry.digest}"}}'
+
+
+def _chunk_to_json(chunk: Chunk) -> str:
+    box = f'"at":{_whole_numbers(chunk.at)},"shape":{_whole_numbers(chunk.shape)},"offset":{chunk.offset}'
+    return f'{{{box},"file":"{chunk.file}","bytes":{chunk.bytes},"digest":"{chunk.digest}"}}'
 
 
 def _whole_numbers(values: tuple[int, ...]) -> str:

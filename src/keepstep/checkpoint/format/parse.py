@@ -12,8 +12,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from keepstep.checkpoint.format.boxes import Box, problem_of_tiling
 from keepstep.checkpoint.format.manifest import (
     BLANK_DIGEST,
     CHECKPOINT_NAME,
@@ -21,21 +22,31 @@ from keepstep.checkpoint.format.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     STATE_NAME,
+    Chunk,
     FileEntry,
     Manifest,
     TensorEntry,
     digest_of,
+    stored_parts,
 )
 from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.errors import DigestError, FileSizeError, ManifestError, SchemaVersionError
 
-__all__ = ["check_files", "parse_state", "read_manifest", "read_state"]
+__all__ = ["State", "check_files", "parse_state", "read_manifest", "read_state"]
 
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_BYTES = 1 << 62
 _SELF_DIGEST = re.compile(rb'"self_digest": "([0-9a-f]{32})"\n?\}\n?\Z')
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,250}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{32}\Z")
+
+
+class State(NamedTuple):
+    """What state.json says: the tree, the tensor index by address, each rank's own tree (may be none)."""
+
+    tree: Any
+    tensors: dict[str, TensorEntry]
+    ranks: list[Any]
 
 
 class _Checker:
@@ -207,11 +218,8 @@ def check_files(place: Place, manifest: Manifest) -> None:
     source_of(place).check_files(manifest.files)
 
 
-def read_state(place: Place, manifest: Manifest) -> tuple[Any, dict[str, TensorEntry]]:
+def read_state(place: Place, manifest: Manifest) -> State:
     """Read, verify and check state.json.
-
-    Returns:
-        The tree, and the tensor index by address.
 
     Raises:
         DamagedCheckpointError: any of its kinds.
@@ -225,14 +233,14 @@ def read_state(place: Place, manifest: Manifest) -> tuple[Any, dict[str, TensorE
     return parse_state(place, data, manifest)
 
 
-def parse_state(place: Place, data: bytes, manifest: Manifest) -> tuple[Any, dict[str, TensorEntry]]:
+def parse_state(place: Place, data: bytes, manifest: Manifest) -> State:
     """Check the content of state.json against the manifest; see `read_state`."""
     check = _Checker(place, STATE_NAME)
     with check.depth():
         return _parse_state(data, manifest, check)
 
 
-def _parse_state(data: bytes, manifest: Manifest, check: _Checker) -> tuple[Any, dict[str, TensorEntry]]:
+def _parse_state(data: bytes, manifest: Manifest, check: _Checker) -> State:
     node = check.load(data)
     check.schema(node)
     if "tree" not in node:
@@ -243,7 +251,8 @@ def _parse_state(data: bytes, manifest: Manifest, check: _Checker) -> tuple[Any,
     }
     _check_coverage(tensors, manifest, check)
     _check_aliases(tensors, check)
-    return node["tree"], tensors
+    ranks = check.need(node, "ranks", list) if "ranks" in node else []
+    return State(tree=node["tree"], tensors=tensors, ranks=ranks)
 
 
 def _parse_tensor(address: str, node: Any, check: _Checker) -> TensorEntry:
@@ -253,6 +262,8 @@ def _parse_tensor(address: str, node: Any, check: _Checker) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in ITEMSIZES:
         raise check.fail(f"tensor {address!r} has the unknown dtype {dtype!r:.100}")
     shape = _parse_dimensions(node, "shape", address, check)
+    if "chunks" in node:
+        return _parse_sharded(address, node, dtype, shape, check)
     offset = check.size(node, "offset")
     if "alias_of" in node:
         stride = _parse_dimensions(node, "stride", address, check)
@@ -276,6 +287,35 @@ def _parse_tensor(address: str, node: Any, check: _Checker) -> TensorEntry:
     )
 
 
+def _parse_sharded(
+    address: str, node: Mapping[str, Any], dtype: str, shape: tuple[int, ...], check: _Checker
+) -> TensorEntry:
+    chunks = tuple(_parse_chunk(address, part, dtype, check) for part in check.need(node, "chunks", list))
+    problem = problem_of_tiling(shape, [Box(chunk.at, chunk.shape) for chunk in chunks])
+    if problem is not None or not chunks:
+        raise check.fail(f"the sharded tensor {address!r} is not whole: {problem or 'it has no chunks'}")
+    size = math.prod(shape) * ITEMSIZES[dtype]
+    return TensorEntry(dtype=dtype, shape=shape, offset=0, bytes=size, chunks=chunks)
+
+
+def _parse_chunk(address: str, node: Any, dtype: str, check: _Checker) -> Chunk:
+    if not isinstance(node, dict):
+        raise check.fail(f"a chunk of tensor {address!r} is a {type(node).__name__}")
+    shape, size = _parse_dimensions(node, "shape", address, check), check.size(node, "bytes")
+    if math.prod(shape) * ITEMSIZES[dtype] != size:
+        raise check.fail(
+            f"a chunk of tensor {address!r} of shape {list(shape)} and dtype {dtype} can't have {size} bytes"
+        )
+    return Chunk(
+        at=_parse_dimensions(node, "at", address, check),
+        shape=shape,
+        file=check.need(node, "file", str),
+        offset=check.size(node, "offset"),
+        bytes=size,
+        digest=check.digest(node, "digest"),
+    )
+
+
 def _parse_dimensions(node: Mapping[str, Any], key: str, address: str, check: _Checker) -> tuple[int, ...]:
     values = check.need(node, key, list)
     whole = len(values) <= 64 and all(type(value) is int and 0 <= value <= _MAX_BYTES for value in values)
@@ -292,13 +332,12 @@ def _check_coverage(tensors: Mapping[str, TensorEntry], manifest: Manifest, chec
         name: [] for name, entry in manifest.files.items() if entry.header_bytes is not None
     }
     for address, tensor in tensors.items():
-        if tensor.file is None:
-            continue
-        if tensor.file not in by_file:
-            raise check.fail(
-                f"tensor {address!r} lies in {tensor.file!r:.100}, which is no segment of this checkpoint"
-            )
-        by_file[tensor.file].append((tensor.offset, tensor.offset + tensor.bytes, address))
+        for part in stored_parts(tensor):
+            if part.file not in by_file:
+                raise check.fail(
+                    f"tensor {address!r} lies in {part.file!r:.100}, which is no segment of this checkpoint"
+                )
+            by_file[part.file].append((part.offset, part.offset + part.bytes, address))
     for name, ranges in by_file.items():
         position = manifest.files[name].header_bytes or 0
         for begin, end, address in sorted(ranges):

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, MutableSet
 from dataclasses import dataclass
 
 import xxhash
 
-from keepstep.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
+from keepstep.checkpoint.format.manifest import (
+    Chunk,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    combine_digests,
+    digest_of,
+    stored_parts,
+)
 from keepstep.checkpoint.format.parse import check_files, read_manifest, read_state
 from keepstep.checkpoint.format.source import OpenFile, Place, Source, source_of
 from keepstep.checkpoint.keeping.quarantine import is_refusal
@@ -17,6 +26,8 @@ from keepstep.errors import DamagedCheckpointError, DigestError, ManifestError
 __all__ = ["FileState", "Report", "verify_checkpoint"]
 
 _CHUNK_BYTES = 8 << 20
+_Stored = tuple[str, TensorEntry | Chunk]
+"""A range of bytes in a segment, and the address of the tensor it belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +77,7 @@ def verify_checkpoint(
     try:
         manifest = read_manifest(place)
         check_files(place, manifest)
-        _, tensors = read_state(place, manifest)
+        tensors = read_state(place, manifest).tensors
         if not quick:
             for problem, count in _verify_files(source_of(place), manifest, tensors, known):
                 problems += [problem] if problem else []
@@ -88,6 +99,10 @@ def _verify_files(
     known: MutableSet[FileState] | None,
 ) -> Iterator[tuple[str | None, int]]:
     """Problems found and bytes hashed, as it goes."""
+    inside: dict[str, list[_Stored]] = defaultdict(list)
+    for address, tensor in tensors.items():
+        for part in stored_parts(tensor):
+            inside[part.file or ""].append((address, part))
     for name, entry in manifest.files.items():
         file = source.open(name, entry)
         try:
@@ -95,7 +110,7 @@ def _verify_files(
             if known is not None and states <= known:
                 continue
             sound = True
-            for problem, count in _verify_file(source, file, name, entry, tensors):
+            for problem, count in _verify_file(source, file, name, entry, inside[name]):
                 sound = sound and problem is None
                 yield problem, count
                 if known is not None:
@@ -107,12 +122,11 @@ def _verify_files(
 
 
 def _verify_file(
-    source: Source, file: OpenFile, name: str, entry: FileEntry, tensors: dict[str, TensorEntry]
+    source: Source, file: OpenFile, name: str, entry: FileEntry, inside: list[_Stored]
 ) -> Iterator[tuple[str | None, int]]:
     if entry.header_bytes is None:
         yield _verify_small(file, name, entry), entry.bytes
         return
-    inside = [(address, tensor) for address, tensor in tensors.items() if tensor.file == name]
     inside.sort(key=lambda pair: (pair[1].offset, pair[1].bytes))
     yield from _verify_segment(source.place, file, name, entry, inside)
 
@@ -127,7 +141,7 @@ def _verify_small(file: OpenFile, name: str, entry: FileEntry) -> str | None:
 
 
 def _verify_segment(
-    place: Place, file: OpenFile, name: str, entry: FileEntry, inside: list[tuple[str, TensorEntry]]
+    place: Place, file: OpenFile, name: str, entry: FileEntry, inside: list[_Stored]
 ) -> Iterator[tuple[str | None, int]]:
     header = _exactly(file, 0, entry.header_bytes or 0)
     committed = [digest_of(header), *(tensor.digest or "" for _, tensor in inside)]
@@ -146,7 +160,7 @@ def _verify_segment(
             yield error.message, 0
 
 
-def _header_problem(header: bytes, name: str, inside: list[tuple[str, TensorEntry]]) -> str | None:
+def _header_problem(header: bytes, name: str, inside: list[_Stored]) -> str | None:
     """The safetensors header, which other tools read, must say the same as the index that we read."""
     try:
         entries = json.loads(header[8:])

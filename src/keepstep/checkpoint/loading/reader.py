@@ -12,17 +12,31 @@ import math
 import mmap
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
-from keepstep.checkpoint.format.manifest import FileEntry, Manifest, TensorEntry, combine_digests, digest_of
-from keepstep.checkpoint.format.parse import check_files, read_manifest, read_state
+from keepstep.checkpoint.format.manifest import (
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    combine_digests,
+    digest_of,
+    stored_parts,
+)
+from keepstep.checkpoint.format.parse import State, check_files, read_manifest, read_state
 from keepstep.checkpoint.format.source import OpenFile, Place, Source, source_of
+from keepstep.checkpoint.loading.passes import (
+    Goal,
+    Pass,
+    Scattered,
+    Target,
+    batches,
+    bytes_of,
+    compare,
+    part_target,
+    run_threads,
+)
 from keepstep.errors import (
     DamagedCheckpointError,
     DigestError,
@@ -32,25 +46,7 @@ from keepstep.errors import (
 )
 from keepstep.tree import DTYPES
 
-__all__ = ["Reader", "Target"]
-
-_PART_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a stored tensor's bytes go: a writable, dense byte array of just its size."""
-
-    address: str
-    array: np.ndarray[Any, np.dtype[np.uint8]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    target: Target
-    entry: TensorEntry
-    begin: int
-    end: int
+__all__ = ["Reader"]
 
 
 class Reader:
@@ -67,18 +63,23 @@ class Reader:
         check_files(place, self.manifest)
 
     @functools.cached_property
-    def _state(self) -> tuple[Any, dict[str, TensorEntry]]:
+    def _state(self) -> State:
         return read_state(self.place, self.manifest)
 
     @property
     def tree(self) -> Any:
         """The encoded state (see `keepstep.tree`)."""
-        return self._state[0]
+        return self._state.tree
 
     @property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """The tensor index, by address."""
-        return self._state[1]
+        return self._state.tensors
+
+    @property
+    def ranks(self) -> Sequence[Any]:
+        """The encoded state of each rank's own, by rank; empty if there was none."""
+        return self._state.ranks
 
     def entry(self, address: str) -> TensorEntry:
         """The index entry of a tensor that the tree refers to."""
@@ -105,11 +106,22 @@ class Reader:
         Raises:
             DigestError: at the first tensor whose bytes are not what was committed.
         """
-        wanted = [(target, self.entry(target.address)) for target in targets]
-        names = {entry.file for _, entry in wanted if entry.file is not None}
-        with self._open_segments(names) as files:
-            parts = _in_parts(sorted(wanted, key=lambda pair: (pair[1].file or "", pair[1].offset)))
-            _Pass(self._source, files, parts, started if started is not None else set()).run()
+        goals: list[Goal] = []
+        scattered: list[Scattered] = []
+        for target in targets:
+            entry = self.entry(target.address)
+            if target.box is None and not entry.chunks:
+                goals.append(Goal(target.address, entry, target.array))
+            else:
+                part_target(target, entry, goals, scattered)
+        begun = started if started is not None else set()
+        names = {goal.stored.file for goal in goals} | {part.goal.stored.file for part in scattered}
+        with self._open_segments(name for name in names if name is not None) as files:
+            Pass(self._source, files, goals, begun).run()
+            for batch in batches(scattered):
+                Pass(self._source, files, [part.goal for part in batch], begun).run()
+                for part in batch:
+                    part.copy()
 
     def fresh(self, addresses: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors into new CPU memory; aliases share their base's."""
@@ -142,14 +154,14 @@ class Reader:
     def mapped(self, addresses: Iterable[str], *, verify: bool) -> dict[str, torch.Tensor]:
         """Tensors as a private mapping of the files: pages are read when touched, writes stay in memory.
 
-        From a place that can't be mapped they are read whole and verified.
+        From a place that can't be mapped they are read whole and verified; so are sharded ones, anywhere.
 
         Args:
             addresses: any tensors.
             verify: hash them first, in this pass over the pages.
         """
         wanted = list(dict.fromkeys(addresses))
-        bases = list(dict.fromkeys(map(self.stored, wanted)))
+        bases = [base for base in dict.fromkeys(map(self.stored, wanted)) if not self.entry(base).chunks]
         names = {entry.file for base in bases if (entry := self.entry(base)).file is not None}
         with self._open_segments(names) as files:
             mapped = {name: file.map() for name, file in files.items()}
@@ -159,6 +171,7 @@ class Reader:
         if verify:
             self._verify_mapped(bases, maps)
         tensors = {base: _tensor_in(maps, self.entry(base)) for base in bases}
+        tensors.update(self.fresh(address for address in wanted if self.entry(address).chunks))
         return {address: self._seen_from(address, tensors[self.stored(address)]) for address in wanted}
 
     def _verify_mapped(self, bases: Sequence[str], maps: Mapping[str, mmap.mmap]) -> None:
@@ -174,9 +187,9 @@ class Reader:
                     return
                 entry = self.entry(address)
                 actual = digest_of(views[entry.file or ""][entry.offset : entry.offset + entry.bytes])
-                _compare(self.place, address, entry, actual)
+                compare(self.place, address, entry, actual)
 
-        _run_threads(work, self._source.read_threads)
+        run_threads(work, self._source.read_threads)
         for view in views.values():
             view.release()
 
@@ -196,9 +209,9 @@ class Reader:
     @functools.cached_property
     def _digests_by_file(self) -> dict[str, list[str]]:
         by_file: dict[str, list[str]] = {}
-        stored = [entry for entry in self.tensors.values() if entry.file is not None]
-        for entry in sorted(stored, key=lambda entry: (entry.offset, entry.bytes)):
-            by_file.setdefault(entry.file or "", []).append(entry.digest or "")
+        stored = [part for entry in self.tensors.values() for part in stored_parts(entry)]
+        for part in sorted(stored, key=lambda part: (part.offset, part.bytes)):
+            by_file.setdefault(part.file or "", []).append(part.digest or "")
         return by_file
 
     def _verify_header(self, name: str, file: OpenFile) -> None:
@@ -215,90 +228,6 @@ class Reader:
                 self.place,
                 f"the header of {name} (or its index) gives the digest {actual}, not {entry.digest}",
             )
-
-
-# ------------------------------------------------------------------------------------------- parts
-
-
-class _Pass:
-    """One read of many parts by several threads, verified as it goes."""
-
-    def __init__(
-        self, source: Source, files: Mapping[str, OpenFile], parts: Iterator[_Part], started: set[str]
-    ) -> None:
-        self._source = source
-        self._files = files
-        self._parts = parts
-        self._started = started
-        self._take = threading.Lock()
-        self._aborted = threading.Event()
-        self._hasher = OrderedHasher(self._aborted)
-
-    def run(self) -> None:
-        _run_threads(self._work, self._source.read_threads)
-
-    def _work(self) -> None:
-        try:
-            while not self._aborted.is_set():
-                with self._take:
-                    part = next(self._parts, None)
-                if part is None:
-                    return
-                self._read(part)
-        except BaseException:
-            self._aborted.set()
-            self._hasher.wake()
-            raise
-
-    def _read(self, part: _Part) -> None:
-        entry = part.entry
-        view = part.target.array.data[part.begin : part.end]
-        self._started.add(part.target.address)
-        self._fill(view, entry.offset + part.begin, entry.file or "")
-        digest = self._hasher.feed(part.target.address, part.begin, entry.bytes, view)
-        if digest is not None:
-            _compare(self._source.place, part.target.address, entry, digest)
-
-    def _fill(self, view: memoryview, offset: int, file: str) -> None:
-        while view:
-            try:
-                count = self._files[file].read_into(view, offset)
-            except OSError as error:
-                raise DamagedCheckpointError(
-                    self._source.place, f"{file} can't be read at byte {offset} ({error.strerror})"
-                ) from error
-            if count == 0:
-                raise FileSizeError(
-                    self._source.place, f"{file} ends at byte {offset} while it is being read"
-                )
-            view, offset = view[count:], offset + count
-
-
-def _in_parts(wanted: Sequence[tuple[Target, TensorEntry]]) -> Iterator[_Part]:
-    for target, entry in wanted:
-        if entry.bytes == 0:
-            continue
-        for begin in range(0, entry.bytes, _PART_BYTES):
-            yield _Part(target, entry, begin, min(begin + _PART_BYTES, entry.bytes))
-
-
-def _compare(place: Place, address: str, entry: TensorEntry, actual: str) -> None:
-    if actual != entry.digest:
-        raise DigestError(
-            place,
-            f"tensor {address!r} in {entry.file} "
-            f"(bytes {entry.offset} to {entry.offset + entry.bytes}) has the digest {actual}, "
-            f"but {entry.digest} was committed: the file was changed or the disk is failing",
-        )
-
-
-def _run_threads(work: Any, count: int) -> None:
-    """Run `work` in several threads; raise the first real error."""
-    with ThreadPoolExecutor(count, thread_name_prefix="keepstep-read") as threads:
-        futures = [threads.submit(work) for _ in range(count)]
-    errors = [error for future in futures if (error := future.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, Aborted)):
-        raise error
 
 
 def _open(source: Source, name: str, entry: FileEntry) -> OpenFile:
@@ -322,9 +251,3 @@ def _tensor_in(maps: Mapping[str, mmap.mmap], entry: TensorEntry) -> torch.Tenso
         return torch.empty(entry.shape, dtype=dtype)
     flat = torch.frombuffer(maps[entry.file or ""], dtype=dtype, count=count, offset=entry.offset)
     return flat.reshape(entry.shape)
-
-
-def bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The memory of a dense CPU tensor as a writable byte array."""
-    array: np.ndarray[Any, np.dtype[np.uint8]] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return array

@@ -23,7 +23,8 @@ import torch
 
 from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.loading.fit import Fit, Handed, call_load, over_untrusted, state_of
-from keepstep.checkpoint.loading.reader import Reader, Target, bytes_of
+from keepstep.checkpoint.loading.passes import Target, bytes_of
+from keepstep.checkpoint.loading.reader import Reader
 from keepstep.checkpoint.loading.sharing import Place, without_views
 from keepstep.errors import DamagedCheckpointError, RestoreError
 from keepstep.tree import address_of, inside_object, select, tensors_in, unflatten

@@ -13,13 +13,23 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from keepstep.checkpoint.format.manifest import DATA_ALIGNMENT_BYTES
+from keepstep.checkpoint.format.manifest import DATA_ALIGNMENT_BYTES, TensorEntry
 
-__all__ = ["SEGMENT_LIMIT_BYTES", "Alias", "Layout", "Placement", "Segment", "TensorInfo", "plan"]
+__all__ = [
+    "SEGMENT_LIMIT_BYTES",
+    "Alias",
+    "Layout",
+    "Placement",
+    "Segment",
+    "TensorInfo",
+    "plan",
+    "segment_of",
+    "tensor_entries",
+]
 
 SEGMENT_LIMIT_BYTES = 512 << 20
 _HEADER_LIMIT_BYTES = 48 << 20
@@ -135,7 +145,7 @@ def plan(
             for part in _split(sharing, tensors, segment_limit_bytes)
         ]
         names = _file_names(stem, len(parts))
-        group_segments = [_segment(name, part, tensors) for name, part in zip(names, parts, strict=True)]
+        group_segments = [segment_of(name, part, tensors) for name, part in zip(names, parts, strict=True)]
         segments += group_segments
         if len(parts) > 1:
             indexes[f"{stem}.safetensors.index.json"] = _index(group_segments, tensors)
@@ -287,7 +297,8 @@ def _writable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _segment(file: str, members: Iterable[int], tensors: Sequence[TensorInfo]) -> Segment:
+def segment_of(file: str, members: Iterable[int], tensors: Sequence[TensorInfo]) -> Segment:
+    """A segment of these tensors, by their numbers, in this order."""
     # Text, not nested objects: with a hundred thousand tensors the garbage collector would feel them.
     entries = ['"__metadata__":{"format":"pt"}']
     placements: list[tuple[int, int, int]] = []
@@ -316,3 +327,31 @@ def _index(segments: Sequence[Segment], tensors: Sequence[TensorInfo]) -> bytes:
     total = sum(p.bytes for segment in segments for p in segment.placements)
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(body, indent=1).encode() + b"\n"
+
+
+def tensor_entries(
+    infos: Sequence[TensorInfo], layout: Layout, digests: Mapping[int, str]
+) -> dict[str, TensorEntry]:
+    """The index of what was laid out, by address, once the digests are known."""
+    entries: dict[int, TensorEntry] = {}
+    for segment in layout.segments:
+        for placed in segment.placements:
+            info = infos[placed.index]
+            entries[placed.index] = TensorEntry(
+                dtype=info.dtype,
+                shape=info.shape,
+                offset=placed.offset,
+                file=segment.file,
+                bytes=placed.bytes,
+                digest=digests[placed.index],
+            )
+    for alias in layout.aliases:
+        info = infos[alias.index]
+        entries[alias.index] = TensorEntry(
+            dtype=info.dtype,
+            shape=info.shape,
+            offset=alias.offset,
+            alias_of=infos[alias.base].address,
+            stride=alias.stride,
+        )
+    return {infos[index].address: entries[index] for index in sorted(entries)}

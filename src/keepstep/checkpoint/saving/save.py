@@ -27,14 +27,23 @@ from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.environment import describe_environment
-from keepstep.checkpoint.saving.layout import Layout, TensorInfo
+from keepstep.checkpoint.saving.layout import Layout, TensorInfo, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.staging import BlockPool, SideStreams, TensorBytes
 from keepstep.checkpoint.saving.writer import WRITER_THREADS, SegmentWriter
 from keepstep.errors import StateChangedError, UsageError
 from keepstep.tree import DTYPES, Flat, Leaf, flatten
 
-__all__ = ["Description", "Lineage", "Save", "describe"]
+__all__ = [
+    "Content",
+    "Description",
+    "Lineage",
+    "Save",
+    "describe",
+    "info_of",
+    "publish",
+    "segment_writer",
+]
 
 _T = TypeVar("_T")
 
@@ -168,7 +177,7 @@ class Save:
         self._lineage = lineage
         with collector_paused():
             self._flat = flatten(state)
-            self._infos = [_info(leaf) for leaf in self._flat.leaves]
+            self._infos = [info_of(leaf) for leaf in self._flat.leaves]
             self._layout = planner.plan(self._infos)
         with workspace.explained():
             workspace.check()
@@ -178,21 +187,10 @@ class Save:
         self._writer = self._make_writer(pool)
 
     def _make_writer(self, pool: BlockPool) -> SegmentWriter:
-        devices = {leaf.tensor.device for leaf in self._flat.leaves if leaf.tensor.device.type != "cpu"}
-        if devices:
-            pool.pin()
-        self._streams = SideStreams(devices)
-        self._sources = [TensorBytes(leaf.tensor, self._streams) for leaf in self._flat.leaves]
-        return SegmentWriter(
-            self.workspace,
-            self._layout,
-            self._sources,
-            devices=tuple(devices),
-            twins=self._planner.twins(),
-            known=self._planner.known,
-            pool=pool,
-            crew=Crew(WRITER_THREADS, "keepstep-write"),
+        writer, self._sources, self._streams = segment_writer(
+            self.workspace, self._layout, self._flat.leaves, pool, self._planner
         )
+        return writer
 
     @property
     def bytes(self) -> int:
@@ -285,35 +283,37 @@ class Save:
         return self._commit()
 
     def _commit(self) -> Manifest:
-        entries = self._writer.file_entries()
-        small = dict(self._layout.indexes)
-        with collector_paused():
-            tensors = _tensor_entries(self._infos, self._layout, self._writer.digests)
-            small[STATE_NAME] = dump_state(self._flat.tree, tensors)
-        for name, data in small.items():
-            self.workspace.write_file(name, data)
-            entries[name] = FileEntry(bytes=len(data), digest=digest_of(data))
-        manifest = self._manifest(entries)
-        self.workspace.commit(dump_manifest(manifest))
-        self._planner.committed(source_of(self.workspace.final).name, entries, tensors)
+        files = self._writer.file_entries()
+        tensors = tensor_entries(self._infos, self._layout, self._writer.digests)
+        manifest = publish(
+            self.workspace,
+            Content(tree=self._flat.tree, tensors=tensors, files=files, small=self._layout.indexes),
+            self._description,
+            self._lineage,
+        )
+        self._planner.committed(source_of(self.workspace.final).name, manifest.files, tensors)
         return manifest
 
-    def _manifest(self, entries: Mapping[str, FileEntry]) -> Manifest:
-        said, lineage = self._description, self._lineage
-        return Manifest(
-            id=secrets.token_hex(8),
-            created_at=dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
-            step=said.step,
-            epoch=said.epoch,
-            metrics=said.metrics,
-            tags=said.tags,
-            pinned=said.pinned,
-            parent=lineage.parent,
-            run=lineage.run,
-            attempt=lineage.attempt,
-            environment={**describe_environment(), **said.environment},
-            files=entries,
-        )
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What a checkpoint consists of once its segments are written.
+
+    Attributes:
+        tree: the encoded state.
+        tensors: the index, by address.
+        files: entries of what has been written.
+        small: small files that are still to be written, by name.
+        ranks: the encoded state of each rank's own; None if there is none.
+        world_size: how many ranks saved.
+    """
+
+    tree: Any
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, FileEntry]
+    small: Mapping[str, bytes]
+    ranks: Sequence[Any] | None = None
+    world_size: int = 1
 
 
 _HELD_BYTES = 128 << 20
@@ -322,7 +322,60 @@ _HELD_BYTES = 128 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def _info(leaf: Leaf) -> TensorInfo:
+def publish(workspace: Workspace, content: Content, said: Description, lineage: Lineage) -> Manifest:
+    """Write state.json and the manifest, and commit."""
+    files = dict(content.files)
+    with collector_paused():
+        state = dump_state(content.tree, content.tensors, content.ranks)
+    for name, data in {**content.small, STATE_NAME: state}.items():
+        workspace.write_file(name, data)
+        files[name] = FileEntry(bytes=len(data), digest=digest_of(data))
+    manifest = Manifest(
+        id=secrets.token_hex(8),
+        created_at=dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+        step=said.step,
+        epoch=said.epoch,
+        metrics=said.metrics,
+        tags=said.tags,
+        pinned=said.pinned,
+        parent=lineage.parent,
+        run=lineage.run,
+        attempt=lineage.attempt,
+        environment={**describe_environment(), "world_size": content.world_size, **said.environment},
+        files=files,
+    )
+    workspace.commit(dump_manifest(manifest))
+    return manifest
+
+
+def segment_writer(
+    workspace: Workspace,
+    layout: Layout,
+    leaves: Sequence[Leaf],
+    pool: BlockPool,
+    planner: Planner,
+) -> tuple[SegmentWriter, list[TensorBytes], SideStreams]:
+    """What writes these tensors, with the sources and streams that it copies from."""
+    devices = {leaf.tensor.device for leaf in leaves if leaf.tensor.device.type != "cpu"}
+    if devices:
+        pool.pin()
+    streams = SideStreams(devices)
+    sources = [TensorBytes(leaf.tensor, streams) for leaf in leaves]
+    writer = SegmentWriter(
+        workspace,
+        layout,
+        sources,
+        devices=tuple(devices),
+        twins=planner.twins(),
+        known=planner.known,
+        pool=pool,
+        crew=Crew(WRITER_THREADS, "keepstep-write"),
+    )
+    return writer, sources, streams
+
+
+def info_of(leaf: Leaf) -> TensorInfo:
+    """What the layout has to know of a leaf."""
     tensor = leaf.tensor
     hidden = tensor.is_conj() or tensor.is_neg()  # the bytes in memory are not the values
     memory = None if hidden else (tensor.get_device(), tensor.untyped_storage().data_ptr())
@@ -340,30 +393,3 @@ def _info(leaf: Leaf) -> TensorInfo:
         tensor.is_contiguous(),
         leaf.frozen,
     )
-
-
-def _tensor_entries(
-    infos: list[TensorInfo], layout: Layout, digests: Mapping[int, str]
-) -> dict[str, TensorEntry]:
-    entries: dict[int, TensorEntry] = {}
-    for segment in layout.segments:
-        for placed in segment.placements:
-            info = infos[placed.index]
-            entries[placed.index] = TensorEntry(
-                dtype=info.dtype,
-                shape=info.shape,
-                offset=placed.offset,
-                file=segment.file,
-                bytes=placed.bytes,
-                digest=digests[placed.index],
-            )
-    for alias in layout.aliases:
-        info = infos[alias.index]
-        entries[alias.index] = TensorEntry(
-            dtype=info.dtype,
-            shape=info.shape,
-            offset=alias.offset,
-            alias_of=infos[alias.base].address,
-            stride=alias.stride,
-        )
-    return {infos[index].address: entries[index] for index in sorted(entries)}

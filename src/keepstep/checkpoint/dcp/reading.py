@@ -1,0 +1,227 @@
+"""`StorageReader`: torch.distributed.checkpoint loads from a keepstep checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import storage
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from keepstep.checkpoint.dcp.names import leaves
+from keepstep.checkpoint.format.boxes import Box
+from keepstep.checkpoint.format.manifest import Chunk, TensorEntry, stored_parts
+from keepstep.checkpoint.loading.passes import Target, bytes_of
+from keepstep.checkpoint.loading.reader import Reader
+from keepstep.checkpoint.version import Checkpoint
+from keepstep.errors import MismatchError, UsageError
+from keepstep.tree import DTYPES, tensors_in, unflatten
+
+__all__ = ["StorageReader"]
+
+
+class StorageReader(storage.StorageReader):
+    """Reads a keepstep checkpoint for `dcp.load`, whoever wrote it: `dcp.save` or `Store.save`.
+
+    Names are DCP's: the path in the state, joined by dots. Each rank reads what it needs, and verifies it: a
+    chunk has one digest, so a rank that needs a part of one reads all of it (at most 64 MiB, if it comes from
+    a sharded tensor).
+
+    Args:
+        path: the checkpoint's directory. A `checkpoint_id` given to `dcp.load` takes its place.
+
+    Raises:
+        DamagedCheckpointError: from `dcp.load`, as the cause of its CheckpointException.
+        UsageError: the planner unpickles values that are no tensors.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._reader: Reader | None = None
+        self._saved: dict[str, _Saved] = {}
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The directory."""
+        return str(self._path)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it is a directory's name, and no address of another kind."""
+        return "://" not in os.fspath(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Get ready for another load."""
+        self._reader = None
+        if checkpoint_id is not None:
+            self._path = Path(checkpoint_id)
+
+    def read_metadata(self) -> Metadata:
+        """What the checkpoint holds, in DCP's terms."""
+        self._reader = reader = Checkpoint.open(self._path).reader()
+        self._saved = {}
+        for path, node in leaves(reader.tree, ()):
+            self._saved.setdefault(".".join(map(str, path)), _Saved(path, node))
+        return Metadata(
+            state_dict_metadata={
+                fqn: _tensor_metadata(reader.entry(saved.node["$tensor"]))
+                if saved.is_tensor
+                else BytesStorageMetadata()
+                for fqn, saved in self._saved.items()
+            },
+            planner_data={fqn: saved.path for fqn, saved in self._saved.items()},
+        )
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Called by DCP on each rank."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Called by DCP on each rank."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Called by DCP on the coordinator."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Called by DCP on each rank: reads and verifies what the rank needs."""
+        if self._reader is None:
+            self.read_metadata()
+        assert self._reader is not None
+        items = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+        for batch in _in_batches(_Wanted.of(self._reader, self._saved, planner, item) for item in items):
+            self._reader.read_into([target for wanted in batch if (target := wanted.target) is not None])
+            for wanted in batch:
+                wanted.settle(self._reader, planner)
+        self._set_objects([item for item in plan.items if item.type == LoadItemType.BYTE_IO], planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _set_objects(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
+        assert self._reader is not None
+        nodes = {item.dest_index.fqn: self._saved[item.storage_index.fqn].node for item in items}
+        tensors = self._reader.fresh(address for node in nodes.values() for address in tensors_in(node))
+        for fqn, node in nodes.items():
+            _set_object(planner, fqn, unflatten(node, tensors.__getitem__))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Saved:
+    """A leaf of the saved state, as DCP counts leaves."""
+
+    path: tuple[Any, ...]
+    node: Any
+
+    @property
+    def is_tensor(self) -> bool:
+        return type(self.node) is dict and "$tensor" in self.node
+
+
+def _tensor_metadata(entry: TensorEntry) -> TensorStorageMetadata:
+    boxes = [
+        (part.at, part.shape) if isinstance(part, Chunk) else ((0,) * len(entry.shape), entry.shape)
+        for part in stored_parts(entry) or (entry,)
+    ]
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=DTYPES[entry.dtype]),
+        size=torch.Size(entry.shape),
+        chunks=[ChunkStorageMetadata(offsets=torch.Size(at), sizes=torch.Size(shape)) for at, shape in boxes],
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Some elements of a saved tensor, and the live tensor that takes them."""
+
+    item: ReadItem
+    live: torch.Tensor
+    address: str
+    box: Box
+    memory: torch.Tensor | None
+    """Host memory to read into: the live tensor's own, or other; None for an alias, read by itself."""
+
+    @classmethod
+    def of(cls, reader: Reader, saved: Mapping[str, _Saved], planner: LoadPlanner, item: ReadItem) -> _Wanted:
+        live = planner.resolve_tensor(item).detach()
+        address = saved[item.storage_index.fqn].node["$tensor"]
+        entry = reader.entry(address)
+        begin = item.storage_index.offset or (0,) * len(entry.shape)
+        at = tuple(map(sum, zip(begin, item.storage_offsets, strict=True)))
+        box = Box(at, tuple(item.lengths))
+        if tuple(live.shape) != box.shape:
+            raise MismatchError(
+                f"{item.dest_index.fqn}: {list(box.shape)} elements of the checkpoint at {list(at)} were to "
+                f"go into a tensor of shape {list(live.shape)}"
+            )
+        dtype = DTYPES[entry.dtype]
+        dense = live.device.type == "cpu" and live.is_contiguous() and not (live.is_conj() or live.is_neg())
+        memory = None
+        if entry.alias_of is None:
+            memory = live if dense and live.dtype == dtype else torch.empty(box.shape, dtype=dtype)
+        return cls(item, live, address, box, memory)
+
+    @property
+    def target(self) -> Target | None:
+        return None if self.memory is None else Target(self.address, bytes_of(self.memory), self.box)
+
+    def settle(self, reader: Reader, planner: LoadPlanner) -> None:
+        if self.memory is None:
+            view = reader.fresh([self.address])[self.address]
+            for dimension, (begin, size) in enumerate(zip(self.box.at, self.box.shape, strict=True)):
+                view = view.narrow(dimension, begin, size)
+            self.live.copy_(view)
+        elif self.memory is not self.live:
+            self.live.copy_(self.memory)
+        planner.commit_tensor(self.item, self.live)
+
+
+_BATCH_BYTES = 256 << 20
+
+
+def _in_batches(wanted: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
+    """As many at a time as other memory than the live tensors' takes 256 MiB."""
+    batch: list[_Wanted] = []
+    extra = 0
+    for one in wanted:
+        batch.append(one)
+        extra += 0 if one.memory is None or one.memory is one.live else one.memory.nbytes
+        if extra >= _BATCH_BYTES:
+            yield batch
+            batch, extra = [], 0
+    if batch:
+        yield batch
+
+
+def _set_object(planner: LoadPlanner, fqn: str, value: Any) -> None:
+    """Set a value that is no tensor: `load_bytes` would unpickle it."""
+    default = DefaultLoadPlanner
+    if not (isinstance(planner, default) and type(planner).load_bytes is default.load_bytes):
+        raise UsageError(
+            f"{fqn!r} is no tensor, and {type(planner).__name__} takes such values as bytes of its own "
+            "making only. keepstep keeps them as typed JSON, never as pickled bytes: use DefaultLoadPlanner "
+            "(a subclass may override all but load_bytes), or leave them out of the state dict to load"
+        )
+    if not planner.flatten_state_dict:
+        planner.state_dict[fqn] = value
+        return
+    container: Any = planner.original_state_dict
+    *path, last = planner.mappings[fqn]
+    for key in path:
+        container = container[key]
+    container[last] = value

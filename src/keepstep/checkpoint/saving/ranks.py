@@ -1,0 +1,402 @@
+"""Which rank writes what: a pure function of what each rank holds.
+
+Tensors that every rank holds are split between the ranks, balanced by bytes, so that each is written once.
+Shards are written by a rank that holds them, cut along their first dimension into chunks of at most 64 MiB:
+a chunk has one digest, so whoever needs a part of it later reads all of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from keepstep.checkpoint.format.boxes import Box, problem_of_tiling
+from keepstep.checkpoint.format.manifest import Chunk, FileEntry, TensorEntry
+from keepstep.checkpoint.saving.layout import Alias, Layout, TensorInfo, plan, segment_of
+from keepstep.errors import RanksDifferError
+
+__all__ = [
+    "CHUNK_BYTES",
+    "SHARE_BYTES",
+    "Plan",
+    "Report",
+    "Shard",
+    "Share",
+    "differences",
+    "lay_out",
+    "layout_of",
+    "merge",
+    "plan_ranks",
+]
+
+CHUNK_BYTES = 64 << 20
+SHARE_BYTES = 16 << 20
+"""A group is split between no more ranks than have so much of it to write each."""
+
+
+class Shard(NamedTuple):
+    """A box of a tensor that a rank holds.
+
+    Attributes:
+        address, group, name, dtype, itemsize: see `TensorInfo`.
+        whole: shape of the whole tensor.
+        at: where the box begins.
+        shape: of the box.
+    """
+
+    address: str
+    group: str
+    name: str
+    dtype: str
+    itemsize: int
+    whole: tuple[int, ...]
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """Where the box begins, as it is put behind names: "@8,0"; nothing if it is the whole tensor."""
+        if self.shape == self.whole:
+            return ""
+        return f"@{','.join(map(str, self.at))}"
+
+    @property
+    def info(self) -> TensorInfo:
+        """The box as a tensor to lay out."""
+        return TensorInfo(
+            address=self.address + self.label,
+            group=self.group,
+            name=self.name + self.label,
+            dtype=self.dtype,
+            shape=self.shape,
+            itemsize=self.itemsize,
+            bytes=math.prod(self.shape) * self.itemsize,
+        )
+
+    def pieces(self, most_bytes: int = CHUNK_BYTES) -> list[Shard]:
+        """The box cut along its first dimension; a whole tensor stays whole, an empty box gives none."""
+        if self.shape == self.whole:
+            return [self]
+        if not math.prod(self.shape):
+            return []
+        row_bytes = math.prod(self.shape[1:]) * self.itemsize
+        rows = max(1, most_bytes // row_bytes)
+        return [
+            self._replace(
+                at=(self.at[0] + begin, *self.at[1:]),
+                shape=(min(rows, self.shape[0] - begin), *self.shape[1:]),
+            )
+            for begin in range(0, self.shape[0], rows)
+        ]
+
+
+class Share(NamedTuple):
+    """One file that a rank writes: tensors by their number among those the rank holds."""
+
+    file: str
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Who writes what.
+
+    Attributes:
+        shares: for each rank its files. Numbers below the number of replicated tensors are those, numbers
+            above count the rank's own pieces of shards.
+        aliases: replicated tensors that share memory with others.
+        indexes: the small `*.index.json` files, which rank 0 writes.
+    """
+
+    shares: Sequence[Sequence[Share]]
+    aliases: tuple[Alias, ...]
+    indexes: Mapping[str, bytes]
+
+
+def plan_ranks(
+    replicated: Sequence[TensorInfo],
+    pieces: Sequence[Sequence[Shard]],
+    *,
+    labels: Sequence[int] = (),
+) -> Plan:
+    """Decide for all ranks. Deterministic: same arguments, same plan.
+
+    Args:
+        replicated: what every rank holds.
+        pieces: for each rank, the pieces of shards that it holds.
+        labels: of the replicated tensors, see `layout.plan`.
+
+    Raises:
+        RanksDifferError: the ranks' shards don't make up whole tensors.
+    """
+    size = len(pieces)
+    loads = [0] * size
+    owned = _own_pieces(pieces, loads)
+    owners = _split(replicated, loads)
+    infos = [*replicated, *(pieces[rank][number].info for rank, number in owned)]
+    numbers = [*range(len(replicated)), *(len(replicated) + number for _, number in owned)]
+    owners += [rank for rank, _ in owned]
+    kinds = [*labels, *([0] * (len(infos) - len(labels)))]
+    sticky = [kind * size + owner for kind, owner in zip(kinds, owners, strict=True)]
+    found = lay_out(infos, owners, size, labels=sticky, sharded=range(len(replicated), len(infos)))
+    shares = [
+        [Share(share.file, tuple(numbers[member] for member in share.members)) for share in of_rank]
+        for of_rank in found.shares
+    ]
+    return Plan(shares=shares, aliases=found.aliases, indexes=found.indexes)
+
+
+def lay_out(
+    infos: Sequence[TensorInfo],
+    owners: Sequence[int],
+    size: int,
+    *,
+    labels: Sequence[int],
+    sharded: Container[int],
+) -> Plan:
+    """Files for tensors whose writers are known.
+
+    Args:
+        infos: of all that is stored; members of the shares are numbers into it.
+        owners: the rank that writes each.
+        size: how many ranks there are.
+        labels: tensors of different labels don't share a file; those of one label have one owner.
+        sharded: which of them are pieces of a larger tensor. Loaders that go by an index file look for
+            whole tensors, so a group with pieces gets none.
+    """
+    layout = plan(infos, labels)
+    shares: list[list[Share]] = [[] for _ in range(size)]
+    in_pieces = set()
+    for segment in layout.segments:
+        members = tuple(placement.index for placement in segment.placements)
+        shares[owners[members[0]]].append(Share(segment.file, members))
+        if any(member in sharded for member in members):
+            in_pieces.add(segment.file)
+    indexes = {
+        name: data
+        for name, data in layout.indexes.items()
+        if in_pieces.isdisjoint(json.loads(data)["weight_map"].values())
+    }
+    return Plan(shares=shares, aliases=layout.aliases, indexes=indexes)
+
+
+def layout_of(shares: Iterable[Share], infos: Sequence[TensorInfo], own: Sequence[TensorInfo]) -> Layout:
+    """What one rank writes: its shares, then tensors that no other rank has; those are numbered behind."""
+    segments = [segment_of(share.file, share.members, infos) for share in shares]
+    count, theirs = len(infos), plan(own)
+    both = [*infos, *own]
+    segments += [
+        segment_of(segment.file, [count + placed.index for placed in segment.placements], both)
+        for segment in theirs.segments
+    ]
+    aliases = [replace(alias, index=count + alias.index, base=count + alias.base) for alias in theirs.aliases]
+    return Layout(segments=tuple(segments), aliases=tuple(aliases), indexes=theirs.indexes)
+
+
+def _own_pieces(pieces: Sequence[Sequence[Shard]], loads: list[int]) -> list[tuple[int, int]]:
+    """For each distinct piece a rank that holds it, and its number there; the least loaded of several."""
+    holders: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
+    tensors: dict[str, list[Shard]] = defaultdict(list)
+    for rank, held in enumerate(pieces):
+        for number, piece in enumerate(held):
+            key = (piece.address, piece.at, piece.shape)
+            if key not in holders:
+                tensors[piece.address].append(piece)
+            holders[key].append((rank, number))
+    for address, boxes in tensors.items():
+        whole = boxes[0].whole
+        problem = problem_of_tiling(whole, [Box(box.at, box.shape) for box in boxes])
+        if problem is not None:
+            raise RanksDifferError(
+                f"the shards of {address!r} (shape {list(whole)}) that {len(pieces)} ranks hold don't make "
+                f"up the tensor: {problem}. Every rank that holds a shard has to take part: give the store "
+                "the world of all of them, Store(path, world=Ranks())"
+            )
+    owned = []
+    for holding in sorted(holders.values(), key=len):
+        rank, number = min(holding, key=lambda holder: (loads[holder[0]], holder[0]))
+        loads[rank] += pieces[rank][number].info.bytes
+        owned.append((rank, number))
+    return sorted(owned)
+
+
+def _split(tensors: Sequence[TensorInfo], loads: list[int]) -> list[int]:
+    """A rank for each tensor: the largest first, each to the rank that has least so far."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        groups[tensor.group].append(index)
+    owners = [0] * len(tensors)
+    for members in groups.values():
+        total = sum(tensors[index].bytes for index in members)
+        count = min(len(loads), max(1, -(-total // SHARE_BYTES)))
+        least = [
+            (loads[rank], rank) for rank in heapq.nsmallest(count, range(len(loads)), key=loads.__getitem__)
+        ]
+        heapq.heapify(least)
+        for index in sorted(members, key=lambda index: -tensors[index].bytes):
+            load, rank = least[0]
+            owners[index] = rank
+            loads[rank] = load + tensors[index].bytes
+            heapq.heapreplace(least, (loads[rank], rank))
+    return owners
+
+
+# ---------------------------------------------------------------------------------------- reports
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What one rank wrote.
+
+    Attributes:
+        files: its files.
+        tensors: index entries of whole tensors, by address.
+        chunks: of sharded tensors: address, dtype, shape of the whole, and the chunk.
+        tree: the rank's own state (see `keepstep.tree`), None if it has none.
+    """
+
+    files: Mapping[str, FileEntry]
+    tensors: Mapping[str, TensorEntry]
+    chunks: Sequence[tuple[str, str, tuple[int, ...], Chunk]]
+    tree: Any = None
+
+    def dump(self) -> bytes:
+        """The report as JSON."""
+        files = {name: [entry.bytes, entry.digest, entry.header_bytes] for name, entry in self.files.items()}
+        tensors = {
+            address: {key: value for key, value in asdict(entry).items() if value is not None}
+            for address, entry in self.tensors.items()
+        }
+        chunks = [(address, dtype, whole, asdict(chunk)) for address, dtype, whole, chunk in self.chunks]
+        return json.dumps({"files": files, "tensors": tensors, "chunks": chunks, "tree": self.tree}).encode()
+
+    @classmethod
+    def of(
+        cls,
+        entries: Mapping[str, TensorEntry],
+        files: Mapping[str, FileEntry],
+        shards: Iterable[Shard],
+        tree: Any = None,
+    ) -> Report:
+        """Tell chunks of larger tensors from whole ones.
+
+        Args:
+            entries: of all that was written, pieces of shards under `Shard.info`'s address.
+            files: that were written.
+            shards: the pieces of shards that the rank holds.
+            tree: the rank's own state.
+        """
+        tensors, chunks = dict(entries), []
+        for shard in shards:
+            entry = tensors.pop(shard.info.address, None)
+            if entry is not None:
+                chunk = Chunk(
+                    at=shard.at,
+                    shape=shard.shape,
+                    file=entry.file or "",
+                    offset=entry.offset,
+                    bytes=entry.bytes,
+                    digest=entry.digest or "",
+                )
+                chunks.append((shard.address, shard.dtype, shard.whole, chunk))
+        return cls(files=files, tensors=tensors, chunks=chunks, tree=tree)
+
+    @classmethod
+    def load(cls, data: bytes) -> Report:
+        """The report that `dump` wrote."""
+        node = json.loads(data)
+        return cls(
+            files={
+                name: FileEntry(bytes=size, digest=digest, header_bytes=header)
+                for name, (size, digest, header) in node["files"].items()
+            },
+            tensors={address: TensorEntry(**_tuples(entry)) for address, entry in node["tensors"].items()},
+            chunks=[
+                (address, dtype, tuple(whole), Chunk(**_tuples(chunk)))
+                for address, dtype, whole, chunk in node["chunks"]
+            ],
+            tree=node["tree"],
+        )
+
+
+def _tuples(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in node.items()}
+
+
+def merge(
+    reports: Sequence[Report], order: Sequence[str] = ()
+) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
+    """The files and the tensor index of a whole checkpoint.
+
+    Args:
+        reports: of all ranks.
+        order: addresses in the order in which they are to be listed; others follow.
+    """
+    files: dict[str, FileEntry] = {}
+    tensors: dict[str, TensorEntry] = {}
+    chunks: dict[tuple[str, str, tuple[int, ...]], list[Chunk]] = defaultdict(list)
+    for report in reports:
+        files.update(report.files)
+        tensors.update(report.tensors)
+        for address, dtype, whole, chunk in report.chunks:
+            chunks[address, dtype, whole].append(chunk)
+    for (address, dtype, whole), of_tensor in chunks.items():
+        first = of_tensor[0]
+        tensors[address] = (
+            TensorEntry(
+                dtype=dtype,
+                shape=whole,
+                offset=first.offset,
+                file=first.file,
+                bytes=first.bytes,
+                digest=first.digest,
+            )
+            if first.shape == whole
+            else TensorEntry(
+                dtype=dtype,
+                shape=whole,
+                offset=0,
+                bytes=sum(chunk.bytes for chunk in of_tensor),
+                chunks=tuple(sorted(of_tensor, key=lambda chunk: chunk.at)),
+            )
+        )
+    listed = {address: tensors[address] for address in order if address in tensors}
+    return dict(sorted(files.items())), {**listed, **tensors}
+
+
+# ------------------------------------------------------------------------------------ differences
+
+
+def differences(described: Sequence[Sequence[Sequence[Any]]], most: int = 3) -> str | None:
+    """In words, how ranks' tensors differ from rank 0's; None if they don't.
+
+    Args:
+        described: for each rank, for each tensor: address, dtype, shape, and what else must agree.
+        most: so many differences are spelled out for each rank.
+    """
+    first = {entry[0]: list(entry[1:]) for entry in described[0]}
+    lines = []
+    for rank, entries in enumerate(described):
+        other = {entry[0]: list(entry[1:]) for entry in entries}
+        if other == first:
+            continue
+        found = [f"{address} is only on rank 0" for address in first if address not in other]
+        found += [f"{address} is only on rank {rank}" for address in other if address not in first]
+        found += [
+            f"{address} is {_said(other[address])} on rank {rank}, {_said(entry)} on rank 0"
+            for address, entry in first.items()
+            if address in other and other[address] != entry
+        ]
+        more = f"; and {len(found) - most} more" if len(found) > most else ""
+        lines.append(f"  rank {rank}: {'; '.join(found[:most])}{more}")
+    return "\n".join(lines[:10]) or None
+
+
+def _said(entry: Sequence[Any]) -> str:
+    dtype, shape, *rest = entry
+    return f"{dtype}{list(shape)}" + "".join(f" ({word})" for word in rest if word)
