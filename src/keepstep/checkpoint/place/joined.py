@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import stat
 from pathlib import Path
 
+from keepstep.checkpoint.format.manifest import FileEntry
 from keepstep.checkpoint.place.local import explained
 from keepstep.files import Files, SegmentFile
 
@@ -49,13 +48,11 @@ class JoinedWorkspace:
     def write_file(self, name: str, data: bytes) -> None:
         self._files.write_file(self.path / name, data)
 
-    def link(self, name: str, source_checkpoint: str, source_file: str, size_bytes: int) -> str | None:
-        source = self.final.parent / source_checkpoint / source_file
-        found = os.stat(source, follow_symlinks=False)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size_bytes:
-            raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
-        self._files.link(source, self.path / name)
-        return None
+    def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
+        """Never: what many ranks save is written anew each time."""
+        raise FileNotFoundError(
+            errno.ENOENT, "ranks link nothing", str(self.final.parent / checkpoint / file)
+        )
 
     def commit(self, manifest: bytes) -> None:
         """Nothing: rank 0 commits."""
