@@ -138,7 +138,7 @@ class _LocalFile:
 class LocalSource:
     """A checkpoint directory on a file system."""
 
-    read_threads = 2
+    read_threads = 4  # while some copy and hash, others keep the disk busy: see decision 0013
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
