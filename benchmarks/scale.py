@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.overhead import many_checkpoints
-from benchmarks.report import Bar, at_most, show_table, status
+from benchmarks.report import Bar, at_most, note, show_table, status
 from benchmarks.settings import Settings
+from benchmarks.simulated import SimulatedRanks
 from keepstep.checkpoint.collector import collector_paused
-from keepstep.checkpoint.keeping.catalog import scan
+from keepstep.checkpoint.keeping.catalog import checkpoint_name, scan
 from keepstep.checkpoint.saving.layout import TensorInfo
 from keepstep.checkpoint.saving.planner import Planner
 
@@ -33,7 +35,7 @@ class _Curve:
 
 def run(settings: Settings) -> list[Bar]:
     """Print the table; return the bars."""
-    curves = [_manifests(settings), *_plans(settings)]
+    curves = [_manifests(settings), *_plans(settings), *_ranks(settings)]
     rows = [
         (
             f"{count:,} {curve.what}",
@@ -45,6 +47,9 @@ def run(settings: Settings) -> list[Bar]:
         for count, seconds in curve.times_s.items()
     ]
     show_table("Growth; 10x is linear", ("", "s", "us each", "per 10 times as many"), rows)
+    note(
+        f"Each simulated rank holds a shard of {settings.size.scale.sharded} tensors; their data is left out."
+    )
     return [
         at_most(
             f"{curve.what}: growth per 10 times as many",
@@ -115,4 +120,24 @@ def _tensors(count: int) -> list[TensorInfo]:
             stride=(8, 1),
         )
         for index in range(count)
+    ]
+
+
+def _ranks(settings: Settings) -> list[_Curve]:
+    """What rank 0 does for all: it decides, takes their reports and commits; and what each does to go on."""
+    planned_s, committed_s, read_s = {}, {}, {}
+    for count in settings.size.scale.ranks:
+        ranks = SimulatedRanks(size=count, tensors=settings.size.scale.sharded)
+        root = settings.directory / f"{count}_ranks"
+        finals = (root / checkpoint_name(number) for number in itertools.count())
+        with status(f"scale: {count:,} ranks"), collector_paused():
+            planned_s[count] = _fastest_s(ranks.plan)
+            reports = ranks.reports(ranks.plan())
+            committed_s[count] = _fastest_s(lambda: ranks.commit(reports, next(finals)))  # noqa: B023
+            final = root / checkpoint_name(0)
+            read_s[count] = _fastest_s(lambda: ranks.read_back(final))  # noqa: B023
+    return [
+        _Curve(what="simulated ranks planned", times_s=planned_s),
+        _Curve(what="simulated ranks committed", times_s=committed_s),
+        _Curve(what="simulated ranks read back", times_s=read_s),
     ]

@@ -61,10 +61,19 @@ class Frozen:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Two or more counts of each, rising, to see how time grows with them."""
+    """Two or more counts of each, rising, to see how time grows with them.
+
+    Attributes:
+        manifests: checkpoints of a store.
+        tensors: of a state.
+        ranks: of a simulated run.
+        sharded: tensors that are spread over all of those ranks.
+    """
 
     manifests: tuple[int, ...]
     tensors: tuple[int, ...]
+    ranks: tuple[int, ...]
+    sharded: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +156,7 @@ FULL = Size(
         ),
     ),
     frozen=Frozen(width=2048, layers=24, rank=256, checkpoints=20, peer_saves=3),
-    scale=Scale(manifests=(1_000, 4_000), tensors=(10_000, 100_000)),
+    scale=Scale(manifests=(1_000, 4_000), tensors=(10_000, 100_000), ranks=(64, 1_024), sharded=32),
     disk_bytes=12 << 30,
 )
 QUICK = Size(
@@ -175,7 +184,7 @@ QUICK = Size(
         ),
     ),
     frozen=Frozen(width=1024, layers=24, rank=128, checkpoints=20, peer_saves=2),
-    scale=Scale(manifests=(250, 1_000), tensors=(10_000, 100_000)),
+    scale=Scale(manifests=(250, 1_000), tensors=(10_000, 100_000), ranks=(64, 512), sharded=16),
     disk_bytes=4 << 30,
 )
 TINY = Size(
@@ -196,7 +205,7 @@ TINY = Size(
         width=32, layers=1, tokens=8, points=(Point(step_s=0.005, steps=2, rounds=1, peer_rounds=1),)
     ),
     frozen=Frozen(width=256, layers=8, rank=2, checkpoints=4, peer_saves=1),
-    scale=Scale(manifests=(2, 6), tensors=(100, 1_000)),
+    scale=Scale(manifests=(2, 6), tensors=(100, 1_000), ranks=(2, 6), sharded=3),
     disk_bytes=1 << 20,
 )
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}

@@ -13,8 +13,11 @@ from benchmarks.every_step import SamplesFor
 from benchmarks.methods import fsync_all
 from benchmarks.report import Bar
 from benchmarks.settings import TINY, Point, Settings
+from benchmarks.simulated import SimulatedRanks
 from benchmarks.small_tensors import fitted_exponent
 from click.testing import CliRunner
+
+from keepstep.checkpoint.format.parse import read_manifest, read_state
 
 
 def bars_by_name(bars: list[Bar]) -> dict[str, Bar]:
@@ -83,7 +86,17 @@ def test_files_leave_the_page_cache(tmp_path: Path) -> None:
 
 
 def test_scale(settings: Settings) -> None:
-    assert len(scale.run(settings)) == 3
+    assert len(scale.run(settings)) == 6
+
+
+def test_simulated_ranks_make_a_checkpoint_of_all_their_shards(tmp_path: Path) -> None:
+    ranks = SimulatedRanks(size=3, tensors=2)
+    ranks.commit(ranks.reports(ranks.plan()), tmp_path / "checkpoint_0")
+    ranks.read_back(tmp_path / "checkpoint_0")
+    manifest = read_manifest(tmp_path / "checkpoint_0")
+    _, tensors = read_state(tmp_path / "checkpoint_0", manifest)[:2]
+    assert [len(tensors[f"model/layers.{n}.weight"].chunks) for n in range(2)] == [3, 3]
+    assert tensors["model/norm.weight"].shape == (64,)
 
 
 def test_growth_per_ten_times_as_many() -> None:
