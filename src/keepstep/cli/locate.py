@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 from keepstep.checkpoint.format.parse import read_manifest
-from keepstep.checkpoint.format.source import place_exists
+from keepstep.checkpoint.format.source import Place, place_exists, source_of
 from keepstep.checkpoint.keeping.catalog import (
     INTERNAL_NAME,
     Entry,
@@ -17,9 +19,10 @@ from keepstep.checkpoint.keeping.catalog import (
     is_checkpoint,
     scan,
 )
+from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
 
-__all__ = ["Found", "Leftover", "choose", "health_of", "leftovers", "locate"]
+__all__ = ["Found", "Leftover", "PlaceParameter", "choose", "health_of", "leftovers", "locate"]
 
 _PROJECT_CHECKPOINTS = "checkpoints"
 _NUMBERED = re.compile(r"checkpoint_(\d{1,18})\Z", re.ASCII)
@@ -31,12 +34,12 @@ class Found:
     """What lies at a PATH.
 
     Attributes:
-        root: the store, or the one checkpoint.
+        root: the store, or the one checkpoint; a string if it is the address of a bucket.
         entries: the checkpoints, oldest first; at least one.
         is_store: False if PATH named one checkpoint.
     """
 
-    root: Path
+    root: Path | str
     entries: Sequence[Entry]
     is_store: bool
 
@@ -65,13 +68,26 @@ _MEANINGS = {
 }
 
 
-def locate(path: Path) -> Found:
+class PlaceParameter(click.ParamType[Path | str]):
+    """A PATH on the command line: a directory, or the address of a bucket."""
+
+    name = "path"
+
+    def convert(
+        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | str:
+        return value if isinstance(value, str) and is_address(value) else Path(value)
+
+
+def locate(path: Path | str) -> Found:
     """Find the checkpoints that `path` stands for.
 
     Raises:
         CheckpointNotFoundError: there is nothing, or no checkpoint there.
-        OSError: it can't be read.
+        StoreError, OSError: it can't be read.
     """
+    if isinstance(path, str):
+        return _locate_in_bucket(path.rstrip("/"))
     try:
         path.stat()
     except FileNotFoundError:
@@ -99,13 +115,26 @@ def locate(path: Path) -> Found:
     )
 
 
-def _single(directory: Path) -> Entry:
-    match = _NUMBERED.match(directory.name)
+def _locate_in_bucket(address: str) -> Found:
+    store, _, name = address.rpartition("/")
+    if _NUMBERED.match(name) and (source := open_bucket(store).at(name)).exists():
+        return Found(root=address, entries=[_single(source)], is_store=False)
+    for candidate in (address, f"{address}/{_PROJECT_CHECKPOINTS}"):
+        if entries := scan(open_bucket(candidate)):
+            return Found(root=candidate, entries=entries, is_store=True)
+    raise CheckpointNotFoundError(
+        f"there is no checkpoint at {address}; a store holds checkpoint_0/, checkpoint_1/ ..., a project has "
+        f"them in {_PROJECT_CHECKPOINTS}/"
+    )
+
+
+def _single(place: Place) -> Entry:
+    match = _NUMBERED.match(source_of(place).name)
     number = int(match[1]) if match else 0
     try:
-        return Entry(path=directory, number=number, manifest=read_manifest(directory))
+        return Entry(path=place, number=number, manifest=read_manifest(place))
     except DamagedCheckpointError as error:
-        return Entry(path=directory, number=number, manifest=None, problem=error.message)
+        return Entry(path=place, number=number, manifest=None, problem=error.message)
 
 
 def choose(found: Found, names: Sequence[str]) -> list[Entry]:
@@ -139,8 +168,10 @@ def health_of(entries: Sequence[Entry]) -> list[tuple[Entry, str | None]]:
     return [(entry, damage) for entry, damage in checked if damage is None or place_exists(entry.path)]
 
 
-def leftovers(root: Path) -> list[Leftover]:
-    """What else lies in a store, in order of name."""
+def leftovers(root: Path | str) -> list[Leftover]:
+    """What else lies in a store that is a directory, in order of name."""
+    if isinstance(root, str):
+        return []
     found = []
     for name in _names_in(root):
         kind = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any, Final
 import click
 
 from keepstep.checkpoint.format.manifest import Manifest
+from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.keeping.catalog import Entry, disk_bytes
 from keepstep.cli.columns import Column, fit, render, wrapped
-from keepstep.cli.locate import Found, health_of, leftovers, locate
+from keepstep.cli.locate import Found, PlaceParameter, health_of, leftovers, locate
 from keepstep.cli.metrics import Metric, all_metrics, choose_metric, direction_of, merit
 from keepstep.cli.output import Cell, Output, open_output, write_json, write_lines
 from keepstep.cli.phrasing import age, compact, counted, exact, human_bytes, moment
@@ -54,7 +55,7 @@ class _Listing:
     short_help="List the checkpoints of a store.",
     epilog="\b\nExit codes:\n  0  listed\n  2  wrong usage, nothing found, or not readable",
 )
-@click.argument("path", type=click.Path(path_type=Path), default=".")
+@click.argument("path", type=PlaceParameter(), default=".")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option(
     "--metric", "metric_names", metavar="NAME", multiple=True, help="Show this metric alone; may be repeated."
@@ -75,7 +76,7 @@ class _Listing:
 )
 @click.option("--damaged", is_flag=True, help="Only damaged checkpoints.")
 def command(
-    path: Path,
+    path: Path | str,
     as_json: bool,
     metric_names: Sequence[str],
     sort_by: str | None,
@@ -204,6 +205,11 @@ def _describe(entry: Entry, damage: str | None) -> dict[str, Any]:
 
 
 def _bytes_on_disk(found: Found) -> int:
+    if isinstance(found.root, str):
+        held: dict[Hashable, int] = {}
+        for entry in found.entries:
+            held |= source_of(entry.path).held(entry.manifest.files) if entry.manifest else {}
+        return sum(held.values())
     if not found.is_store:
         return disk_bytes(found.root)
     return disk_bytes(
@@ -212,7 +218,9 @@ def _bytes_on_disk(found: Found) -> int:
     )
 
 
-def _bytes_free(root: Path) -> int:
+def _bytes_free(root: Path | str) -> int | None:
+    if isinstance(root, str):
+        return None  # a bucket has no end
     free = os.statvfs(root)
     return free.f_bavail * free.f_frsize
 
@@ -232,9 +240,10 @@ def _on_paper(listing: _Listing, output: Output) -> Iterator[str]:
         ),
     ]
     yield from render(fit(columns, None), output)
+    free = _bytes_free(listing.found.root)
     yield (
         f"# {counted(len(listing.checked), 'checkpoint')}, {listing.damaged} damaged, "
-        f"{_bytes_on_disk(listing.found)} bytes on disk, {_bytes_free(listing.found.root)} bytes free"
+        f"{_bytes_on_disk(listing.found)} bytes on disk" + ("" if free is None else f", {free} bytes free")
     )
 
 
@@ -314,7 +323,8 @@ def _totals(listing: _Listing) -> str:
     parts = [counted(len(listing.checked), "checkpoint")]
     parts += [f"{listing.damaged} damaged"] if listing.damaged else []
     parts.append(f"{human_bytes(_bytes_on_disk(listing.found))} on disk")
-    parts.append(f"{human_bytes(_bytes_free(listing.found.root))} free")
+    free = _bytes_free(listing.found.root)
+    parts += [] if free is None else [f"{human_bytes(free)} free"]
     return " · ".join(parts)
 
 

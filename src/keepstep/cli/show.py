@@ -20,7 +20,7 @@ from keepstep.checkpoint.format.parse import read_manifest, read_state
 from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.checkpoint.keeping.catalog import Entry, damage_of
 from keepstep.cli.columns import Column, fit, render, render_pairs, wrapped
-from keepstep.cli.locate import Found, choose, health_of, locate
+from keepstep.cli.locate import Found, PlaceParameter, choose, health_of, locate
 from keepstep.cli.output import Cell, Output, open_output, write_json, write_lines
 from keepstep.cli.phrasing import age, compact, counted, exact, human_bytes
 from keepstep.cli.saving import describe_saving
@@ -71,7 +71,7 @@ class _Sum:
     short_help="Show everything that is known about one checkpoint.",
     epilog="\b\nExit codes:\n  0  shown\n  2  wrong usage, nothing found, or not readable",
 )
-@click.argument("path", type=click.Path(path_type=Path), default=".")
+@click.argument("path", type=PlaceParameter(), default=".")
 @click.argument("name", required=False)
 @click.option(
     "--tensors",
@@ -83,7 +83,7 @@ class _Sum:
     "pattern ('*.bias'). Write it after PATH.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(path: Path, name: str | None, pattern: str | None, as_json: bool) -> None:
+def command(path: Path | str, name: str | None, pattern: str | None, as_json: bool) -> None:
     """Show everything that is known about one checkpoint.
 
     PATH is a store, a project directory that holds checkpoints/, or one checkpoint; default: the current

@@ -16,7 +16,7 @@ from keepstep.checkpoint.format.source import place_exists, source_of
 from keepstep.checkpoint.keeping.catalog import Entry
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.cli.columns import wrapped
-from keepstep.cli.locate import Leftover, choose, leftovers, locate
+from keepstep.cli.locate import Leftover, PlaceParameter, choose, leftovers, locate
 from keepstep.cli.output import Cell, Output, open_bar, open_output, write_json
 from keepstep.cli.phrasing import counted, human_bytes
 
@@ -54,11 +54,11 @@ class _Outcome:
     "  1  something is damaged\n"
     "  2  wrong usage, nothing found, or not readable",
 )
-@click.argument("path", type=click.Path(path_type=Path), default=".")
+@click.argument("path", type=PlaceParameter(), default=".")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--quick", is_flag=True, help="Read manifests, state.json and file sizes only, no data.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(path: Path, names: Sequence[str], quick: bool, as_json: bool) -> None:
+def command(path: Path | str, names: Sequence[str], quick: bool, as_json: bool) -> None:
     """Read checkpoints whole and say whether every byte is what was committed.
 
     PATH is a store, a project directory that holds checkpoints/, or one checkpoint; default: the current
@@ -106,7 +106,7 @@ def _verify(
     return _Outcome(reports=reports, elapsed_s=time.monotonic() - began)
 
 
-def _document(root: Path, quick: bool, outcome: _Outcome, others: Sequence[Leftover]) -> dict[str, Any]:
+def _document(root: Path | str, quick: bool, outcome: _Outcome, others: Sequence[Leftover]) -> dict[str, Any]:
     return {
         "path": str(root),
         "quick": quick,
@@ -145,7 +145,9 @@ def _lines_for(entries: Sequence[Entry], output: Output) -> Callable[[Report], I
     return lines
 
 
-def _summary(outcome: _Outcome, others: Sequence[Leftover], root: Path, output: Output) -> Iterator[str]:
+def _summary(
+    outcome: _Outcome, others: Sequence[Leftover], root: Path | str, output: Output
+) -> Iterator[str]:
     sound = len(outcome.reports) - outcome.damaged
     parts = [f"{counted(sound, 'checkpoint')} sound", f"{outcome.damaged:,} damaged"]
     if outcome.bytes_read:
