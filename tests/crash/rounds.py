@@ -204,10 +204,9 @@ class Killer:
             os.close(reading)
             _be_killed(self.kind, self.root, writing)
         os.close(writing)
-        time.sleep(self._instant())
+        said = self._wait(reading)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        said = b""
         while part := os.read(reading, 1 << 16):
             said += part
         os.close(reading)
@@ -217,9 +216,13 @@ class Killer:
         self.counts["announced"] += len(steps)
         self.durable = max([self.durable, *steps])
 
-    def _instant(self) -> float:
-        """Mostly within the first few saves, now and then before anything and after many."""
-        return self._draw.choice([0.02, 0.1, 0.2, 0.2, 0.4]) * self._draw.random() + 0.005
+    def _wait(self, reading: int) -> bytes:
+        """Wait for none to three announcements, then a part of the time that a save takes; what was said."""
+        said = b""
+        for _ in range(self._draw.choice([0, 1, 1, 2, 3])):
+            said += os.read(reading, 1 << 16)
+        time.sleep(self._draw.choice([0.005, 0.02, 0.05, 0.1]) * self._draw.random())
+        return said
 
     def _check_store(self) -> None:
         store = Store(self.root)
@@ -273,16 +276,17 @@ class Killer:
             victim.unlink()
         self.counts["damaged"] += 1
         self.durable = found[-2].step or 0
-        _in_child(lambda: self._pass_over(found[-1].name))
+        unlisted = how == "remove" and victim.name == "manifest.json"  # and so no checkpoint any more
+        _in_child(lambda: self._pass_over(found[-1].name, aside=not unlisted))
         self.counts["passed over"] += 1
 
-    def _pass_over(self, damaged: str) -> None:
+    def _pass_over(self, damaged: str, *, aside: bool) -> None:
         live, store = state(0), Store(self.root)
         taken = store.load_latest_into(live)
         assert taken is not None
         assert step_of(live) == taken.step == self.durable
         assert damaged not in [checkpoint.name for checkpoint in store.list()]
-        assert (self.root / ".keepstep" / "damaged" / damaged).is_dir()
+        assert (self.root / ".keepstep" / "damaged" / damaged).is_dir() == aside
 
     def finish(self) -> None:
         """The next process that saves leaves nothing behind but checkpoints."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from keepstep.checkpoint.format.boxes import Box, meeting, run_in
 from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
@@ -28,6 +29,7 @@ __all__ = [
     "compare",
     "part_target",
     "run_threads",
+    "verify_stored",
 ]
 
 _PART_BYTES = 8 << 20
@@ -137,24 +139,55 @@ class Pass:
         address, stored = part.goal.address, part.goal.stored
         view = part.goal.array.data[part.begin : part.end]
         self._started.add(address)
-        self._fill(view, stored.offset + part.begin, stored.file or "")
+        _fill(self._source, self._files, view, stored.offset + part.begin, stored.file or "")
         digest = self._hasher.feed(id(part.goal), part.begin, stored.bytes, view)
         if digest is not None:
             compare(self._source.place, address, stored, digest)
 
-    def _fill(self, view: memoryview, offset: int, file: str) -> None:
-        while view:
-            try:
-                count = self._files[file].read_into(view, offset)
-            except OSError as error:
-                raise DamagedCheckpointError(
-                    self._source.place, f"{file} can't be read at byte {offset} ({error.strerror})"
-                ) from error
-            if count == 0:
-                raise FileSizeError(
-                    self._source.place, f"{file} ends at byte {offset} while it is being read"
-                )
-            view, offset = view[count:], offset + count
+
+def _fill(source: Source, files: Mapping[str, OpenFile], view: memoryview, offset: int, file: str) -> None:
+    while view:
+        try:
+            count = files[file].read_into(view, offset)
+        except OSError as error:
+            raise DamagedCheckpointError(
+                source.place, f"{file} can't be read at byte {offset} ({error.strerror})"
+            ) from error
+        if count == 0:
+            raise FileSizeError(source.place, f"{file} ends at byte {offset} while it is being read")
+        view, offset = view[count:], offset + count
+
+
+def verify_stored(source: Source, files: Mapping[str, OpenFile], stored: Mapping[str, TensorEntry]) -> None:
+    """Read tensors, keep nothing of them, and see that they are what was committed.
+
+    Args:
+        source: of the checkpoint.
+        files: open ones, by name.
+        stored: the tensors, each in one piece, by address.
+
+    Raises:
+        DamagedCheckpointError: any of its kinds.
+    """
+    jobs = iter(stored.items())
+    taking = threading.Lock()
+    room = min(_PART_BYTES, max((entry.bytes for entry in stored.values()), default=0))
+
+    def work() -> None:
+        scratch = memoryview(bytearray(room))
+        while True:
+            with taking:
+                address, entry = next(jobs, ("", None))
+            if entry is None:
+                return
+            hasher = xxhash.xxh3_128()
+            for begin in range(0, entry.bytes, _PART_BYTES):
+                part = scratch[: min(_PART_BYTES, entry.bytes - begin)]
+                _fill(source, files, part, entry.offset + begin, entry.file or "")
+                hasher.update(part)
+            compare(source.place, address, entry, hasher.hexdigest())
+
+    run_threads(work, source.read_threads)
 
 
 def _in_parts(goals: Sequence[Goal]) -> Iterator[_Part]:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import mmap
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,9 +32,8 @@ from keepstep.checkpoint.loading.passes import (
     Target,
     batches,
     bytes_of,
-    compare,
     part_target,
-    run_threads,
+    verify_stored,
 )
 from keepstep.errors import (
     DamagedCheckpointError,
@@ -158,40 +156,21 @@ class Reader:
 
         Args:
             addresses: any tensors.
-            verify: hash them first, in this pass over the pages.
+            verify: hash them first. They are read for it, since a disk that fails under a mapping kills.
         """
         wanted = list(dict.fromkeys(addresses))
         bases = [base for base in dict.fromkeys(map(self.stored, wanted)) if not self.entry(base).chunks]
         names = {entry.file for base in bases if (entry := self.entry(base)).file is not None}
         with self._open_segments(names) as files:
             mapped = {name: file.map() for name, file in files.items()}
-        maps = {name: mapping for name, mapping in mapped.items() if mapping is not None}
+            maps = {name: mapping for name, mapping in mapped.items() if mapping is not None}
+            if verify and len(maps) == len(mapped):
+                verify_stored(self._source, files, {base: self.entry(base) for base in bases})
         if len(maps) < len(mapped):
             return self.fresh(wanted)
-        if verify:
-            self._verify_mapped(bases, maps)
         tensors = {base: _tensor_in(maps, self.entry(base)) for base in bases}
         tensors.update(self.fresh(address for address in wanted if self.entry(address).chunks))
         return {address: self._seen_from(address, tensors[self.stored(address)]) for address in wanted}
-
-    def _verify_mapped(self, bases: Sequence[str], maps: Mapping[str, mmap.mmap]) -> None:
-        views = {name: memoryview(mapping) for name, mapping in maps.items()}
-        jobs = iter(bases)
-        lock = threading.Lock()
-
-        def work() -> None:
-            while True:
-                with lock:
-                    address = next(jobs, None)
-                if address is None:
-                    return
-                entry = self.entry(address)
-                actual = digest_of(views[entry.file or ""][entry.offset : entry.offset + entry.bytes])
-                compare(self.place, address, entry, actual)
-
-        run_threads(work, self._source.read_threads)
-        for view in views.values():
-            view.release()
 
     # ------------------------------------------------------------------------------------- segments
 
