@@ -46,7 +46,7 @@ def run(settings: Settings) -> list[Bar]:
         for curve in curves
         for count, seconds in curve.times_s.items()
     ]
-    show_table("Growth; 10x is linear", ("", "s", "us each", "per 10 times as many"), rows)
+    show_table("Growth of processor time; 10x is linear", ("", "s", "us each", "per 10 times as many"), rows)
     note(
         f"Each simulated rank holds a shard of {settings.size.scale.sharded} tensors; their data is left out."
     )
@@ -69,13 +69,13 @@ def growth_per_10x(times_s: Mapping[int, float]) -> float:
 
 
 def _fastest_s(work: Callable[[], object]) -> float:
-    """Whatever else runs on the machine only adds, and would be taken for growth."""
+    """Of the processor, the least of several: whatever else runs on the machine would be taken for growth."""
     taken = []
     gc.collect()
     for _ in range(_TIMES):
-        began = time.perf_counter()
+        began = time.process_time()
         work()
-        taken.append(time.perf_counter() - began)
+        taken.append(time.process_time() - began)
     return min(taken)
 
 
