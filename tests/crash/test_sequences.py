@@ -23,6 +23,7 @@ from tests.checkpoint.test_round_trips import bits, savable_dtypes
 from tests.crash.tally import Tally, draw_seed, rounds
 
 from keepstep.checkpoint.keeping.retention import Retention
+from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.tree import DTYPES
@@ -35,6 +36,7 @@ _NAMES = ["w", "a.b", "", "..", "model/w", "ä", "x" * 40, "$t", 0, "0", "\udfff
 def linked_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     for module in ("linking", "grouping"):
         monkeypatch.setattr(f"keepstep.checkpoint.saving.{module}.LINKED_FROM_BYTES", request.param)
+    monkeypatch.setattr(KnownDigests, "_LEAST_BYTES", min(request.param * 8192, 1 << 20))
     return int(request.param)
 
 
@@ -140,7 +142,9 @@ class Sequence:
         self.state: dict[Any, Any] = {}
         for number in range(self.draw.randint(1, 4)):
             self.state[f"g{number}"] = {name: self._leaf() for name in self._some_names()}
-        self.state["large"] = {"w": torch.rand(300_000), "v": torch.rand(3)}
+        self.resting = [torch.rand(300_000), torch.rand(20_000), torch.rand(30_000)[7:]]
+        self.state["large"] = {"w": self.resting[0], "v": torch.rand(3)}
+        self.state["resting"] = self.resting[1:]
         self.state["train"] = {"step": 0}
 
     def _some_names(self) -> list[Any]:
@@ -186,7 +190,8 @@ class Sequence:
     def change(self) -> None:
         """Write to some of the state, or to none of it."""
         for _ in range(self.draw.choice([0, 0, 1, 1, 2, 5])):
-            self.draw.choice(WRITES)(self.draw, self.draw.choice(self._tensors()))
+            among = self.resting if self.draw.random() < 0.15 else self._tensors()
+            self.draw.choice(WRITES)(self.draw, self.draw.choice(among))
         groups = [name for name in self.state if str(name).startswith("g")]
         what = self.draw.randrange(10)
         if what == 0 and groups:
@@ -254,6 +259,7 @@ class Sequence:
     def _resume(self, newest: str) -> None:
         self.store = Store(self.memory)
         self.state = snapshot(self.expected[newest])
+        self.resting = [self.state["large"]["w"], *self.state["resting"]]
         for tensor in self._tensors():
             tensor.view(-1).view(torch.uint8).zero_()
         assert self.store.load_latest_into(self.state) is not None
@@ -267,7 +273,7 @@ def play(root: Path, tally: Tally, count: int) -> None:
         torch.manual_seed(seed + number)
         sequence = Sequence(root / str(number), seed + number)
         try:
-            for _ in range(8):
+            for _ in range(10):
                 sequence.change()
                 sequence.save()
                 if sequence.draw.random() < 0.5:
