@@ -4,8 +4,8 @@ Two ways through the same blocks:
 
 * `write`: each thread copies a block from the live tensors, hashes it while it is in the cache and
   writes it. Memory: a block a thread. The state must not change until it returns.
-* `stage` then `drain`: blocks are copied and hashed as fast as memory takes it (waiting for free ones if the
-  state is larger than the budget), the threads write behind it. The state may change once `stage` returns.
+* `stage` then `drain`: blocks are copied as fast as memory takes it (waiting for free ones if the state is
+  larger than the budget), the threads hash and write behind it. The state may change once `stage` returns.
 
 Before either, segments that an earlier checkpoint holds byte for byte are linked, not written.
 NumPy copies, xxhash and pwrite all release the GIL.
@@ -171,7 +171,7 @@ class SegmentWriter:
         self.drain()
 
     def stage(self) -> None:
-        """Copy and hash everything; writing goes on behind. The tensors may change afterwards.
+        """Copy everything; hashing and writing go on behind. The tensors may change afterwards.
 
         Two threads copy, this one and one of the crew: one alone does not get all that memory can give.
         """
@@ -298,8 +298,8 @@ class SegmentWriter:
             if job is None:
                 self._pool.release(block)
                 return
-            self._copy_and_hash(job, block)
-            self._write(job, block)
+            self._copy(job, block)
+            self._hash_and_write(job, block)
 
     def _copy_blocks(self, line: _Line) -> None:
         while True:
@@ -310,21 +310,19 @@ class SegmentWriter:
             if job is None:
                 self._pool.release(block)
                 return
-            self._copy_and_hash(job, block)
+            self._copy(job, block)
             line.ready(place, job, block)
 
     def _hand_over(self, job: _Job, block: Block) -> None:
-        self._running.append(self._crew.submit(lambda: self._guarded(self._write, job, block)))
+        self._running.append(self._crew.submit(lambda: self._guarded(self._hash_and_write, job, block)))
 
     # ------------------------------------------------------------------------------------ blocks
 
-    def _copy_and_hash(self, job: _Job, block: Block) -> None:
+    def _copy(self, job: _Job, block: Block) -> None:
         try:
             if self._aborted.is_set():
                 raise Aborted
             self._fill(job, block)
-            for piece in self._pieces(job):
-                self._hash(piece, block.view[piece.at : piece.at + piece.end - piece.begin])
         except BaseException:
             self._pool.release(block)
             raise
@@ -356,13 +354,17 @@ class SegmentWriter:
             self.digests[index] = digest
             self._sources[index].release()
 
-    def _write(self, job: _Job, block: Block) -> None:
+    def _hash_and_write(self, job: _Job, block: Block) -> None:
         try:
-            self._write_out(*self._range(job), block)
+            if self._aborted.is_set():
+                raise Aborted
+            for piece in self._pieces(job):
+                self._hash(piece, block.view[piece.at : piece.at + piece.end - piece.begin])
+            self._write(*self._range(job), block)
         finally:
             self._pool.release(block)
 
-    def _write_out(self, opened: _OpenSegment, begin: int, end: int, block: Block) -> None:
+    def _write(self, opened: _OpenSegment, begin: int, end: int, block: Block) -> None:
         with opened.lock:
             if self._aborted.is_set():
                 raise Aborted
