@@ -68,6 +68,10 @@ class Meeting(Protocol):
         """The value that rank 0 has for this rank; rank 0 goes on at once."""
         ...
 
+    def check(self) -> None:
+        """Raise if another rank has failed by now."""
+        ...
+
 
 class Alone:
     """A meeting of one."""
@@ -83,6 +87,9 @@ class Alone:
 
     def scatter(self, values: Sequence[bytes]) -> bytes:
         return values[0]
+
+    def check(self) -> None:
+        """There is no other rank."""
 
 
 class Topic:
@@ -198,6 +205,10 @@ class _StoreMeeting:
         self._store.set_once(self._made(f"{step}/done"), "{}")
         return values[0]
 
+    def check(self) -> None:
+        if self._store.check(f"{self._number}/failed"):
+            self._raise(json.loads(self._store.get(f"{self._number}/failed")))
+
     def fail(self, error: BaseException) -> None:
         """Tell the others; whatever step they are in, they raise."""
         rank = error.rank if isinstance(error, RankFailedError) else self._topic.rank
@@ -228,7 +239,10 @@ class _StoreMeeting:
             missing = [rank for rank in for_ranks if not self._store.check(f"{self._number}/{step}/{rank}")]
             if missing:
                 raise self._topic.missing(missing, self._timeout_s)
-        news = json.loads(self._store.get(done))
+        self._raise(json.loads(self._store.get(done)))
+
+    def _raise(self, news: dict[str, Any]) -> None:
+        """Raise what another rank told, if it is bad news."""
         if "missing" in news:
             text = f"given up by rank {news['rank']}. {news['message']}"
             raise RankMissingError(text, ranks=news["missing"], waited_s=self._timeout_s)

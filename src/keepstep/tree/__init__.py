@@ -23,6 +23,7 @@ from keepstep.tree.leaf import (
     has_codec,
     is_stateful,
     register_codec,
+    shard_of,
     type_name,
 )
 from keepstep.tree.navigate import elements_of, inside_object, items_of, select, tensors_in
@@ -41,6 +42,7 @@ __all__ = [
     "items_of",
     "register_codec",
     "select",
+    "shard_of",
     "tensors_in",
     "type_name",
     "unflatten",

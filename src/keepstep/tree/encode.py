@@ -10,7 +10,7 @@ import pathlib
 import struct
 import zoneinfo
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from keepstep.tree.leaf import (
     address_of,
     codecs_by_type,
     is_stateful,
+    shard_of,
     type_name,
 )
 
@@ -81,6 +82,8 @@ class _Flattener:
             return self.encode_numpy(value, path)
         if isinstance(value, np.dtype):
             return self.encode_numpy_dtype(value, path)
+        if isinstance(value, torch.Tensor) and hasattr(value, "__create_chunk_list__"):
+            return {"$tensor": self.add_shard(value, path)}
         if isinstance(value, torch.Tensor):
             raise TensorNotSavableError(_SUBCLASS.format(place=_place(path), type=type_name(kind)))
         if is_stateful(value):
@@ -123,6 +126,19 @@ class _Flattener:
         counted = counted and not tensor.is_inference()
         held = tensor.detach()  # keeps the memory, should `tensor.data` be replaced meanwhile
         self.leaves.append(Leaf(address, group, address[len(group) + 1 :], held, frozen, counted))
+        return address
+
+    def add_shard(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> str:
+        try:
+            part = shard_of(tensor)
+        except (RuntimeError, ValueError) as error:
+            raise TensorNotSavableError(
+                f"cannot save {_place(path)}: this distributed tensor can't say which part of it lies here "
+                f"({error}); redistribute it to Shard or Replicate placements first"
+            ) from error
+        assert part is not None
+        address = self.add_tensor(part[0], path)
+        self.leaves[-1] = replace(self.leaves[-1], shard=(part[1], tuple(tensor.shape)))
         return address
 
     def encode_numpy(self, value: np.ndarray[Any, Any] | np.generic, path: tuple[Any, ...]) -> Any:

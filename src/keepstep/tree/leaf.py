@@ -25,6 +25,7 @@ __all__ = [
     "has_codec",
     "is_stateful",
     "register_codec",
+    "shard_of",
     "type_name",
 ]
 
@@ -75,6 +76,23 @@ ALL_DTYPES: dict[str, torch.dtype] = {
 """Every dtype, by name."""
 
 
+def shard_of(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]] | None:
+    """What this rank holds of a distributed tensor, and where it begins; None for any other tensor.
+
+    Asks by the protocol that torch.distributed.checkpoint asks by, which DTensor answers.
+
+    Raises:
+        RuntimeError, ValueError: the rank holds sums that are still to be added up, or several parts.
+    """
+    chunks = getattr(tensor, "__create_chunk_list__", None)
+    if chunks is None:
+        return None
+    (chunk,) = chunks()
+    local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    at = tuple(chunk.offsets)
+    return local.detach(), at if len(at) == tensor.dim() else (0,) * tensor.dim()
+
+
 class Leaf(NamedTuple):
     """One tensor of a state. A tuple, since they are made anew for each save.
 
@@ -85,6 +103,7 @@ class Leaf(NamedTuple):
         tensor: the live tensor, detached; shares memory with what was given.
         frozen: whether it is a module's parameter that no gradient reaches.
         counted: whether torch counts what is written to it (not so for memory of NumPy's).
+        shard: for a part of a distributed tensor: where it begins, and the shape of the whole.
     """
 
     address: str
@@ -93,6 +112,7 @@ class Leaf(NamedTuple):
     tensor: torch.Tensor
     frozen: bool = False
     counted: bool = True
+    shard: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from keepstep.checkpoint.saving.layout import Layout, TensorInfo, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.staging import BlockPool, SideStreams, TensorBytes
 from keepstep.checkpoint.saving.writer import WRITER_THREADS, SegmentWriter
-from keepstep.errors import StateChangedError, UsageError
+from keepstep.errors import RanksDifferError, StateChangedError, UsageError
 from keepstep.tree import DTYPES, Flat, Leaf, flatten
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Lineage",
     "Save",
     "describe",
+    "flatten_both",
     "info_of",
     "publish",
     "segment_writer",
@@ -170,21 +171,31 @@ class Save:
         description: Description,
         lineage: Lineage,
         pool: BlockPool,
+        own: Any = None,
     ) -> None:
         self.workspace = workspace
         self._planner = planner
         self._description = description
         self._lineage = lineage
         with collector_paused():
-            self._flat = flatten(state)
-            self._infos = [info_of(leaf) for leaf in self._flat.leaves]
-            self._layout = planner.plan(self._infos)
+            self._lay_out(state, own)
         with workspace.explained():
             workspace.check()
         self._held: list[Held] = []
         self._written_to: list[str] = []
         self._sealing = threading.Lock()
         self._writer = self._make_writer(pool)
+
+    def _lay_out(self, state: Any, own: Any) -> None:
+        """Take the state apart, and what is the rank's own beside it; decide what goes where."""
+        flat, self._own = flatten_both(state, own, 0)
+        leaves = [*flat.leaves, *self._own.leaves]
+        for leaf in leaves:
+            if leaf.shard is not None and tuple(leaf.tensor.shape) != leaf.shard[1]:
+                raise RanksDifferError(_PART.format(address=leaf.address, shape=list(leaf.shard[1])))
+        self._flat = Flat(tree=flat.tree, leaves=leaves)
+        self._infos = [info_of(leaf) for leaf in leaves]
+        self._layout = self._planner.plan(self._infos)
 
     def _make_writer(self, pool: BlockPool) -> SegmentWriter:
         writer, self._sources, self._streams = segment_writer(
@@ -287,12 +298,39 @@ class Save:
         tensors = tensor_entries(self._infos, self._layout, self._writer.digests)
         manifest = publish(
             self.workspace,
-            Content(tree=self._flat.tree, tensors=tensors, files=files, small=self._layout.indexes),
+            Content(
+                tree=self._flat.tree,
+                tensors=tensors,
+                files=files,
+                small=self._layout.indexes,
+                ranks=None if self._own.tree is None else [self._own.tree],
+            ),
             self._description,
             self._lineage,
         )
         self._planner.committed(source_of(self.workspace.final).name, manifest.files, tensors)
         return manifest
+
+
+_PART = (
+    "only a part of {address!r} (shape {shape}) lies on this rank, and this store saves for one process: give it "
+    "the world of all ranks, Store(path, world=Ranks())"
+)
+
+
+def flatten_both(state: Any, own: Any, rank: int) -> tuple[Flat, Flat]:
+    """The state, and what is one rank's own, apart; the tree of the latter is None if there is nothing.
+
+    Raises:
+        UsageError: the state has a root key that names like the rank's.
+    """
+    flat, key = flatten(state), f"rank-{rank:05d}"
+    if own is None:
+        return flat, Flat(tree=None, leaves=[])
+    mine = flatten({key: own})
+    if any(leaf.group == key for leaf in flat.leaves):
+        raise UsageError(f"the state has the root key {key!r}, which names what is the rank's own; rename it")
+    return flat, Flat(tree=mine.tree[key], leaves=mine.leaves)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

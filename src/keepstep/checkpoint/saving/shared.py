@@ -1,0 +1,297 @@
+"""One save by many ranks: each writes its share into one directory, rank 0 commits.
+
+All ranks go through the same steps of one meeting:
+
+1. each tells what it holds (as digests); rank 0 makes the unfinished directory and names it;
+2. if anything differs from the last save: shards are told in full, rank 0 plans, each is told its files;
+3. each copies, writes and fsyncs its files;
+4. all tell rank 0 what they wrote; it writes state.json and the manifest, and commits;
+5. rank 0 tells, and all return.
+
+Whoever raises on the way tells the others, who raise at once; who dies or hangs is named by the time-out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from keepstep.checkpoint.format.manifest import Manifest, digest_of
+from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.place.joined import JoinedWorkspace
+from keepstep.checkpoint.place.local import LocalWorkspace
+from keepstep.checkpoint.saving.layout import TensorInfo, tensor_entries
+from keepstep.checkpoint.saving.planner import Planner
+from keepstep.checkpoint.saving.ranks import (
+    Plan,
+    Report,
+    Shard,
+    Share,
+    differences,
+    layout_of,
+    merge,
+    plan_ranks,
+)
+from keepstep.checkpoint.saving.save import Content, Description, Lineage, Save, flatten_both, info_of, publish
+from keepstep.checkpoint.saving.staging import BlockPool
+from keepstep.errors import RankError, RanksDifferError
+from keepstep.files import Files
+from keepstep.meetings import Meeting
+from keepstep.tree import Flat, Leaf
+from keepstep.world import World
+
+__all__ = ["LastPlan", "SharedSave"]
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class LastPlan:
+    """What the last save of a store decided, kept while no rank's tensors change.
+
+    Attributes:
+        key: what all ranks held; only rank 0 knows.
+        plan: for all ranks; only rank 0 has it.
+        shares: this rank's files.
+    """
+
+    key: tuple[Any, ...] | None = None
+    plan: Plan | None = None
+    shares: Sequence[Share] = field(default_factory=list)
+
+
+class SharedSave(Save):
+    """A `Save` that all ranks do together.
+
+    Args:
+        world: the ranks.
+        topic: what the meeting is about; the same on all ranks.
+        files: how the disk is changed.
+        reserve: rank 0's workspace; called on rank 0 only.
+        last: of the same store.
+        state: what every rank holds, and shards.
+        own: what is this rank's own; None if there is nothing.
+        description: what the user says of it; step and epoch must agree.
+        lineage: rank 0's counts.
+        pool: blocks to copy into.
+    """
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        topic: str,
+        files: Files,
+        reserve: Callable[[], LocalWorkspace],
+        last: LastPlan,
+        state: Any,
+        own: Any,
+        description: Description,
+        lineage: Lineage,
+        pool: BlockPool,
+    ) -> None:
+        self._world = world
+        self._last = last
+        self._meeting_over = contextlib.ExitStack()
+        self._meeting: Meeting = self._meeting_over.enter_context(world.meeting(topic))
+        self._writer_made = False
+        self._joined = JoinedWorkspace(files, Path(), Path())
+        try:
+            super().__init__(
+                workspace=self._joined if world.rank else reserve(),
+                planner=Planner(),  # ranks link nothing to earlier checkpoints
+                state=state,
+                description=description,
+                lineage=lineage,
+                pool=pool,
+                own=own,
+            )
+            self._writer_made = True
+        except BaseException:
+            self.discard()
+            raise
+
+    # --------------------------------------------------------------------------------------- plan
+
+    def _lay_out(self, state: Any, own: Any) -> None:
+        flat, self._own = flatten_both(state, own, self._world.rank)
+        replicated = [leaf for leaf in flat.leaves if leaf.shard is None]
+        cut = [pair for leaf in flat.leaves if leaf.shard is not None for pair in _cut(leaf, leaf.shard)]
+        self._pieces = [piece for piece, _ in cut]
+        self._order = [leaf.address for leaf in flat.leaves]
+        held = [info_of(leaf) for leaf in replicated]
+        shares = self._agree(flat.leaves, held)
+        own_infos = [info_of(leaf) for leaf in self._own.leaves]
+        shared = [*held, *(piece.info for piece in self._pieces)]
+        self._infos = [*shared, *own_infos]
+        self._flat = Flat(tree=flat.tree, leaves=[*replicated, *(leaf for _, leaf in cut), *self._own.leaves])
+        self._layout = layout_of(shares, shared, own_infos)
+        if self._last.plan is not None:  # rank 0
+            aliases, indexes = self._last.plan.aliases, self._last.plan.indexes
+            self._layout = replace(
+                self._layout,
+                aliases=(*aliases, *self._layout.aliases),
+                indexes={**indexes, **self._layout.indexes},
+            )
+
+    def _agree(self, leaves: Sequence[Leaf], held: Sequence[TensorInfo]) -> Sequence[Share]:
+        """Compare with the other ranks, find the unfinished directory, and which files are this rank's."""
+        described = json.dumps([_described(leaf) for leaf in leaves]).encode()
+        pieces = json.dumps(self._pieces).encode()
+        said = [self._description.step, self._description.epoch]
+        told = json.dumps([digest_of(described), digest_of(pieces), said]).encode()
+        everyones = [json.loads(data) for data in self._meeting.collect(told)]
+        if self._world.rank == 0:
+            self._meeting.broadcast(json.dumps(self._open(everyones)).encode())
+            key = tuple(tuple(one[:2]) for one in everyones)
+            mode = self._mode(everyones, key)
+        else:
+            path, final, mode = json.loads(self._meeting.broadcast(b""))
+            self._joined.path, self._joined.final = Path(path), Path(final)
+            key = ()
+        if mode == "differ":
+            said_by_all = [json.loads(data) for data in self._meeting.collect(described)]
+            if self._world.rank == 0:
+                raise RanksDifferError(f"{_DIFFER}\n{differences(said_by_all)}")
+        if mode == "as before":
+            return self._last.shares
+        self._plan(held, [json.loads(data) for data in self._meeting.collect(pieces)])
+        self._last.key = key
+        return self._last.shares
+
+    def _mode(self, everyones: Sequence[Any], key: tuple[Any, ...]) -> str:
+        if any(one[0] != everyones[0][0] for one in everyones):
+            return "differ"
+        return "as before" if self._last.key == key else "plan"
+
+    def _open(self, everyones: Sequence[Any]) -> list[str]:
+        """Make the directory; what the others have to know of it."""
+        for rank, one in enumerate(everyones):
+            if one[2] != everyones[0][2]:
+                raise RanksDifferError(
+                    f"rank {rank} saves step {one[2][0]} of epoch {one[2][1]}, rank 0 step {everyones[0][2][0]} of "
+                    f"epoch {everyones[0][2][1]}: ranks must save together; nothing was written"
+                )
+        workspace = self.workspace
+        assert isinstance(workspace, LocalWorkspace)
+        with workspace.explained():
+            workspace.check()
+            workspace.open()
+        mode = self._mode(everyones, tuple(tuple(one[:2]) for one in everyones))
+        return [str(workspace.path), str(workspace.final), mode]
+
+    def _plan(self, held: Sequence[TensorInfo], pieces: Sequence[Sequence[Any]]) -> None:
+        answers: list[bytes] = []
+        self._last.key = None
+        if self._world.rank == 0:
+            of_ranks = [[_shard_of(piece) for piece in of_rank] for of_rank in pieces]
+            self._last.plan = plan = plan_ranks(held, of_ranks)
+            answers = [json.dumps(shares).encode() for shares in plan.shares]
+        mine = json.loads(self._meeting.scatter(answers))
+        self._last.shares = [Share(file, tuple(members)) for file, members in mine]
+
+    # ------------------------------------------------------------------------------------- commit
+
+    def _commit(self) -> Manifest:
+        files = self._writer.file_entries()
+        entries = tensor_entries(self._infos, self._layout, self._writer.digests)
+        report = Report.of(entries, files, self._pieces, self._own.tree)
+        reports = self._meeting.collect(report.dump())
+        if self._world.rank == 0:
+            manifest = self._publish([Report.load(data) for data in reports])
+        self._meeting.broadcast(b"committed")
+        if self._world.rank:
+            assert isinstance(self.workspace, JoinedWorkspace)
+            manifest = read_manifest(self.workspace.final)
+        try:
+            self._meeting.collect(b"")  # rank 0 may serve the store: it stays until all have heard
+        except RankError as error:
+            log.warning("committed, but not all ranks said that they heard of it: %s", error)
+        self._meeting_over.close()
+        return manifest
+
+    def _publish(self, reports: Sequence[Report]) -> Manifest:
+        files, tensors = merge(reports, self._order)
+        own = [report.tree for report in reports]
+        content = Content(
+            tree=self._flat.tree,
+            tensors=tensors,
+            files=files,
+            small=self._layout.indexes,
+            ranks=own if any(tree is not None for tree in own) else None,
+            world_size=self._world.size,
+        )
+        return publish(self.workspace, content, self._description, self._lineage)
+
+    # ------------------------------------------------------------------------------------ failure
+
+    def _discarding(self, work: Callable[[], _T]) -> _T:
+        try:
+            return super()._discarding(work)
+        except RankError:
+            raise
+        except BaseException as error:
+            told = self._told
+            if told is not None and isinstance(error, Exception):
+                raise told from error  # what another rank met is why this one could not go on
+            raise
+
+    def discard(self) -> None:
+        """Stop, remove what was written, and let the other ranks know."""
+        error = sys.exc_info()
+        self._told: RankError | None = None
+        try:
+            self._meeting.check()
+        except RankError as news:
+            self._told = news
+        self._meeting_over.__exit__(*error)
+        if self._writer_made:
+            self._writer.abort()
+        if hasattr(self, "workspace"):
+            self.workspace.discard()
+
+
+_DIFFER = "the ranks hold different states, so no checkpoint can be made of them; nothing was written:"
+
+
+def _described(leaf: Leaf) -> list[Any]:
+    dtype = str(leaf.tensor.dtype).removeprefix("torch.")
+    if leaf.shard is None:
+        return [leaf.address, dtype, list(leaf.tensor.shape), None]
+    return [leaf.address, dtype, list(leaf.shard[1]), "sharded"]
+
+
+def _cut(leaf: Leaf, shard: tuple[tuple[int, ...], tuple[int, ...]]) -> list[tuple[Shard, Leaf]]:
+    """The pieces of a shard, and the tensors that hold them."""
+    at, whole = shard
+    box = Shard(
+        address=leaf.address,
+        group=leaf.group,
+        name=leaf.name,
+        dtype=str(leaf.tensor.dtype).removeprefix("torch."),
+        itemsize=leaf.tensor.itemsize,
+        whole=whole,
+        at=at,
+        shape=tuple(leaf.tensor.shape) if leaf.tensor.numel() or not 0 in whole else whole,
+    )
+    if not leaf.tensor.numel() and 0 not in whole:
+        return []
+    found = []
+    for piece in box.pieces():
+        tensor = leaf.tensor
+        if piece.shape != tuple(tensor.shape):
+            tensor = tensor.narrow(0, piece.at[0] - at[0], piece.shape[0])
+        info = piece.info
+        found.append((piece, replace(leaf, address=info.address, name=info.name, tensor=tensor)))
+    return found
+
+
+def _shard_of(node: Sequence[Any]) -> Shard:
+    return Shard(*(tuple(part) if isinstance(part, list) else part for part in node))
