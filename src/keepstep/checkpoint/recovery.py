@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import Any
 
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.quarantine import is_refusal
+from keepstep.checkpoint.place.backend import checkpoint_name
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
     CheckpointNotFoundError,
@@ -16,8 +17,9 @@ from keepstep.errors import (
     NoValidCheckpointError,
     StoreError,
 )
+from keepstep.world import World
 
-__all__ = ["restore_newest"]
+__all__ = ["restore_newest", "restore_newest_together"]
 
 _ALL_DAMAGED = (
     "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
@@ -30,13 +32,13 @@ _REFUSED = (
 
 
 def restore_newest(
-    root: catalog.Root, objects: Any, set_aside: Callable[[Place, str], None]
+    root: catalog.Root, restore: Callable[[Checkpoint], None], set_aside: Callable[[Place, str], None]
 ) -> Checkpoint | None:
     """Restore the newest checkpoint of a store that loads.
 
     Args:
         root: of the store.
-        objects: live objects; see `Checkpoint.load_into`.
+        restore: loads a checkpoint into live objects.
         set_aside: is handed each damaged one and what is wrong with it; the next older one overwrites what
             that one had written.
 
@@ -54,7 +56,7 @@ def restore_newest(
         passed.add(entry.number)
         try:
             checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
-            checkpoint.load_into(objects)
+            restore(checkpoint)
         except CheckpointNotFoundError:
             continue  # dropped meanwhile by the process that writes; it has a newer one
         except DamagedCheckpointError as error:
@@ -68,3 +70,63 @@ def restore_newest(
     if damaged:
         raise NoValidCheckpointError(_ALL_DAMAGED.format(path=root, damaged="\n  ".join(damaged)))
     return None
+
+
+def restore_newest_together(
+    root: catalog.Root,
+    restore: Callable[[Checkpoint], None],
+    set_aside: Callable[[Place, str], None],
+    world: World,
+) -> Checkpoint | None:
+    """`restore_newest` by all ranks: they take the same one, and if one finds damage all take the next.
+
+    Args:
+        root: of the store.
+        restore: loads a checkpoint into this rank's live objects.
+        set_aside: as for `restore_newest`; called on rank 0 only.
+        world: the ranks.
+
+    Raises:
+        RankFailedError: another rank could not restore for another reason than damage.
+        NoValidCheckpointError, StoreError: as for `restore_newest`.
+    """
+    damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
+    passed: set[int] = set()
+    while True:
+        with world.meeting(f"resuming {root}") as meeting:
+            entries = [entry for entry in catalog.scan(root) if entry.number not in passed]
+            picks = meeting.exchange(str(entries[-1].number if entries else -1).encode())
+            number = int(picks[0])  # rank 0's word: a file system may show it to some before others
+            if number < 0:
+                break
+            passed.add(number)
+            checkpoint, problem = _try(root, number, restore)
+            problems = [json.loads(data) for data in meeting.exchange(json.dumps(problem).encode())]
+        found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
+        if not found and checkpoint is not None:
+            return checkpoint
+        damaged.append(f"{checkpoint_name(number)}: {'; '.join(found)}")
+        if world.rank == 0:
+            place = next((entry.path for entry in catalog.scan(root) if entry.number == number), None)
+            if place is not None:
+                set_aside(place, "; ".join(found))
+    if damaged:
+        raise NoValidCheckpointError(_ALL_DAMAGED.format(path=root, damaged="\n  ".join(damaged)))
+    return None
+
+
+def _try(
+    root: catalog.Root, number: int, restore: Callable[[Checkpoint], None]
+) -> tuple[Checkpoint | None, str | None]:
+    """Restore one checkpoint: it, or what is wrong with it."""
+    entry = next((entry for entry in catalog.scan(root) if entry.number == number), None)
+    if entry is None:
+        return None, f"{checkpoint_name(number)} is not to be seen"
+    try:
+        checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
+        restore(checkpoint)
+    except DamagedCheckpointError as error:
+        if is_refusal(error):
+            raise StoreError(_REFUSED.format(path=entry.path, reason=error.message)) from error
+        return None, error.message
+    return checkpoint, None

@@ -16,7 +16,7 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.loading.reader import Reader
-from keepstep.checkpoint.loading.restore import load_into, load_tree
+from keepstep.checkpoint.loading.restore import load_into, load_own, load_tree
 from keepstep.checkpoint.place.local import reading, replaced_path
 from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.errors import BackgroundSaveError, CheckpointNotFoundError, UsageError
@@ -158,7 +158,23 @@ class Checkpoint:
         with self._held():
             return load_tree(self.reader(), only=_patterns(only), verify=verify)
 
-    def load_into(self, objects: Any, only: str | Sequence[str] | None = None) -> None:
+    def load_per_rank(self, rank: int = 0) -> Any:
+        """What rank `rank` saved as its own (`per_rank`), as new objects; None if there is nothing of it.
+
+        Raises:
+            DamagedCheckpointError, CheckpointNotFoundError: as for `load`.
+        """
+        with self._held():
+            return load_own(self.reader(), rank)
+
+    def load_into(
+        self,
+        objects: Any,
+        only: str | Sequence[str] | None = None,
+        *,
+        per_rank: Any = None,
+        rank: int = 0,
+    ) -> None:
         """Restore live objects in place: all of it or nothing.
 
         Args:
@@ -166,6 +182,9 @@ class Checkpoint:
                 their values in place; other objects with `load_state_dict` are handed their state; dicts
                 and lists take plain values in place.
             only: restore only what matches; `objects` then holds only that.
+            per_rank: live objects that take what rank `rank` saved as its own. If so many ranks did not
+                save, they stay as they are, and a warning says so.
+            rank: which one this is.
 
         Raises:
             MismatchError: something does not fit; all differences are named and nothing was changed.
@@ -175,7 +194,7 @@ class Checkpoint:
                 overwritten by then. Load another checkpoint into the same objects before going on.
         """
         with self._held():
-            load_into(self.reader(), objects, only=_patterns(only))
+            load_into(self.reader(), objects, only=_patterns(only), own=per_rank, rank=rank)
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         """Hold off its deletion, where a place can."""

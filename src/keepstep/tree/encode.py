@@ -10,7 +10,7 @@ import pathlib
 import struct
 import zoneinfo
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ class _Flattener:
             ) from error
         assert part is not None
         address = self.add_tensor(part[0], path)
-        self.leaves[-1] = replace(self.leaves[-1], shard=(part[1], tuple(tensor.shape)))
+        self.leaves[-1] = self.leaves[-1]._replace(shard=(part[1], tuple(tensor.shape)))
         return address
 
     def encode_numpy(self, value: np.ndarray[Any, Any] | np.generic, path: tuple[Any, ...]) -> Any:

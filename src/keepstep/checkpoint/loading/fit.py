@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from keepstep.checkpoint.format.boxes import Box
 from keepstep.checkpoint.format.manifest import TensorEntry
 from keepstep.checkpoint.loading.reader import Reader
 from keepstep.checkpoint.loading.sharing import Place, shared_memory_problems
 from keepstep.errors import ManifestError, MismatchError, RestoreError, StateError
 from keepstep.tree import (
+    DTYPES,
     address_of,
     elements_of,
     flatten,
@@ -26,6 +28,7 @@ from keepstep.tree import (
     inside_object,
     is_stateful,
     items_of,
+    shard_of,
     tensors_in,
     type_name,
     unflatten,
@@ -140,6 +143,7 @@ class Fit:
         if not self._same_options(node, saved["param_groups"], optimizer, path):
             return
         live = state_of(optimizer, path)["state"]
+        params = dict(enumerate(param for group in optimizer.param_groups for param in group["params"]))
         self.fresh.update(tensors_in(saved["param_groups"]))  # a learning rate may be a tensor
         state: dict[Any, Any] = {}
         for key, entry_node in items_of(saved["state"]) or ():
@@ -150,7 +154,8 @@ class Fit:
                 continue
             here = live.get(key, {})
             state[key] = {
-                name: self._slot(value, here.get(name), (*path, "state", key, name)) for name, value in entry
+                name: self._slot(value, here.get(name), (*path, "state", key, name), params.get(key))
+                for name, value in entry
             }
         self.settling.append(lambda: self._settle_optimizer(optimizer, state, saved["param_groups"], path))
 
@@ -182,15 +187,17 @@ class Fit:
             )
         return not lacking
 
-    def _slot(self, node: Any, live: Any, path: _Path) -> Any:
+    def _slot(self, node: Any, live: Any, path: _Path, param: torch.Tensor | None) -> Any:
         """An optimizer's value: its live tensor if that can take the bytes, else the node, read afresh."""
         address = _tensor_address(node)
         if address is None:
             self.fresh.update(tensors_in(node))
             return node
         entry = self.reader.entry(address)
+        if live is None and param is not None and type(param) not in _PLAIN_TENSORS:
+            live = _sharded_like(param, entry)
         if isinstance(live, torch.Tensor) and _same_kind(entry, live):
-            self.places.append(Place(path, address, live))
+            self.places += _places(path, address, live)
             return live
         self.fresh.add(address)
         return node
@@ -237,7 +244,7 @@ class Fit:
                 f"{address_of(path)}: the live tensor is expanded, its elements share memory; clone it"
             )
         elif read:
-            self.places.append(Place(path, address, live))
+            self.places += _places(path, address, live)
 
     def _array(self, node: Any, live: np.ndarray[Any, Any], path: _Path) -> None:
         saved = node if isinstance(node, dict) and "$ndarray" in node else None
@@ -358,6 +365,25 @@ def _tensor_address(node: Any) -> str | None:
 
 def _is_encoded(entry: Any) -> bool:
     return not isinstance(entry, dict) or any(type(key) is str and key.startswith("$") for key in entry)
+
+
+def _places(path: _Path, address: str, live: torch.Tensor) -> list[Place]:
+    """Where the saved bytes go: the live tensor, or the part of a distributed one that this rank holds."""
+    part = None if type(live) in _PLAIN_TENSORS else shard_of(live)
+    if part is None:
+        return [Place(path, address, live)]
+    local, at = part
+    return [Place(path, address, local, Box(at, tuple(local.shape)))] if local.numel() else []
+
+
+def _sharded_like(param: torch.Tensor, entry: TensorEntry) -> torch.Tensor | None:
+    """What an optimizer that has taken no step yet will hold for a distributed parameter."""
+    if entry.shape != tuple(param.shape):
+        return None
+    return torch.zeros_like(param.detach(), dtype=DTYPES[entry.dtype])
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def _same_kind(entry: TensorEntry, live: torch.Tensor) -> bool:

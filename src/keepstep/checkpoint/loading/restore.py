@@ -15,6 +15,7 @@ Only damage that is met in phase 3 can leave a mixed state; the error then names
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from keepstep.checkpoint.collector import collector_paused
+from keepstep.checkpoint.format.boxes import Box
 from keepstep.checkpoint.loading.fit import Fit, Handed, call_load, over_untrusted, state_of
 from keepstep.checkpoint.loading.passes import Target, bytes_of
 from keepstep.checkpoint.loading.reader import Reader
@@ -29,7 +31,9 @@ from keepstep.checkpoint.loading.sharing import Place, without_views
 from keepstep.errors import DamagedCheckpointError, RestoreError
 from keepstep.tree import address_of, inside_object, select, tensors_in, unflatten
 
-__all__ = ["load_into", "load_tree"]
+__all__ = ["load_into", "load_own", "load_tree"]
+
+log = logging.getLogger(__name__)
 
 
 @collector_paused()
@@ -45,12 +49,16 @@ def load_tree(reader: Reader, *, only: tuple[str, ...] | None, verify: bool) -> 
 
 
 @collector_paused()
-def load_into(reader: Reader, objects: Any, *, only: tuple[str, ...] | None) -> None:
+def load_into(
+    reader: Reader, objects: Any, *, only: tuple[str, ...] | None, own: Any = None, rank: int = 0
+) -> None:
     """Restore live objects; see the module's docstring and `Checkpoint.load_into`."""
     tree = reader.tree if only is None else over_untrusted(reader, lambda: select(reader.tree, only))
     fit = Fit(reader)
     try:
         over_untrusted(reader, lambda: fit.walk(inside_object(tree), objects, (), None))
+        if own is not None and (node := own_node(reader, rank)) is not None:
+            over_untrusted(reader, lambda: fit.walk(inside_object(node), own, (f"rank-{rank:05d}",), None))
         fit.raise_if_any()
         finishing = over_untrusted(reader, fit.settle)
     finally:
@@ -65,6 +73,26 @@ def load_into(reader: Reader, objects: Any, *, only: tuple[str, ...] | None) -> 
         if not isinstance(error, DamagedCheckpointError):  # which says so itself
             error.add_note(_MIXED)
         raise
+
+
+def own_node(reader: Reader, rank: int) -> Any:
+    """What was a rank's own, encoded; None, and a warning, if there is nothing for this rank."""
+    node = reader.ranks[rank] if rank < len(reader.ranks) else None
+    if node is None:
+        log.warning(
+            "%s holds nothing of rank %d's own (%d ranks saved such): what this rank has stays as it is",
+            reader.place,
+            rank,
+            len(reader.ranks),
+        )
+    return node
+
+
+def load_own(reader: Reader, rank: int) -> Any:
+    """What was a rank's own, as new objects; None if there is nothing for this rank."""
+    node = own_node(reader, rank)
+    tensors = reader.fresh(over_untrusted(reader, lambda: list(tensors_in(node))))
+    return over_untrusted(reader, lambda: unflatten(node, tensors.__getitem__))
 
 
 _MIXED = (
@@ -136,13 +164,13 @@ def _read_in_place(reader: Reader, places: Sequence[Place], *, already: list[str
         for place in without_views(reader, places):
             alias = reader.entry(place.address).alias_of is not None
             if _is_dense(place.tensor) and not alias and place.address not in targets:
-                targets[place.address] = Target(place.address, bytes_of(place.tensor))
+                targets[place.address] = Target(place.address, bytes_of(place.tensor), place.box)
                 _tell_autograd(place.tensor)
             else:
                 scattered.append(place)
         reader.read_into(list(targets.values()), started=started)
         for place in scattered:  # one at a time: never a second copy of the state
-            value = reader.fresh([place.address])[place.address]
+            value = _elements(reader.fresh([place.address])[place.address], place.box)
             started.add(address_of(place.path))
             with torch.inference_mode(place.tensor.is_inference()), torch.no_grad():
                 place.tensor.copy_(value)
@@ -150,6 +178,12 @@ def _read_in_place(reader: Reader, places: Sequence[Place], *, already: list[str
         if started or already:
             raise type(error)(error.path, error.message, overwritten=[*already, *sorted(started)]) from error
         raise
+
+
+def _elements(value: torch.Tensor, box: Box | None) -> torch.Tensor:
+    for dimension, (begin, size) in enumerate(zip(box.at, box.shape, strict=True) if box else ()):
+        value = value.narrow(dimension, begin, size)
+    return value
 
 
 def _tell_autograd(tensor: torch.Tensor) -> None:

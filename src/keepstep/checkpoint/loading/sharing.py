@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from keepstep.checkpoint.format.boxes import Box
 from keepstep.checkpoint.format.manifest import TensorEntry, stored_parts
 from keepstep.checkpoint.loading.passes import bytes_of
 from keepstep.checkpoint.loading.reader import Reader
@@ -25,6 +26,8 @@ class Place:
     path: tuple[Any, ...]
     address: str
     tensor: torch.Tensor
+    box: Box | None = None
+    """Which elements of the saved value; None for all."""
 
     @property
     def end(self) -> int:

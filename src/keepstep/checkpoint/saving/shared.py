@@ -38,7 +38,15 @@ from keepstep.checkpoint.saving.ranks import (
     merge,
     plan_ranks,
 )
-from keepstep.checkpoint.saving.save import Content, Description, Lineage, Save, flatten_both, info_of, publish
+from keepstep.checkpoint.saving.save import (
+    Content,
+    Description,
+    Lineage,
+    Save,
+    flatten_both,
+    info_of,
+    publish,
+)
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.errors import RankError, RanksDifferError
 from keepstep.files import Files
@@ -102,6 +110,8 @@ class SharedSave(Save):
         self._meeting_over = contextlib.ExitStack()
         self._meeting: Meeting = self._meeting_over.enter_context(world.meeting(topic))
         self._writer_made = False
+        self._told: RankError | None = None
+        self._key: tuple[Any, ...] = ()
         self._joined = JoinedWorkspace(files, Path(), Path())
         try:
             super().__init__(
@@ -160,10 +170,10 @@ class SharedSave(Save):
             said_by_all = [json.loads(data) for data in self._meeting.collect(described)]
             if self._world.rank == 0:
                 raise RanksDifferError(f"{_DIFFER}\n{differences(said_by_all)}")
+        self._key = key
         if mode == "as before":
             return self._last.shares
         self._plan(held, [json.loads(data) for data in self._meeting.collect(pieces)])
-        self._last.key = key
         return self._last.shares
 
     def _mode(self, everyones: Sequence[Any], key: tuple[Any, ...]) -> str:
@@ -206,6 +216,7 @@ class SharedSave(Save):
         reports = self._meeting.collect(report.dump())
         if self._world.rank == 0:
             manifest = self._publish([Report.load(data) for data in reports])
+            self._last.key = self._key  # by now all have their shares
         self._meeting.broadcast(b"committed")
         if self._world.rank:
             assert isinstance(self.workspace, JoinedWorkspace)
@@ -246,7 +257,6 @@ class SharedSave(Save):
     def discard(self) -> None:
         """Stop, remove what was written, and let the other ranks know."""
         error = sys.exc_info()
-        self._told: RankError | None = None
         try:
             self._meeting.check()
         except RankError as news:
@@ -279,17 +289,15 @@ def _cut(leaf: Leaf, shard: tuple[tuple[int, ...], tuple[int, ...]]) -> list[tup
         itemsize=leaf.tensor.itemsize,
         whole=whole,
         at=at,
-        shape=tuple(leaf.tensor.shape) if leaf.tensor.numel() or not 0 in whole else whole,
+        shape=tuple(leaf.tensor.shape),
     )
-    if not leaf.tensor.numel() and 0 not in whole:
-        return []
     found = []
     for piece in box.pieces():
         tensor = leaf.tensor
         if piece.shape != tuple(tensor.shape):
             tensor = tensor.narrow(0, piece.at[0] - at[0], piece.shape[0])
         info = piece.info
-        found.append((piece, replace(leaf, address=info.address, name=info.name, tensor=tensor)))
+        found.append((piece, leaf._replace(address=info.address, name=info.name, tensor=tensor)))
     return found
 
 
