@@ -93,7 +93,7 @@ class Alone:
 
 
 class Topic:
-    """Meetings over one topic, numbered. A rank that missed a meeting, which then failed, skips it.
+    """Meetings over one topic, numbered. A rank that others gave up waiting for goes on with the next one.
 
     A meeting must hold a step to which all ranks come (`exchange` or `collect`).
 
@@ -118,7 +118,7 @@ class Topic:
         """Hold one; see `keepstep.world.World.meeting`."""
         with self._turn:
             number = self._last + 1
-            while self.store.check(f"{number}/failed"):
+            while self._was_missed(number):
                 number += 1
             self._last = number
             meeting = _StoreMeeting(self, number, timeout_s)
@@ -131,6 +131,12 @@ class Topic:
                 raise
             self._forget()  # all ranks came to this meeting, so they have left those before
             self._old_keys = meeting.keys
+
+    def _was_missed(self, number: int) -> bool:
+        """Whether the others gave a meeting up since this rank did not come."""
+        if not self.store.check(f"{number}/failed"):
+            return False
+        return self.rank in json.loads(self.store.get(f"{number}/failed")).get("missing", ())
 
     def _forget(self) -> None:
         for key in self._old_keys:
@@ -218,6 +224,7 @@ class _StoreMeeting:
             news["missing"] = list(error.ranks)
         with contextlib.suppress(RankMissingError):  # no store, nobody to tell
             self._store.set_once(self._made("failed"), json.dumps(news))
+            self._store.set_once(self._made("open"), "")  # or some would wait for that
             for step in range(max(self._step, 1), _MOST_STEPS + 1):
                 self._store.set_once(self._made(f"{step}/done"), json.dumps(news))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
+from keepstep.checkpoint.saving.shared import LastPlan, SharedSave
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import UsageError
 from keepstep.files import Files, LocalFiles
+from keepstep.world import World
 
-__all__ = ["Engine", "save_directory"]
+__all__ = ["Engine", "SharedEngine", "save_directory"]
 
 
 class Engine:
@@ -30,11 +32,65 @@ class Engine:
         self.pool = BlockPool(memory_budget_bytes)
         self.planner = Planner()
 
-    def save(self, workspace: Workspace, state: Any, description: Description, lineage: Lineage) -> Save:
+    def anew(self) -> Engine:
+        """One like it, for a fork: a child has none of its parent's threads."""
+        return Engine(self.files, self.memory_budget_bytes)
+
+    def save(
+        self,
+        reserve: Callable[[], Workspace],
+        state: Any,
+        description: Description,
+        lineage: Lineage,
+        own: Any = None,
+    ) -> Save:
+        """A save that has decided what goes where."""
         return Save(
-            workspace=workspace,
+            workspace=reserve(),
             planner=self.planner,
             state=state,
+            description=description,
+            lineage=lineage,
+            pool=self.pool,
+            own=own,
+        )
+
+
+class SharedEngine(Engine):
+    """The engine of one of many ranks, which save together.
+
+    Args:
+        files: how the disk is changed.
+        memory_budget_bytes: most host memory for staging.
+        world: the ranks.
+        topic: what they meet over.
+    """
+
+    def __init__(self, files: Files | None, memory_budget_bytes: int, world: World, topic: str) -> None:
+        super().__init__(files, memory_budget_bytes)
+        self._world = world
+        self._topic = topic
+        self._last = LastPlan()
+
+    def anew(self) -> Engine:
+        return SharedEngine(self.files, self.memory_budget_bytes, self._world, self._topic)
+
+    def save(
+        self,
+        reserve: Callable[[], Workspace],
+        state: Any,
+        description: Description,
+        lineage: Lineage,
+        own: Any = None,
+    ) -> Save:
+        return SharedSave(
+            world=self._world,
+            topic=self._topic,
+            files=self.files,
+            reserve=reserve,
+            last=self._last,
+            state=state,
+            own=own,
             description=description,
             lineage=lineage,
             pool=self.pool,
@@ -72,5 +128,5 @@ def save_directory(
     )
     engine, lineage = Engine(files, 64 << 20), Lineage(run=secrets.token_hex(8))
     workspace = LocalWorkspace(engine.files, final, may_replace=True)
-    manifest = engine.save(workspace, state, description, lineage).write()
+    manifest = engine.save(lambda: workspace, state, description, lineage).write()
     return Checkpoint(Path(directory), manifest)

@@ -19,7 +19,7 @@ from keepstep.errors import (
 )
 from keepstep.world import World
 
-__all__ = ["restore_newest", "restore_newest_together"]
+__all__ = ["restore_newest"]
 
 _ALL_DAMAGED = (
     "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
@@ -32,7 +32,10 @@ _REFUSED = (
 
 
 def restore_newest(
-    root: catalog.Root, restore: Callable[[Checkpoint], None], set_aside: Callable[[Place, str], None]
+    root: catalog.Root,
+    restore: Callable[[Checkpoint], None],
+    set_aside: Callable[[Place, str], None],
+    world: World,
 ) -> Checkpoint | None:
     """Restore the newest checkpoint of a store that loads.
 
@@ -41,6 +44,7 @@ def restore_newest(
         restore: loads a checkpoint into live objects.
         set_aside: is handed each damaged one and what is wrong with it; the next older one overwrites what
             that one had written.
+        world: the ranks; all of them take the same checkpoint.
 
     Returns:
         The checkpoint that was restored; None if the store holds none.
@@ -48,7 +52,10 @@ def restore_newest(
     Raises:
         NoValidCheckpointError: there are checkpoints, and all are damaged.
         StoreError: the system refuses to read; nothing more is set aside.
+        RankError: another rank could not restore for another reason than damage, or did not come.
     """
+    if world.size > 1:
+        return _restore_together(root, restore, set_aside, world)
     damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
     passed: set[int] = set()
     while entries := [entry for entry in catalog.scan(root) if entry.number not in passed]:
@@ -72,24 +79,13 @@ def restore_newest(
     return None
 
 
-def restore_newest_together(
+def _restore_together(
     root: catalog.Root,
     restore: Callable[[Checkpoint], None],
     set_aside: Callable[[Place, str], None],
     world: World,
 ) -> Checkpoint | None:
-    """`restore_newest` by all ranks: they take the same one, and if one finds damage all take the next.
-
-    Args:
-        root: of the store.
-        restore: loads a checkpoint into this rank's live objects.
-        set_aside: as for `restore_newest`; called on rank 0 only.
-        world: the ranks.
-
-    Raises:
-        RankFailedError: another rank could not restore for another reason than damage.
-        NoValidCheckpointError, StoreError: as for `restore_newest`.
-    """
+    """Rank 0 picks, all try; if one finds damage, all take the next."""
     damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
     passed: set[int] = set()
     while True:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from keepstep.checkpoint.engine import Engine
+from keepstep.checkpoint.engine import Engine, SharedEngine
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
@@ -26,13 +26,13 @@ from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.mirror import Mirror, pull_newest
-from keepstep.checkpoint.place.backend import Backend
+from keepstep.checkpoint.place.backend import Backend, Workspace
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
 from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.checkpoint.recovery import restore_newest
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
-from keepstep.checkpoint.upkeep import Upkeep
+from keepstep.checkpoint.upkeep import Bystander, Upkeep
 from keepstep.checkpoint.version import Checkpoint, PendingSave, unseen_failures
 from keepstep.errors import (
     BackgroundSaveError,
@@ -41,6 +41,7 @@ from keepstep.errors import (
     UsageError,
 )
 from keepstep.files import Files
+from keepstep.world import OneRank, World
 
 __all__ = ["AWAITED_UP_TO_BYTES", "DEFAULT_MEMORY_BUDGET_BYTES", "Staging", "Store"]
 
@@ -82,6 +83,9 @@ class Store:
             as in `load_latest_into`. None: don't.
         scrub_bytes_per_s: how fast it reads at most; None: 50 MB/s.
         files: how the disk is changed; tests pass one that fails on purpose.
+        world: the ranks that save and load together, `keepstep.world.Ranks()`; None for one process. With
+            many ranks every call that saves or loads is made by all of them, and the directory is one that
+            they all see. Rank 0 holds the lock, commits and prunes.
     """
 
     def __init__(
@@ -97,7 +101,11 @@ class Store:
         scrub_interval_s: float | None = None,
         scrub_bytes_per_s: float | None = None,
         files: Files | None = None,
+        world: World | None = None,
     ) -> None:
+        self._world: World = world if world is not None else OneRank()
+        if self._world.size > 1 and is_address(path):
+            raise UsageError(f"{path} is a bucket; {self._world.size} ranks can save to a directory only")
         # A program may change its directory between two saves.
         self._root = path if is_address(path) else Path(path).absolute()
         self._storage_options = storage_options
@@ -108,7 +116,10 @@ class Store:
         self.retention = retention if retention is not None else Retention()
         self._lineage = Lineage(run=secrets.token_hex(8))
         self._scrub = {"scrub_interval_s": scrub_interval_s, "scrub_bytes_per_s": scrub_bytes_per_s}
-        self._start(Engine(files, memory_budget_bytes))
+        if self._world.size > 1:
+            self._start(SharedEngine(files, memory_budget_bytes, self._world, f"saving to {self._root}"))
+        else:
+            self._start(Engine(files, memory_budget_bytes))
         _stores.add(self)
 
     def _start(self, engine: Engine) -> None:
@@ -118,7 +129,7 @@ class Store:
         self._in_flight: PendingSave | None = None
         self._backend = self._open_backend(engine.files)
         self.mirror = self._open_mirror(engine.files)
-        self._upkeep = Upkeep(self._backend, **self._scrub)
+        self._upkeep = (Bystander if self._world.rank else Upkeep)(self._backend, **self._scrub)
         weakref.finalize(self, self._upkeep.stop)
 
     def _open_backend(self, files: Files) -> Backend:
@@ -127,7 +138,7 @@ class Store:
         return open_bucket(os.fspath(self._root), self._storage_options)
 
     def _open_mirror(self, files: Files) -> Mirror | None:
-        if self._mirror_address is None:
+        if self._mirror_address is None or self._world.rank:
             return None
         return Mirror(
             self.path,
@@ -188,6 +199,7 @@ class Store:
         tags: Sequence[str] = (),
         pinned: bool = False,
         environment: Mapping[str, Any] | None = None,
+        per_rank: Any = None,
     ) -> Checkpoint:
         """Save a checkpoint; it is durable and committed on return.
 
@@ -201,8 +213,10 @@ class Store:
             pinned: never prune it.
             environment: more to write down beside versions, host and command line (a configuration, say):
                 names with what JSON can hold.
+            per_rank: what is this rank's own (random states, its place in the data): any state.
 
         Raises:
+            RankError: with many ranks: one failed, or did not come; no checkpoint was made.
             StateError: the state cannot be saved as it is; nothing was written.
             StoreBusyError: another process writes to this store.
             NoSpaceError, StoreReadOnlyError, StoreError: nothing of this checkpoint is left, older ones
@@ -214,7 +228,7 @@ class Store:
         )
         with self._one_save:
             self.wait()
-            save = self._begin(state, description)
+            save = self._begin(state, description, per_rank)
             try:
                 return self._committed(save.workspace.final, save.write())
             finally:
@@ -230,6 +244,7 @@ class Store:
         tags: Sequence[str] = (),
         pinned: bool = False,
         environment: Mapping[str, Any] | None = None,
+        per_rank: Any = None,
         staging: Staging = "awaited",
         changing: Iterable[torch.Tensor] = (),
     ) -> PendingSave:
@@ -246,6 +261,7 @@ class Store:
             tags: names; a tagged checkpoint is never pruned.
             pinned: never prune it.
             environment: more to write down beside versions, host and command line.
+            per_rank: what is this rank's own.
             staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made
                 in the background as well, and the state must not change until `PendingSave.wait_staged` has
                 returned. Tensors that torch saw written to before are found out by their version counters:
@@ -261,7 +277,7 @@ class Store:
         with self._one_save:
             self.wait()
             began = time.perf_counter()
-            save = self._begin(state, description)
+            save = self._begin(state, description, per_rank)
             crew = Crew(1, "keepstep-commit")
             staged = threading.Event()
             try:
@@ -320,17 +336,27 @@ class Store:
         finally:
             self._backend.release(save.workspace)
 
-    def _begin(self, state: Any, description: Description) -> Save:
-        self.claim()
-        if self._upkeep.found_damage():
-            self._engine.planner.forget()
-        workspace = self._backend.reserve()
+    def _begin(self, state: Any, description: Description, own: Any) -> Save:
+        reserved: list[Workspace] = []
+
+        def reserve() -> Workspace:
+            self.claim()
+            if self._upkeep.found_damage():
+                self._engine.planner.forget()
+            reserved.append(self._backend.reserve())
+            return reserved[-1]
+
         try:
-            save = self._engine.save(workspace, state, description, self._lineage)
-            self._upkeep.before_save(save.bytes, self.retention)
+            save = self._engine.save(reserve, state, description, self._lineage, own)
+            try:
+                self._upkeep.before_save(save.bytes, self.retention)
+            except BaseException:
+                save.discard()
+                raise
             return save
         except BaseException:
-            self._backend.release(workspace)
+            for workspace in reserved:
+                self._backend.release(workspace)
             raise
 
     def _committed(self, path: Place, manifest: Manifest) -> Checkpoint:
@@ -425,12 +451,18 @@ class Store:
 
     # ----------------------------------------------------------------------------------- resuming
 
-    def load_latest_into(self, objects: Any) -> Checkpoint | None:
+    def load_latest_into(self, objects: Any, *, per_rank: Any = None) -> Checkpoint | None:
         """Restore the newest valid checkpoint into live objects, falling back over damaged ones.
 
         A damaged checkpoint is named in an error log, moved aside (into `.keepstep/damaged/`, never
         deleted), and the next older one is taken, which overwrites everything. If the mirror has a newer
-        one, it is brought here first.
+        one, it is brought here first. Many ranks take the same one: if one of them finds damage, all take the
+        next.
+
+        Args:
+            objects: see `Checkpoint.load_into`.
+            per_rank: live objects that take what this rank saved as its own. Fewer ranks may have saved;
+                then they stay as they are on the ranks beyond, and a warning says so.
 
         Returns:
             The checkpoint that was restored; None if the store holds none.
@@ -442,7 +474,11 @@ class Store:
         """
         self.wait()
         self._pull()
-        checkpoint = restore_newest(self._backend, objects, self._upkeep.set_aside)
+
+        def restore(checkpoint: Checkpoint) -> None:
+            checkpoint.load_into(objects, per_rank=per_rank, rank=self._world.rank)
+
+        checkpoint = restore_newest(self._backend, restore, self._upkeep.set_aside, self._world)
         if checkpoint is not None:
             manifest = checkpoint.manifest
             self._engine.planner.adopt(checkpoint.name, manifest.files, checkpoint.tensors)
@@ -496,7 +532,7 @@ def _start_anew_after_fork() -> None:
     forget_places_after_fork()
     unseen_failures.clear()
     for store in list(_stores):
-        store._start(Engine(store._engine.files, store._engine.memory_budget_bytes))
+        store._start(store._engine.anew())
 
 
 os.register_at_fork(after_in_child=_start_anew_after_fork)

@@ -15,7 +15,7 @@ from keepstep.checkpoint.keeping.verify import Report
 from keepstep.checkpoint.place.backend import Backend
 from keepstep.errors import DamagedCheckpointError, StoreError, UsageError
 
-__all__ = ["Upkeep"]
+__all__ = ["Bystander", "Upkeep"]
 
 log = logging.getLogger(__name__)
 
@@ -99,3 +99,19 @@ class Upkeep:
             set_aside(self._backend, place)
         except (OSError, StoreError) as refused:  # read-only, or another's: passing it over is enough
             log.warning("%s could not be set aside: %s", place, refused)
+
+
+class Bystander(Upkeep):
+    """The upkeep of ranks beside rank 0, which does it for all."""
+
+    def before_save(self, needed_bytes: int, retention: Retention) -> None:
+        """Rank 0 looks."""
+
+    def after_commit(self, place: Place, manifest: Manifest, retention: Retention) -> None:
+        """Rank 0 deletes."""
+
+    def claim(self) -> None:
+        """Rank 0 writes for all."""
+
+    def set_aside(self, place: Place, problem: str) -> None:
+        """Rank 0 does."""

@@ -313,8 +313,8 @@ class Save:
 
 
 _PART = (
-    "only a part of {address!r} (shape {shape}) lies on this rank, and this store saves for one process: give it "
-    "the world of all ranks, Store(path, world=Ranks())"
+    "only a part of {address!r} (shape {shape}) lies on this rank, and this store saves for one process: "
+    "give it the world of all ranks, Store(path, world=Ranks())"
 )
 
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from keepstep.checkpoint.format.manifest import Manifest, digest_of
 from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.saving.layout import TensorInfo, tensor_entries
@@ -97,7 +98,7 @@ class SharedSave(Save):
         world: World,
         topic: str,
         files: Files,
-        reserve: Callable[[], LocalWorkspace],
+        reserve: Callable[[], Workspace],
         last: LastPlan,
         state: Any,
         own: Any,
@@ -186,8 +187,9 @@ class SharedSave(Save):
         for rank, one in enumerate(everyones):
             if one[2] != everyones[0][2]:
                 raise RanksDifferError(
-                    f"rank {rank} saves step {one[2][0]} of epoch {one[2][1]}, rank 0 step {everyones[0][2][0]} of "
-                    f"epoch {everyones[0][2][1]}: ranks must save together; nothing was written"
+                    f"rank {rank} saves step {one[2][0]} of epoch {one[2][1]}, rank 0 step "
+                    f"{everyones[0][2][0]} of epoch {everyones[0][2][1]}: ranks must save together; nothing "
+                    "was written"
                 )
         workspace = self.workspace
         assert isinstance(workspace, LocalWorkspace)
@@ -302,4 +304,5 @@ def _cut(leaf: Leaf, shard: tuple[tuple[int, ...], tuple[int, ...]]) -> list[tup
 
 
 def _shard_of(node: Sequence[Any]) -> Shard:
-    return Shard(*(tuple(part) if isinstance(part, list) else part for part in node))
+    address, group, name, dtype, itemsize, whole, at, shape = node
+    return Shard(address, group, name, dtype, itemsize, tuple(whole), tuple(at), tuple(shape))
