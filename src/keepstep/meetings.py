@@ -169,6 +169,7 @@ class _StoreMeeting:
         self._number = number
         self._timeout_s = timeout_s
         self._step = 0
+        self._all_come = 0
         self.keys: list[str] = []
 
     def open(self) -> None:
@@ -179,13 +180,13 @@ class _StoreMeeting:
             raise self._topic.missing([0], self._timeout_s)
 
     def exchange(self, value: bytes) -> list[bytes]:
-        step = self._next_step()
+        step = self._all_come = self._next_step()
         self._come(step, value)
         self._wait(step, range(self._topic.size))
         return [self._get(f"{step}/{rank}") for rank in range(self._topic.size)]
 
     def collect(self, value: bytes) -> list[bytes]:
-        step = self._next_step()
+        step = self._all_come = self._next_step()
         self._come(step, value)
         if self._topic.rank:
             return []
@@ -243,10 +244,15 @@ class _StoreMeeting:
     def _wait(self, step: int, for_ranks: Sequence[int]) -> None:
         done = self._shared(f"{step}/done")
         if not self._store.wait(done, self._timeout_s):
-            missing = [rank for rank in for_ranks if not self._store.check(f"{self._number}/{step}/{rank}")]
+            missing = self._absent(step, for_ranks)
+            if missing == [0] and self._all_come:  # rank 0 may be waiting for another one itself
+                missing = self._absent(self._all_come, range(self._topic.size)) or missing
             if missing:
                 raise self._topic.missing(missing, self._timeout_s)
         self._raise(json.loads(self._store.get(done)))
+
+    def _absent(self, step: int, ranks: Sequence[int]) -> list[int]:
+        return [rank for rank in ranks if not self._store.check(f"{self._number}/{step}/{rank}")]
 
     def _raise(self, news: dict[str, Any]) -> None:
         """Raise what another rank told, if it is bad news."""

@@ -234,8 +234,8 @@ def faulty(argument: str, rank: int, size: int) -> None:
 FAULTS = [
     ("segment 0", "kill", 1, "checkpoint_0"),
     ("segment 1", "stop", 1, "checkpoint_0"),
-    ("before rename", "kill", 0, "checkpoint_0"),
-    ("after rename", "kill", 0, "checkpoint_1"),
+    pytest.param("before rename", "kill", 0, "checkpoint_0", marks=pytest.mark.soak),
+    pytest.param("after rename", "kill", 0, "checkpoint_1", marks=pytest.mark.soak),
 ]
 
 
