@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from tests.checkpoint.equality import assert_same
+from tests.checkpoint.test_parse import rewrite
 from tests.crash.harness import leftovers
 from tests.crash.tally import Tally
 
@@ -389,6 +390,7 @@ AGED = [
     Retention(keep_last=1, keep_every_n_steps=2),
     Retention(keep_best=("loss", "min", 1)),
     Retention(keep_last=1, byte_budget=10 * MIB),
+    Retention(keep_within_s=3600.0),
 ]
 
 
@@ -433,5 +435,16 @@ def test_times_that_are_no_times_do_no_harm(tmp_path: Path) -> None:
     assert store.list()[0].created_at.startswith("0001-01-01")
     store.save(state(2))
     assert [whole(c) for c in store.list()] == [2]
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(tmp_path / "checkpoint_0")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "yesterday", "0001-01-01T00:00:00", "9999-12-31T23:59:59-23:59", "2030-01-01", "\ud800", "1" * 5000],
+)
+def test_a_time_that_cannot_be_read_neither_stops_a_save_nor_loses_one(tmp_path: Path, said: str) -> None:
+    store = Store(tmp_path, retention=Retention(keep_within_s=3600.0))
+    first = store.save(state(1))
+    rewrite(first.path, lambda manifest, _: manifest.update(created_at=said))
+    for number in (2, 3):
+        store.save(state(number))
+    assert [whole(c) for c in store.list()][-2:] == [2, 3]
