@@ -292,7 +292,7 @@ def play(root: Path, tally: Tally, count: int) -> None:
 
 
 def test_no_sequence_of_saves_gives_a_stale_byte(tmp_path: Path, tally: Tally, linked_from: int) -> None:
-    play(tmp_path, tally, 12)
+    play(tmp_path, tally, 8)
 
 
 @pytest.mark.soak
