@@ -12,7 +12,9 @@ from rich.cells import cell_len
 from tests.cli.processes import on_terminal, without_styles
 from tests.cli.stores import MANIFEST_KEYS, write_checkpoint, write_store
 
+from keepstep.checkpoint.format.manifest import Chunk, TensorEntry
 from keepstep.cli.main import main
+from keepstep.cli.show import _file
 
 NASTY = "x\x1b[31m\x07\n[red]m[/]"
 ESCAPED = r"x\x1b[31m\x07\n[red]m[/]"
@@ -231,3 +233,12 @@ def test_what_says_it_in_another_way_is_shown_as_it_is(said: object, shown: str,
     done = show(write_checkpoint(tmp_path / "checkpoint_0", environment={"saving": said}))
     assert done.exit_code == 0
     assert shown in done.stdout
+
+
+def test_a_sharded_tensor_says_in_how_many_chunks_it_lies() -> None:
+    chunks = tuple(
+        Chunk(at=(n,), shape=(1,), file=f"model-{n}.safetensors", offset=4096, bytes=4, digest="0" * 32)
+        for n in range(3)
+    )
+    entry = TensorEntry(dtype="float32", shape=(3,), offset=0, bytes=12, chunks=chunks)
+    assert _file(entry) == "3 chunks in 3 files"

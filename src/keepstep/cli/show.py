@@ -212,6 +212,13 @@ def _tensor_to_json(address: str, tensor: TensorEntry) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------- tensors
 
 
+def _file(tensor: TensorEntry) -> str:
+    if tensor.chunks:
+        files = len({chunk.file for chunk in tensor.chunks})
+        return f"{len(tensor.chunks)} chunks in {files} file{'s' if files > 1 else ''}"
+    return tensor.file or "-"
+
+
 def _tensor_list(tensors: Mapping[str, TensorEntry], output: Output) -> Iterator[str]:
     exactly = output.width is None
     columns = [
@@ -223,7 +230,7 @@ def _tensor_list(tensors: Mapping[str, TensorEntry], output: Output) -> Iterator
             cells=[Cell(_size(tensor.bytes, exactly)) for tensor in tensors.values()],
             right=True,
         ),
-        Column(header="file", cells=[Cell(tensor.file or "-", "dim") for tensor in tensors.values()], rank=1),
+        Column(header="file", cells=[Cell(_file(tensor), "dim") for tensor in tensors.values()], rank=1),
     ]
     if exactly or any(tensor.alias_of for tensor in tensors.values()):
         aliases = [Cell(tensor.alias_of or "-", "cyan") for tensor in tensors.values()]
