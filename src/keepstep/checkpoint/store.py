@@ -47,8 +47,8 @@ __all__ = ["AWAITED_UP_TO_BYTES", "DEFAULT_MEMORY_BUDGET_BYTES", "Staging", "Sto
 
 DEFAULT_MEMORY_BUDGET_BYTES = 2 << 30
 
-AWAITED_UP_TO_BYTES = 128 << 20
-"""States of at most this size are copied at once by default: that blocks for about 20 ms."""
+AWAITED_UP_TO_BYTES = 16 << 20
+"""States of at most this size are copied at once by default: that blocks for about 3 ms."""
 
 Staging = Literal["auto", "awaited", "overlapped"]
 """Whether the training waits until a state is copied, or goes on; see `Store.save_in_background`."""
@@ -283,6 +283,7 @@ class Store:
             try:
                 behind = staging == "overlapped" or (staging == "auto" and save.bytes > AWAITED_UP_TO_BYTES)
                 if behind and save.hold(changing):
+                    crew.step_back()
                     future = crew.submit(lambda: self._stage_and_finish(save, staged))
                 else:
                     save.stage()

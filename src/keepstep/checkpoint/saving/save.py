@@ -239,6 +239,7 @@ class Save:
             else:
                 self._held.append(Held(index, leaf.tensor, leaf.tensor._version))
         self._streams.follow()
+        self._writer.step_back()
         return True
 
     def stage(self) -> None:

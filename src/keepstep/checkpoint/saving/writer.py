@@ -170,6 +170,10 @@ class SegmentWriter:
             self._running.append(self._crew.submit(lambda: self._guarded(self._copy_and_write_blocks)))
         self.drain()
 
+    def step_back(self) -> None:
+        """Let the training's threads go first."""
+        self._crew.step_back()
+
     def stage(self) -> None:
         """Copy everything; hashing and writing go on behind. The tensors may change afterwards.
 

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from keepstep.checkpoint.saving.crew import Crew
+
+
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no priority of their own")
+def test_a_crew_that_steps_back_lets_the_training_go_first() -> None:
+    mine = niceness()
+    crew = Crew(2, "test")
+    try:
+        assert crew.submit(niceness).result() == mine
+        crew.step_back()
+        assert crew.submit(niceness).result() > mine
+        assert niceness() == mine
+    finally:
+        crew.close()
+
+
+def test_errors_reach_who_asks() -> None:
+    crew = Crew(1, "test")
+
+    def fail() -> None:
+        raise KeyError("why")
+
+    future = crew.submit(fail)
+    after = crew.submit(lambda: 1)
+    crew.close()
+    with pytest.raises(KeyError, match="why"):
+        future.result()
+    assert after.result() == 1
+
+
+def test_work_handed_in_before_the_end_of_the_program_is_done() -> None:
+    code = """
+import time
+from keepstep.checkpoint.saving.crew import Crew
+crew = Crew(1, "test")
+crew.submit(lambda: (time.sleep(0.3), crew.submit(lambda: (print("done", flush=True), crew.close()))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "done\n"
