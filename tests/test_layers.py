@@ -28,9 +28,11 @@ TORCH_FREE = [
     "keepstep.checkpoint.keeping.scrub",
     "keepstep.checkpoint.keeping.verify",
     "keepstep.checkpoint.mirror",
+    "keepstep.checkpoint.pulling",
     "keepstep.checkpoint.place.objects",
     "keepstep.checkpoint.place.registry",
     "keepstep.checkpoint.upkeep",
+    "keepstep.checkpoint.uploading",
     "keepstep.cli.main",
 ]
 

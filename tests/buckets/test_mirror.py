@@ -209,11 +209,12 @@ def run(server: Server, *arguments: object) -> subprocess.Popen[str]:
 def test_the_end_of_the_process_waits_for_the_upload(
     server: Server, tmp_path: Path, address: str, bucket_store: Open
 ) -> None:
-    process = run(server, tmp_path / "run", address, 1, 3_000_000, "end")
+    process = run(server, tmp_path / "run", address, 3, 3_000_000, "end")
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0, log
     assert "waiting for the upload" in log
-    assert names(bucket_store()) == ["checkpoint_0"]
+    assert names(bucket_store())[-1] == "checkpoint_2"
+    assert len(names(bucket_store())) > 1, "the newest was uploaded beside others"
 
 
 def test_killed_in_the_middle_of_an_upload_the_next_start_goes_on(

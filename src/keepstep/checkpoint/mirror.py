@@ -1,4 +1,4 @@
-"""A copy of a store in a bucket, uploaded behind the training, and pulled when a machine has nothing newer.
+"""A copy of a store in a bucket, uploaded behind the training.
 
 What is to be uploaded is first linked into `.keepstep/uploads/`: pruning can't take it, and after a kill the
 next process finds it there.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import mmap
+import os
 import threading
 import time
 import warnings
@@ -19,24 +19,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, Manifest, dump_manifest
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
 from keepstep.checkpoint.format.parse import read_manifest
-from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
-from keepstep.checkpoint.keeping.retention import Retention
-from keepstep.checkpoint.keeping.verify import verify_checkpoint
+from keepstep.checkpoint.keeping.retention import Retention, decide
 from keepstep.checkpoint.place.backend import INTERNAL_NAME
 from keepstep.checkpoint.place.bucket import BucketBackend
-from keepstep.checkpoint.place.bucket_writing import BucketWorkspace
-from keepstep.checkpoint.place.local import LocalWorkspace
-from keepstep.errors import DamagedCheckpointError, KeepstepError, MirrorError, StoreError
+from keepstep.checkpoint.uploading import upload_checkpoint
+from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, KeepstepError, MirrorError
 from keepstep.files import Files
 
-__all__ = ["Mirror", "MirrorProgress", "pull_newest"]
+__all__ = ["Mirror", "MirrorProgress"]
 
 _LOG_EVERY_S: Final = 10.0
-_BLOCK_BYTES: Final = 8 << 20
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +66,8 @@ class _Job:
     manifest: Manifest
     name: str
     failed: bool = False
+    hopeless: bool = False
+    """Trying again in this process would end the same way."""
 
     @property
     def number(self) -> int:
@@ -90,10 +88,18 @@ class Mirror:
         retention: what the mirror keeps.
         most_pending: checkpoints that may wait. If more do, the oldest that are neither tagged nor pinned are
             skipped; the newest never is.
+        reached: is told the next number of the mirror each time that it was found in reach.
     """
 
     def __init__(
-        self, root: Path, bucket: BucketBackend, *, files: Files, retention: Retention, most_pending: int = 2
+        self,
+        root: Path,
+        bucket: BucketBackend,
+        *,
+        files: Files,
+        retention: Retention,
+        most_pending: int = 2,
+        reached: Callable[[int], None],
     ) -> None:
         self.bucket = bucket
         self._root = root
@@ -101,12 +107,17 @@ class Mirror:
         self._files = files
         self._retention = retention
         self._most_pending = most_pending
+        self._reached = reached
+        self._pid = os.getpid()
+        self._runs: set[str] = set()
+        self._linking = threading.Lock()
         self._changed = threading.Condition()
         self._jobs: list[_Job] = []
         self._running: _Job | None = None
         self._error: Exception | None = None
         self._behind = True
         self._catching_up = False
+        self._stopping = self._draining = self._drains_at_exit = False
         self._progress = MirrorProgress()
         self._thread: threading.Thread | None = None
         self._logged_at_s = 0.0
@@ -122,18 +133,22 @@ class Mirror:
 
     @property
     def started(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread is not None
+        """Whether its thread runs, and is not about to end."""
+        return self._thread is not None and not self._stopping
 
     # ----------------------------------------------------------------------------------- the queue
 
     def start(self) -> None:
-        """Take up what an earlier process left, and what the mirror lacks. Once a process."""
-        if self._thread is not None:
-            return
-        self._catching_up = True
-        self._thread = threading.Thread(target=self._work, name="keepstep-mirror", daemon=True)
-        self._thread.start()
+        """Take up what an earlier process left, and what the mirror lacks, at the first start."""
+        with self._changed:
+            self._stopping = False
+            if self._thread is None:
+                self._catching_up = self._behind
+                self._thread = threading.Thread(target=self._work, name="keepstep-mirror", daemon=True)
+                self._thread.start()
+            if self._drains_at_exit:
+                return
+            self._drains_at_exit = True
         mirror = weakref.ref(self)
 
         def drain() -> None:
@@ -142,16 +157,24 @@ class Mirror:
 
         atexit.register(drain)
 
+    def stop(self) -> None:
+        """Have the thread end once nothing is left that could be uploaded; `start` starts it again."""
+        if self._pid == os.getpid():  # a forked child has no thread, and the lock may be held for ever
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+
     def offer(self, directory: Path, manifest: Manifest) -> None:
         """Have a committed checkpoint uploaded. Never raises: the checkpoint itself is safe."""
         try:
-            linked = self._link(directory, manifest)
+            with self._linking:
+                linked = self._link(directory, manifest)
         except (OSError, KeepstepError) as error:
             log.error("%s will not be mirrored: %s", directory, error)
             return
         with self._changed:
             for job in self._jobs:
-                job.failed = False
+                job.failed = job.hopeless
             self._add(_Job(linked, manifest, directory.name))
 
     def _add(self, job: _Job) -> None:
@@ -209,8 +232,11 @@ class Mirror:
         return self._running is not None or self._catching_up
 
     def drain(self) -> None:
-        """At the end of the process: wait, and log what fails."""
+        """At the end of the process: wait, and log what fails. After a failure nothing more is tried."""
+        if self._pid != os.getpid():
+            return
         with self._changed:
+            self._draining = True
             left = len(self._jobs) + self._is_busy
         if left:
             log.warning("waiting for the upload of %d checkpoint(s) to %s", left, self.bucket)
@@ -222,54 +248,98 @@ class Mirror:
     # ----------------------------------------------------------------------------------- uploading
 
     def _work(self) -> None:
-        while True:
-            if self._behind:
-                self._catch_up()
+        try:
+            while (job := self._next_job()) is not None:
+                self._settle(job, self._try(job))
+        except BaseException as error:  # nobody may wait for a thread that is gone
+            log.critical("the mirror %s stopped", self.bucket, exc_info=True)
             with self._changed:
-                self._catching_up = False
+                self._error = MirrorError(f"the thread of the mirror {self.bucket} ended: {error!r}")
+                self._running, self._thread, self._catching_up = None, None, False
                 self._changed.notify_all()
-                while not any(not job.failed for job in self._jobs):
-                    self._changed.wait()
-                job = self._running = next(job for job in self._jobs if not job.failed)
-                self._jobs.remove(job)
-                total = job.manifest.bytes
-                self._progress = replace(self._progress, uploading=job.name, bytes_done=0, bytes_total=total)
-            error = self._try(job)
-            with self._changed:
-                self._running = None
-                job.failed = error is not None
-                if error is not None:
-                    self._error = error
+
+    def _next_job(self) -> _Job | None:
+        """Wait for one; None once `stop` was called and none is left."""
+        if self._behind:
+            self._catch_up()
+        with self._changed:
+            self._catching_up = False
+            self._changed.notify_all()
+            while not any(not job.failed for job in self._jobs):
+                if self._stopping:
+                    self._thread = None
+                    return None
+                self._changed.wait()
+            job = self._running = next(job for job in self._jobs if not job.failed)
+            self._jobs.remove(job)
+            total = job.manifest.bytes
+            self._progress = replace(self._progress, uploading=job.name, bytes_done=0, bytes_total=total)
+            return job
+
+    def _settle(self, job: _Job, error: Exception | None) -> None:
+        with self._changed:
+            self._running = None
+            job.failed = error is not None
+            if error is not None:
+                self._note(error)
+                if not isinstance(error, DirectoryNotOursError):
                     self._jobs = sorted([*self._jobs, job], key=lambda job: job.number)
-                self._progress = replace(
-                    self._progress,
-                    uploading=None,
-                    mirrored=self._progress.mirrored + (error is None),
-                    failed=self._progress.failed + (error is not None),
-                )
-                self._changed.notify_all()
+            self._progress = replace(
+                self._progress,
+                uploading=None,
+                mirrored=self._progress.mirrored + (error is None),
+                failed=self._progress.failed + (error is not None),
+            )
+            self._changed.notify_all()
+
+    def _note(self, error: Exception) -> None:
+        self._error = error
+        if self._draining:
+            for job in self._jobs:
+                job.failed = True
 
     def _catch_up(self) -> None:
         """What was linked by a process that died, and what was committed without being linked."""
         try:
-            mirrored = {entry.manifest.id for entry in catalog.scan(self.bucket) if entry.manifest}
-            for directory in sorted(self._uploads.iterdir()) if self._uploads.is_dir() else []:
-                with contextlib.suppress(DamagedCheckpointError):
-                    manifest = read_manifest(directory)
-                    self._offer_missing(directory, manifest, directory.name.partition(".")[0], mirrored)
-                    continue
-                self._files.remove_tree(directory)
-            for entry in catalog.scan(self._root):
-                manifest_there = entry.manifest
-                if isinstance(entry.path, Path) and manifest_there and manifest_there.id not in mirrored:
-                    linked = self._link(entry.path, manifest_there)
-                    self._offer_missing(linked, manifest_there, entry.name, mirrored)
+            mirrored = [entry for entry in catalog.scan(self.bucket) if entry.manifest]
+            self._reached(self.bucket.next_number())
+            with self._linking:
+                self._take_up({entry.manifest.id for entry in mirrored if entry.manifest})
+                self._link_missing(mirrored)
             self._behind = False
         except (OSError, KeepstepError) as error:
             log.error("the mirror %s could not be brought up to date: %s", self.bucket, error)
             with self._changed:
-                self._error = error
+                self._note(error)
                 self._changed.notify_all()
+
+    def _take_up(self, mirrored: set[str]) -> None:
+        for directory in sorted(self._uploads.iterdir()) if self._uploads.is_dir() else []:
+            with contextlib.suppress(DamagedCheckpointError):
+                manifest = read_manifest(directory)
+                self._offer_missing(directory, manifest, directory.name.partition(".")[0], mirrored)
+                continue
+            self._files.remove_tree(directory)
+
+    def _link_missing(self, mirrored: list[catalog.Entry]) -> None:
+        """What is only here, and would stay in the mirror."""
+        there = {entry.name: entry.manifest.id for entry in mirrored if entry.manifest}
+        here = {entry.name: entry for entry in catalog.scan(self._root) if entry.manifest}
+        lacking = [entry for name, entry in here.items() if name not in there]
+        both = sorted([*mirrored, *lacking], key=lambda entry: entry.number)
+        kept = {choice.entry.number for choice in decide(both, self._retention) if choice.keep}
+        for entry in lacking:
+            if entry.number in kept and isinstance(entry.path, Path) and entry.manifest:
+                linked = self._link(entry.path, entry.manifest)
+                self._offer_missing(linked, entry.manifest, entry.name, set(there.values()))
+        taken = [n for n, e in here.items() if n in there and e.manifest and e.manifest.id != there[n]]
+        if taken:
+            log.error(
+                "%s holds other checkpoints under the names %s: these are not mirrored. Numbers that it has "
+                "are not given again from now on",
+                self.bucket,
+                ", ".join(taken),
+            )
 
     def _offer_missing(self, directory: Path, manifest: Manifest, name: str, mirrored: set[str]) -> None:
         job = _Job(directory, manifest, name)
@@ -284,67 +354,29 @@ class Mirror:
 
     def _try(self, job: _Job) -> Exception | None:
         try:
-            self._upload(job)
-        except (OSError, KeepstepError) as error:
+            upload_checkpoint(self.bucket, job.directory, job.name, job.manifest, self._advance)
+        except Exception as error:  # noqa: BLE001  (the thread goes on)
             log.error("%s was not mirrored to %s: %s", job.name, self.bucket, error)
+            job.hopeless = isinstance(error, DamagedCheckpointError | DirectoryNotOursError)
+            if isinstance(error, DirectoryNotOursError):
+                self._forget(job)
             return error
+        log.info("%s is mirrored to %s", job.name, self.bucket)
         self._forget(job)
-        try:
-            if not self._retention.keeps_all:
-                prune(self.bucket, self._retention)
-        except (OSError, KeepstepError) as error:
-            log.warning("old checkpoints of the mirror %s could not be deleted: %s", self.bucket, error)
+        self._runs.add(job.manifest.run)
+        self._prune()
         return None
 
-    def _upload(self, job: _Job) -> None:
-        self.bucket.claim()
-        there = self.bucket.at(job.name)
-        if there.exists():
-            if read_manifest(there).id == job.manifest.id:
-                return
-            raise StoreError(f"{there} is another checkpoint already; give each run a mirror of its own")
-        report = verify_checkpoint(job.directory)
-        if not report.sound:
-            raise DamagedCheckpointError(job.directory, "; ".join(report.problems))
-        holders = self._holders()
-        workspace = self.bucket.reserve_for(job.name, job.manifest.id)
+    def _prune(self) -> None:
+        """By the rules of the mirror; what another run has put there is never deleted."""
+        if self._retention.keeps_all:
+            return
         try:
-            files = {
-                name: self._upload_file(workspace, job, name, entry, holders)
-                for name, entry in job.manifest.files.items()
-            }
-            workspace.commit(dump_manifest(replace(job.manifest, files=files)))
-        finally:
-            workspace.discard()
-        log.info("%s is mirrored to %s", job.name, self.bucket)
-
-    def _holders(self) -> dict[tuple[str, str, int], str]:
-        """Which checkpoint of the mirror holds a file of that name, digest and size."""
-        holders = {}
-        for entry in catalog.scan(self.bucket):
-            for name, file in entry.manifest.files.items() if entry.manifest else ():
-                holders[name, file.digest, file.bytes] = entry.name
-        return holders
-
-    def _upload_file(
-        self,
-        workspace: BucketWorkspace,
-        job: _Job,
-        name: str,
-        entry: FileEntry,
-        holders: dict[tuple[str, str, int], str],
-    ) -> FileEntry:
-        holder = holders.get((name, entry.digest, entry.bytes))
-        if holder is not None:
-            with contextlib.suppress(FileNotFoundError):
-                within = workspace.link(name, holder, name, entry)
-                self._advance(entry.bytes)
-                return replace(entry, within=within)
-        if workspace.has(name, entry.bytes):  # from an attempt that was cut off
-            self._advance(entry.bytes)
-        else:
-            workspace.upload_file(name, job.directory / name, entry.bytes, self._advance)
-        return replace(entry, within=None)
+            here = {entry.manifest.run for entry in catalog.scan(self._root) if entry.manifest}
+            runs = self._runs | here
+            prune(self.bucket, self._retention, of=lambda manifest: manifest.run in runs)
+        except Exception as error:  # noqa: BLE001  (the thread goes on)
+            log.warning("old checkpoints of the mirror %s could not be deleted: %s", self.bucket, error)
 
     def _advance(self, count: int) -> None:
         now_s = time.monotonic()
@@ -354,86 +386,3 @@ class Mirror:
         if now_s - self._logged_at_s >= _LOG_EVERY_S:
             self._logged_at_s = now_s
             log.info("mirroring %s: %d of %d MiB", progress.uploading, done >> 20, progress.bytes_total >> 20)
-
-
-# --------------------------------------------------------------------------------------------- pulling
-
-
-def pull_newest(bucket: BucketBackend, root: Path, files: Files, claim: Callable[[], None]) -> Path | None:
-    """Bring the newest sound checkpoint of a mirror to a directory, if that has none as new.
-
-    It is read into an unfinished directory, every byte is verified, and one rename publishes it.
-
-    Args:
-        bucket: the mirror.
-        root: the directory of the store.
-        files: how the disk is changed.
-        claim: makes this process the one that writes there; called before anything is.
-
-    Returns:
-        Where it lies now; None if the directory is as new as the mirror.
-
-    Raises:
-        StoreError: the mirror can't be read, or the directory not be written to.
-    """
-    whole = (entry.number for entry in catalog.scan(root) if catalog.damage_of(entry) is None)
-    newest = max(whole, default=-1)
-    for entry in reversed(catalog.scan(bucket)):
-        if entry.number <= newest:
-            return None
-        if entry.manifest is None:
-            continue
-        claim()
-        log.info("pulling %s", entry.path)
-        try:
-            return _pull(entry, root, files)
-        except DamagedCheckpointError as error:
-            log.error("%s is damaged and is passed over: %s", entry.path, error.message)
-    return None
-
-
-def _pull(entry: catalog.Entry, root: Path, files: Files) -> Path:
-    assert entry.manifest is not None
-    final = root / entry.name
-    manifest = replace(
-        entry.manifest,
-        files={name: replace(file, within=None) for name, file in entry.manifest.files.items()},
-    )
-    workspace = LocalWorkspace(files, final, may_replace=True)
-    with workspace.explained():
-        try:
-            workspace.open()
-            for name, file in entry.manifest.files.items():
-                _fetch(entry, workspace, name, file)
-            data = dump_manifest(manifest)
-            workspace.write_file(MANIFEST_NAME, data)
-            report = verify_checkpoint(workspace.path)
-            if not report.sound:
-                raise DamagedCheckpointError(entry.path, "; ".join(report.problems))
-            workspace.commit(data)
-        except BaseException:
-            workspace.discard()
-            raise
-    return final
-
-
-def _fetch(entry: catalog.Entry, workspace: LocalWorkspace, name: str, file: FileEntry) -> None:
-    """One file, in blocks that its segment takes as they are."""
-    opened = source_of(entry.path).open(name, file)
-    block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
-    segment = workspace.create_segment(name, file.bytes)
-    try:
-        for begin in range(0, file.bytes, _BLOCK_BYTES):
-            size = min(_BLOCK_BYTES, file.bytes - begin)
-            done = 0
-            while done < size:
-                count = opened.read_into(block[done:size], begin + done)
-                if count == 0:
-                    raise DamagedCheckpointError(entry.path, f"{name} ends at byte {begin + done}")
-                done += count
-            segment.write_at(block[: -(-size // mmap.PAGESIZE) * mmap.PAGESIZE], begin)
-        segment.finish()
-    except FileNotFoundError as error:
-        raise DamagedCheckpointError(entry.path, f"{name} is missing ({error.filename})") from error
-    finally:
-        segment.abandon()

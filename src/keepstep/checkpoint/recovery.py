@@ -34,7 +34,7 @@ _REFUSED = (
 def restore_newest(
     root: catalog.Root,
     restore: Callable[[Checkpoint], None],
-    set_aside: Callable[[Place, str], None],
+    set_aside: Callable[[Place, str], bool],
     world: World,
 ) -> Checkpoint | None:
     """Restore the newest checkpoint of a store that loads.
@@ -42,8 +42,9 @@ def restore_newest(
     Args:
         root: of the store.
         restore: loads a checkpoint into live objects.
-        set_aside: is handed each damaged one and what is wrong with it; the next older one overwrites what
-            that one had written.
+        set_aside: is handed each damaged one and what is wrong with it, and says whether a sound copy of it
+            stands there by now: then that one is tried, once. Else the next older one overwrites what the
+            damaged one had written.
         world: the ranks; all of them take the same checkpoint.
 
     Returns:
@@ -58,6 +59,7 @@ def restore_newest(
         return _restore_together(root, restore, set_aside, world)
     damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
     passed: set[int] = set()
+    replaced: set[int] = set()
     while entries := [entry for entry in catalog.scan(root) if entry.number not in passed]:
         entry = entries[-1]
         passed.add(entry.number)
@@ -71,7 +73,9 @@ def restore_newest(
                 if is_refusal(error):
                     raise StoreError(_REFUSED.format(path=entry.path, reason=error.message)) from error
                 damaged.append(f"{entry.name}: {error.message}")
-                set_aside(entry.path, error.message)
+                if set_aside(entry.path, error.message) and entry.number not in replaced:
+                    replaced.add(entry.number)
+                    passed.discard(entry.number)
             continue
         return checkpoint
     if damaged:
@@ -82,12 +86,13 @@ def restore_newest(
 def _restore_together(
     root: catalog.Root,
     restore: Callable[[Checkpoint], None],
-    set_aside: Callable[[Place, str], None],
+    set_aside: Callable[[Place, str], bool],
     world: World,
 ) -> Checkpoint | None:
     """Rank 0 picks, all try; if one finds damage, all take the next."""
     damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
     passed: set[int] = set()
+    replaced: set[int] = set()
     while True:
         with world.meeting(f"resuming {root}") as meeting:
             entries = [entry for entry in catalog.scan(root) if entry.number not in passed]
@@ -104,8 +109,9 @@ def _restore_together(
         damaged.append(f"{checkpoint_name(number)}: {'; '.join(found)}")
         if world.rank == 0:
             place = next((entry.path for entry in catalog.scan(root) if entry.number == number), None)
-            if place is not None:
-                set_aside(place, "; ".join(found))
+            if place is not None and set_aside(place, "; ".join(found)) and number not in replaced:
+                replaced.add(number)
+                passed.discard(number)
     if damaged:
         raise NoValidCheckpointError(_ALL_DAMAGED.format(path=root, damaged="\n  ".join(damaged)))
     return None

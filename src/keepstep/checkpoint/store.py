@@ -25,10 +25,11 @@ from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
-from keepstep.checkpoint.mirror import Mirror, pull_newest
+from keepstep.checkpoint.mirror import Mirror
 from keepstep.checkpoint.place.backend import Backend, Workspace
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
 from keepstep.checkpoint.place.registry import is_address, open_bucket
+from keepstep.checkpoint.pulling import pull_newest
 from keepstep.checkpoint.recovery import restore_newest
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
@@ -36,8 +37,12 @@ from keepstep.checkpoint.upkeep import Bystander, Upkeep
 from keepstep.checkpoint.version import Checkpoint, PendingSave, unseen_failures
 from keepstep.errors import (
     BackgroundSaveError,
+    BucketError,
     CheckpointNotFoundError,
+    NoValidCheckpointError,
+    StoreBusyError,
     StoreError,
+    StoreReadOnlyError,
     UsageError,
 )
 from keepstep.files import Files
@@ -131,6 +136,8 @@ class Store:
         self.mirror = self._open_mirror(engine.files)
         self._upkeep = (Bystander if self._world.rank else Upkeep)(self._backend, **self._scrub)
         weakref.finalize(self, self._upkeep.stop)
+        if self.mirror is not None:
+            weakref.finalize(self, self.mirror.stop)
 
     def _open_backend(self, files: Files) -> Backend:
         if isinstance(self._root, Path):
@@ -138,7 +145,8 @@ class Store:
         return open_bucket(os.fspath(self._root), self._storage_options)
 
     def _open_mirror(self, files: Files) -> Mirror | None:
-        if self._mirror_address is None or self._world.rank:
+        backend = self._backend
+        if self._mirror_address is None or self._world.rank or not isinstance(backend, LocalBackend):
             return None
         return Mirror(
             self.path,
@@ -146,22 +154,34 @@ class Store:
             files=files,
             retention=self._mirror_retention if self._mirror_retention is not None else self.retention,
             most_pending=self._mirror_pending,
+            reached=backend.raise_floor,
         )
 
-    def _pull(self) -> None:
+    def _pull(self) -> Path | None:
         """Take the newest checkpoint from the mirror, if it is newer than all here.
 
         Raises:
-            StoreError: nothing is here, and the mirror can't be read.
+            StoreError: nothing is here, and the mirror can't be read; or it is newer and can't be brought.
+            NoValidCheckpointError: nothing is here, and all that the mirror holds is damaged.
         """
-        if self.mirror is None:
-            return
+        if self.mirror is None or not isinstance(self._backend, LocalBackend):
+            return None
         try:
-            pull_newest(self.mirror.bucket, self.path, self._engine.files, self._backend.claim)
-        except StoreError as error:
+            return pull_newest(self.mirror.bucket, self._backend, self._engine.files)
+        except (BucketError, StoreBusyError, StoreReadOnlyError) as error:
             if not catalog.scan(self._backend):
                 raise
-            log.warning("the mirror could not be asked for a newer checkpoint: %s", error)
+            log.warning("no newer checkpoint could be taken from the mirror: %s", error)
+            return None
+
+    def _replace_damaged(self, place: Place, problem: str) -> bool:
+        """Set a damaged checkpoint aside; whether the mirror's copy of it stands there now."""
+        self._upkeep.set_aside(place, problem)
+        if place_exists(place):
+            return False
+        with contextlib.suppress(NoValidCheckpointError):
+            return self._pull() == place
+        return False
 
     @property
     def path(self) -> Path:
@@ -384,7 +404,7 @@ class Store:
     def _join_mirror(self, mirror: Mirror) -> None:
         try:
             if isinstance(self._backend, LocalBackend):
-                self._backend.number_floor = mirror.bucket.next_number()
+                self._backend.raise_floor(mirror.bucket.next_number())
         except StoreError as error:
             log.warning("the mirror can't be reached; training goes on without it for now: %s", error)
         mirror.start()
@@ -399,7 +419,10 @@ class Store:
         self._upkeep.stop()
         self.wait()
         if self.mirror is not None:
-            self.mirror.wait()
+            try:
+                self.mirror.wait()
+            finally:
+                self.mirror.stop()
 
     # ------------------------------------------------------------------------------------ finding
 
@@ -456,9 +479,9 @@ class Store:
         """Restore the newest valid checkpoint into live objects, falling back over damaged ones.
 
         A damaged checkpoint is named in an error log, moved aside (into `.keepstep/damaged/`, never
-        deleted), and the next older one is taken, which overwrites everything. If the mirror has a newer
-        one, it is brought here first. Many ranks take the same one: if one of them finds damage, all take the
-        next.
+        deleted), and the mirror's copy of it, if there is one, or the next older one is taken, which
+        overwrites everything. If the mirror has a newer one, it is brought here first. Many ranks take the
+        same one: if one of them finds damage, all take the next.
 
         Args:
             objects: see `Checkpoint.load_into`.
@@ -479,7 +502,7 @@ class Store:
         def restore(checkpoint: Checkpoint) -> None:
             checkpoint.load_into(objects, per_rank=per_rank, rank=self._world.rank)
 
-        checkpoint = restore_newest(self._backend, restore, self._upkeep.set_aside, self._world)
+        checkpoint = restore_newest(self._backend, restore, self._replace_damaged, self._world)
         if checkpoint is not None:
             manifest = checkpoint.manifest
             self._engine.planner.adopt(checkpoint.name, manifest.files, checkpoint.tensors)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -82,11 +82,41 @@ def scan(root: Root) -> list[Entry]:
     backend = backend_of(root)
     found = backend.checkpoints()
     if backend.scan_threads > 1 and len(found) > 1:
-        with ThreadPoolExecutor(backend.scan_threads, thread_name_prefix="keepstep-scan") as threads:
-            entries = list(threads.map(_entry, found))
+        entries = _entries(found, backend.scan_threads)
     else:
         entries = [_entry(numbered) for numbered in found]
     return [entry for entry in entries if entry is not None]
+
+
+def _entries(found: Sequence[tuple[int, Place]], count: int) -> list[Entry | None]:
+    """All at once; no executor, since those take no work once the interpreter exits, and uploads go on."""
+    entries: list[Entry | None] = [None] * len(found)
+    errors: list[BaseException] = []
+    left = iter(range(len(found)))
+    taking = threading.Lock()
+
+    def read() -> None:
+        while not errors:
+            with taking:
+                index = next(left, None)
+            if index is None:
+                return
+            try:
+                entries[index] = _entry(found[index])
+            except BaseException as error:  # noqa: BLE001  (raised below)
+                errors.append(error)
+
+    threads = [
+        threading.Thread(target=read, name=f"keepstep-scan-{n}", daemon=True)
+        for n in range(min(count, len(found)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return entries
 
 
 def _entry(numbered: tuple[int, Place]) -> Entry | None:

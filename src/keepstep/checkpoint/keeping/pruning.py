@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 from keepstep.checkpoint.format.manifest import Manifest
@@ -54,12 +55,13 @@ def check_committed(place: Place, manifest: Manifest) -> None:
     check_files(place, found)
 
 
-def prune(root: Root, retention: Retention) -> list[str]:
+def prune(root: Root, retention: Retention, of: Callable[[Manifest], bool] | None = None) -> list[str]:
     """Delete what the rules do not keep; one that is being read is left for the next time.
 
     Args:
         root: of the store.
         retention: the rules.
+        of: which checkpoints they are about; the others count for nothing and stay. None: all.
 
     Returns:
         The names of the deleted checkpoints.
@@ -68,6 +70,8 @@ def prune(root: Root, retention: Retention) -> list[str]:
         StoreError: the disk refuses.
     """
     entries, held = survey(root)
+    if of is not None:
+        entries = [entry for entry in entries if entry.manifest is not None and of(entry.manifest)]
     dropped = []
     for decision in decide(entries, retention, held):
         if not decision.keep and drop(root, decision.entry):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
 import logging
 import secrets
 import threading
@@ -21,7 +22,7 @@ from keepstep.checkpoint.place.backend import INTERNAL_NAME, checkpoint_name
 from keepstep.checkpoint.place.bucket_reading import BucketSource, FoundLike, Listing, ObjectsLike
 from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace, explained_bucket
 from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_process
-from keepstep.errors import DamagedCheckpointError, StoreBusyError, StoreError
+from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, StoreBusyError
 
 __all__ = ["BucketBackend", "ObjectsLike"]
 
@@ -151,16 +152,17 @@ class BucketBackend:
         What an earlier attempt at the same checkpoint has uploaded stays and counts.
 
         Raises:
-            StoreError: that name belongs to another checkpoint here.
+            DirectoryNotOursError: that name belongs to another checkpoint here.
         """
         key = f"{name}/{CLAIM_NAME}"
         with explained_bucket(self):
             if not self._objects.create(key, self._claim(checkpoint=checkpoint_id)):
                 said = parse_claim(self._objects.get(key))[1]
                 if said.get("checkpoint") != checkpoint_id:
-                    raise StoreError(
+                    raise DirectoryNotOursError(
+                        errno.EEXIST,
                         f"{self}/{name} belongs to another checkpoint already, of another run perhaps. Give "
-                        "each run a mirror of its own"
+                        "each run a mirror of its own",
                     )
         return self._workspace(name, keeps_parts=True)
 

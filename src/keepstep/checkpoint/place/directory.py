@@ -86,6 +86,10 @@ class LocalBackend:
         seen = [number for place in (self.path, self._damaged) for number, _ in _numbered(place)]
         return max(self.number_floor, max(seen, default=-1) + 1)
 
+    def raise_floor(self, number: int) -> None:
+        """Give no number below this one from now on."""
+        self.number_floor = max(self.number_floor, number)
+
     def free_bytes(self) -> int | None:
         return free_bytes(self.path)
 

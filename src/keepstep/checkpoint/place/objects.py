@@ -44,6 +44,8 @@ _SECRET = re.compile(r"secret|key|token|password|sas|credential", re.IGNORECASE)
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"'<>]*")
 _AWS = ("s3://", "s3a://")
 _KEYS = {"access_key_id", "aws_access_key_id", "skip_signature", "aws_skip_signature", "credential_provider"}
+_users: set[int] = set()
+"""Processes that made requests, ancestors by fork included."""
 _ENDPOINTS = ("endpoint", "aws_endpoint", "endpoint_url", "aws_endpoint_url")
 
 
@@ -123,6 +125,8 @@ class Objects:
                 f"{address} can't be opened: {hidden}. See docs/object-stores.md for addresses and options"
             ) from None
         secrets = [str(value) for key, value in config.items() if _SECRET.search(key)]
+        headers = dict(client.get("default_headers") or {})
+        secrets += [str(client.get("proxy_url", "")), *map(str, headers.values())]
         return cls(
             store,
             address,
@@ -243,6 +247,7 @@ class Objects:
 
     @contextlib.contextmanager
     def _explained(self, doing: str, key: str) -> Iterator[None]:
+        self._check_fork()
         try:
             yield
         except NotFoundError:
@@ -260,6 +265,17 @@ class Objects:
                 "address, the credentials and the network, or give it more time (storage_options timeout_s, "
                 "max_retries, retry_timeout_s)"
             ) from None
+
+    def _check_fork(self) -> None:
+        """Obstore's threads are not there after a fork: a request would wait for ever."""
+        me = os.getpid()
+        if not self._in_memory and _users - {me}:
+            raise BucketError(
+                f"{self.address} can't be used in process {me}: it was forked from one that had used a "
+                "bucket before, and the client's threads stayed there. Start processes by 'spawn' or "
+                "'forkserver', or fork before the first use"
+            )
+        _users.add(me)
 
 
 def _copied(part: memoryview) -> memoryview:

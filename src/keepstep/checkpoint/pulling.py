@@ -1,0 +1,143 @@
+"""Bringing what a mirror holds to a directory that has nothing as new, or only a damaged one."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, dump_manifest
+from keepstep.checkpoint.format.parse import check_files
+from keepstep.checkpoint.format.source import source_of
+from keepstep.checkpoint.keeping import catalog
+from keepstep.checkpoint.keeping.verify import verify_checkpoint
+from keepstep.checkpoint.place.bucket import BucketBackend
+from keepstep.checkpoint.place.directory import LocalBackend
+from keepstep.checkpoint.place.local import LocalWorkspace
+from keepstep.errors import BucketError, DamagedCheckpointError, NoValidCheckpointError, StoreError
+from keepstep.files import Files
+
+__all__ = ["pull_newest"]
+
+_BLOCK_BYTES: Final = 8 << 20
+
+log = logging.getLogger(__name__)
+
+
+def pull_newest(bucket: BucketBackend, local: LocalBackend, files: Files) -> Path | None:
+    """Bring the newest sound checkpoint of a mirror to a directory, if that has none as new.
+
+    It is read into an unfinished directory, every byte is verified, and one rename publishes it. A damaged
+    checkpoint of that number is set aside first.
+
+    Args:
+        bucket: the mirror.
+        local: the directory of the store; this process becomes the one that writes there if it must.
+        files: how the disk is changed.
+
+    Returns:
+        Where it lies now; None if the directory is as new as the mirror.
+
+    Raises:
+        BucketError: the mirror can't be read.
+        StoreError: it is newer, and what is newer can't be brought here, or is of another run.
+        NoValidCheckpointError: nothing is here, and all that the mirror holds is damaged.
+    """
+    here = catalog.scan(local)
+    newest = max((entry.number for entry in here if catalog.damage_of(entry) is None), default=-1)
+    mirrored = catalog.scan(bucket)
+    if mirrored and mirrored[-1].number > newest and not _shares_a_run(here, mirrored):
+        raise StoreError(
+            f"the mirror {bucket} holds newer checkpoints than {local}, but of another run: nothing was "
+            "taken from there. Give this run a mirror of its own; or, to go on from the mirror, an empty "
+            "directory"
+        )
+    damaged = []
+    for entry in reversed(mirrored):
+        if entry.number <= newest:
+            return None
+        try:
+            return _pull(entry, local, files)
+        except DamagedCheckpointError as error:
+            log.error("%s is damaged and is passed over: %s", entry.path, error.message)
+            damaged.append(f"{entry.name}: {error.message}")
+    if damaged and not here:
+        raise NoValidCheckpointError(
+            f"{local} is empty, and every checkpoint of its mirror {bucket} is damaged:\n  "
+            + "\n  ".join(damaged)
+            + "\nRestore one of them from a copy, or give the run another mirror to start over"
+        )
+    return None
+
+
+def _shares_a_run(here: list[catalog.Entry], mirrored: list[catalog.Entry]) -> bool:
+    """Whether a mirror may be one of this directory; who has nothing, or nothing readable, can't tell."""
+    ours = {entry.manifest.run for entry in here if entry.manifest}
+    theirs = {entry.manifest.run for entry in mirrored if entry.manifest}
+    return not ours or not theirs or not ours.isdisjoint(theirs)
+
+
+def _pull(entry: catalog.Entry, local: LocalBackend, files: Files) -> Path:
+    if entry.manifest is None:
+        raise DamagedCheckpointError(entry.path, entry.problem or "its manifest can't be read")
+    check_files(entry.path, entry.manifest)
+    local.claim()
+    log.info("pulling %s", entry.path)
+    final = local.path / entry.name
+    manifest = replace(
+        entry.manifest,
+        files={name: replace(file, within=None) for name, file in entry.manifest.files.items()},
+    )
+    workspace = LocalWorkspace(files, final, may_replace=False)
+    with workspace.explained():
+        try:
+            workspace.open()
+            for name, file in entry.manifest.files.items():
+                _fetch(entry, workspace, name, file)
+            data = dump_manifest(manifest)
+            workspace.write_file(MANIFEST_NAME, data)
+            report = verify_checkpoint(workspace.path)
+            if not report.sound:
+                raise DamagedCheckpointError(entry.path, "; ".join(report.problems))
+            _make_way(final, local)
+            workspace.commit(data)
+        except BucketError as error:
+            raise StoreError(
+                f"{entry.path} is newer than all in {local}, and could not be brought here: {error}. "
+                "Nothing older was taken in its place. Start again when the mirror can be reached, or go on "
+                "from what is here without the mirror"
+            ) from error
+        finally:
+            workspace.discard()
+    return final
+
+
+def _make_way(final: Path, local: LocalBackend) -> None:
+    """Set a damaged checkpoint of that name aside."""
+    if source_of(final).has_manifest():
+        log.error("%s is damaged and is set aside; the mirror holds a sound copy", final)
+        local.set_aside(final)
+
+
+def _fetch(entry: catalog.Entry, workspace: LocalWorkspace, name: str, file: FileEntry) -> None:
+    """One file, in blocks that its segment takes as they are."""
+    opened = source_of(entry.path).open(name, file)
+    block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
+    segment = workspace.create_segment(name, file.bytes)
+    try:
+        for begin in range(0, file.bytes, _BLOCK_BYTES):
+            size = min(_BLOCK_BYTES, file.bytes - begin)
+            done = 0
+            while done < size:
+                count = opened.read_into(block[done:size], begin + done)
+                if count == 0:
+                    raise DamagedCheckpointError(entry.path, f"{name} ends at byte {begin + done}")
+                done += count
+            segment.write_at(block[: -(-size // mmap.PAGESIZE) * mmap.PAGESIZE], begin)
+        segment.finish()
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(entry.path, f"{name} is missing ({error.filename})") from error
+    finally:
+        segment.abandon()
