@@ -119,6 +119,24 @@ def test_memory_of_another_tensor_is_not_taken_for_proved(asked: Asked) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("first_written_is_asked", ["first", "last"])
+def test_tensors_that_overlap_prove_nothing_for_one_another(
+    asked: Asked, first_written_is_asked: str
+) -> None:
+    w = torch.randn(3 * ELEMENTS)
+    views = [w[: 2 * ELEMENTS], w[ELEMENTS:]]
+    if first_written_is_asked == "last":
+        views.reverse()
+    digests = [digest_of(bytes_of(view)) for view in views]
+    for _ in range(4):
+        asked.known.next_save()
+        assert all(asked.known.matches(v, bytes_of(v), d) for v, d in zip(views, digests, strict=True))
+    w[3 * ELEMENTS // 2] = 7  # where both lie
+    asked.known.next_save()
+    assert not any(asked.known.matches(v, bytes_of(v), d) for v, d in zip(views, digests, strict=True))
+
+
+@needs_kernel
 def test_a_fork_writes_to_memory_of_its_own(asked: Asked) -> None:
     w = torch.randn(ELEMENTS)
     digest = asked.settle(w)

@@ -18,6 +18,7 @@ import fcntl
 import os
 import platform
 import struct
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -131,18 +132,18 @@ _Range = tuple[int, int]
 """Address and size in bytes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Known:
-    digest: str
-    head: bytes
-    tail: bytes
+    edges: tuple[bytes, bytes]
+    digest: str | None = None  # not yet: it is being hashed
 
 
 class KnownDigests:
     """Digests of tensors that provably have not been written to since they were hashed.
 
     The pages wholly inside a tensor are watched; the bytes before and after them, which share their pages
-    with other memory, are kept and compared.
+    with other memory, are kept and compared. Of tensors that overlap one is watched, the last that was asked
+    about.
     """
 
     _LEAST_BYTES = 1 << 20
@@ -154,6 +155,7 @@ class KnownDigests:
         self._known: dict[_Range, _Known] = {}
         self._resting: set[_Range] = set()
         self._asked: set[_Range] = set()
+        self._watching = threading.Lock()
 
     def next_save(self) -> None:
         """Forget memory that the last save did not ask about; it may be another tensor's by now."""
@@ -176,26 +178,35 @@ class KnownDigests:
         if not self._can_watch(tensor):
             return digest_of(data) == expected
         self._asked.add(key)
-        known = self._known.pop(key, None)
-        begin, end = -(-key[0] // PAGE_BYTES) * PAGE_BYTES, (key[0] + key[1]) // PAGE_BYTES * PAGE_BYTES
-        head, tail = bytes(data[: begin - key[0]]), bytes(data[end - key[0] :])
+        pages, now = _whole_pages(key), _Known(_edges(key, data))
         tracker = self._tracker
         assert tracker is not None, "opened by _can_watch"
-        if known is not None and (known.head, known.tail) == (head, tail) and tracker.untouched(begin, end):
-            self._known[key] = known
-            return known.digest == expected
-        watched = key in self._resting and tracker.watch(begin, end)  # first: a write while we hash is seen
+        with self._watching:
+            known = self._known.get(key)
+            hashed = known is not None and known.digest is not None and known.edges == now.edges
+            if known is not None and hashed and tracker.untouched(*pages):
+                return known.digest == expected
+            if key in self._resting:
+                self._forget_overlapping(key)
+                if len(self._known) < self._MOST and tracker.watch(*pages):
+                    self._known[key] = now  # before it is hashed: a write while we hash is seen
         digest = digest_of(data)
         if digest == expected:
             self._resting.add(key)
         else:
             self._resting.discard(key)
-        if watched and tracker.is_private(begin, end):  # now that all pages are there: they were read
-            self._known[key] = _Known(digest, head, tail)
+        if self._known.get(key) is now and tracker.is_private(*pages):  # all pages are there: they were read
+            now.digest = digest
         return digest == expected
 
+    def _forget_overlapping(self, key: _Range) -> None:
+        """To watch a page anew is to forget that it was written to, for whichever tensor it was watched."""
+        begin, end = key[0], key[0] + key[1]
+        for other in [at for at in self._known if at[0] < end and begin < at[0] + at[1]]:
+            del self._known[other]
+
     def _can_watch(self, tensor: torch.Tensor) -> bool:
-        if self._refused or tensor.nbytes < self._LEAST_BYTES or len(self._known) >= self._MOST:
+        if self._refused or tensor.nbytes < self._LEAST_BYTES:
             return False
         hidden = tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg()
         if hidden or not tensor.is_contiguous() or _is_shared(tensor) or tensor.is_pinned():
@@ -206,6 +217,17 @@ class KnownDigests:
             except OSError:
                 self._refused = True
         return not self._refused
+
+
+def _whole_pages(key: _Range) -> _Range:
+    """Where the pages that lie wholly inside a tensor begin and end, addresses."""
+    return -(-key[0] // PAGE_BYTES) * PAGE_BYTES, (key[0] + key[1]) // PAGE_BYTES * PAGE_BYTES
+
+
+def _edges(key: _Range, data: memoryview) -> tuple[bytes, bytes]:
+    """The bytes before and after those pages."""
+    begin, end = _whole_pages(key)
+    return bytes(data[: begin - key[0]]), bytes(data[end - key[0] :])
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
