@@ -312,7 +312,9 @@ class Store:
                 self._in_flight = PendingSave(
                     future, staged=staged, seal=save.seal, blocked_s=time.perf_counter() - began
                 )
-            except BaseException:  # Ctrl-C between the two
+            except BaseException:  # Ctrl-C, perhaps just after the work was handed in: it may be committing
+                crew.close()
+                crew.wait()
                 self._backend.release(save.workspace)
                 save.discard()
                 raise

@@ -24,10 +24,11 @@ class StagingGate:
 
     def wait(self) -> None:
         """Return once nothing is being copied."""
-        pending, self.pending = self.pending, None
+        pending = self.pending
         if pending is not None:
             began_s = time.perf_counter()
             pending.wait_staged()
+            self.pending = None  # not before: Ctrl-C may end the wait, and the next step waits again
             self.waited_s += time.perf_counter() - began_s
 
     def __getstate__(self) -> dict[str, Any]:

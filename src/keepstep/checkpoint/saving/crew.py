@@ -19,10 +19,10 @@ _T = TypeVar("_T")
 
 
 class Crew:
-    """Threads that are all started at once, and end when they are told that no more work comes.
+    """Threads that are all started with the first work, and end when they are told that no more comes.
 
     An executor takes no work once the interpreter exits, and a save that copies in the background would be
-    cut off there. These threads the interpreter waits for.
+    cut off there. These threads the interpreter waits for: whoever hands in work must come to close the crew.
 
     Args:
         count: how many; with one, work is done in the order in which it is handed in.
@@ -31,13 +31,12 @@ class Crew:
 
     def __init__(self, count: int, name: str) -> None:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"{name}-{n}", daemon=False) for n in range(count)
-        ]
+        self._count = count
+        self._name = name
+        self._starting = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._closed = False
         self._steps_back = False
-        for thread in self._threads:
-            thread.start()
 
     def step_back(self) -> None:
         """Let the training go first from here on, where threads have priorities of their own (Linux).
@@ -48,17 +47,46 @@ class Crew:
         self._steps_back = True
 
     def submit(self, work: Callable[[], _T]) -> Future[_T]:
-        """Hand in work; it is begun in the order in which it came."""
+        """Hand in work; it is begun in the order in which it came.
+
+        Raises:
+            RuntimeError: the system gives no more threads; none of the crew is left.
+        """
+        with self._starting:
+            if not self._threads:
+                self._start()
         future: Future[_T] = Future()
         self._work.put(lambda: _settle(future, work))
         return future
 
+    def _start(self) -> None:
+        threads = [
+            threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=False)
+            for number in range(self._count)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+        except BaseException:  # some of them may run: too few would wait for one another
+            self._dismiss()
+            raise
+        self._threads = threads
+
+    def _dismiss(self) -> None:
+        for _ in range(self._count):
+            self._work.put(None)
+
     def close(self) -> None:
         """Let the threads end once all that was handed in is done. Safe to call twice."""
-        if not self._closed:
+        with self._starting:
+            if self._threads and not self._closed:
+                self._dismiss()
             self._closed = True
-            for _ in self._threads:
-                self._work.put(None)
+
+    def wait(self) -> None:
+        """Return once the threads have ended; `close` comes first."""
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         in_front = True

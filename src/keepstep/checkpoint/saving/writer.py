@@ -190,6 +190,8 @@ class SegmentWriter:
         except Aborted:
             pass  # drain() raises what really happened
         except BaseException:
+            self._stop_threads()
+            wait(helping)  # what it still hands on comes before the end of the crew
             self.abort()
             raise
         finally:

@@ -1,0 +1,91 @@
+"""The threads of a save end with it, whatever happens; a process that is left with one never exits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.checkpoint.equality import assert_same
+
+from keepstep.checkpoint import store as store_module
+from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
+from keepstep.checkpoint.store import Store
+
+
+def threads_left() -> list[str]:
+    for thread in threading.enumerate():
+        if thread.name.startswith(("keepstep-write", "keepstep-commit")):
+            thread.join(5)
+    return [t.name for t in threading.enumerate() if t.name.startswith(("keepstep-write", "keepstep-commit"))]
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3, 4])
+@pytest.mark.parametrize("staging", ["awaited", "overlapped"])
+def test_no_thread_is_left_where_the_system_gives_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: Any, refused: int
+) -> None:
+    store, state = Store(tmp_path), {"w": torch.arange(5.0)}
+    real, started = threading.Thread.start, [0]
+
+    def start(thread: threading.Thread) -> None:
+        started[0] += thread.name.startswith("keepstep")
+        if started[0] == refused:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(Exception, match="can't start new thread"):
+            store.save_in_background(state, staging=staging).wait()
+    assert not threads_left()
+    assert not store.list()
+    assert_same(store.save(state).load(), state)
+
+
+def test_a_failed_copy_keeps_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that is never given back is missing for good; without any, a save waits for ever."""
+    store = Store(tmp_path, memory_budget_bytes=2 * BLOCK_BYTES)
+    w = torch.zeros(6 * BLOCK_BYTES // 4)
+    real, copied = TensorBytes.copy_into, [0]
+
+    def copy_into(source: TensorBytes, *args: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            copied[0] += 1
+            if copied[0] == 2:
+                time.sleep(0.05)
+                raise MemoryError("no memory to make a tensor dense")
+        elif copied[0]:
+            time.sleep(0.1)  # it still copies when the other one fails
+        real(source, *args)
+
+    monkeypatch.setattr(TensorBytes, "copy_into", copy_into)
+    for _ in range(2):
+        copied[0] = 0
+        with pytest.raises(MemoryError):
+            store.save_in_background({"w": w})
+    pool = store._engine.pool
+    assert len(pool._free) * BLOCK_BYTES == pool.allocated_bytes
+
+
+@pytest.mark.parametrize("staging", ["awaited", "overlapped"])
+def test_ctrl_c_just_after_the_work_was_handed_in_harms_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: Any
+) -> None:
+    store, state = Store(tmp_path), {"w": torch.arange(1000.0)}
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_module, "PendingSave", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.save_in_background(state, staging=staging)
+    assert not threads_left()
+    (committed,) = store.list()
+    assert committed.verify().sound
+    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_0"]
+    assert_same(store.save(state).load(), state)
