@@ -117,6 +117,82 @@ def test_the_optimizer_waits_for_the_copy_and_nothing_else_does(tmp_path: Path, 
     assert_holds(tmp_path, expected)
 
 
+@pytest.mark.parametrize("how", ["within", "of its own", "registered"])
+def test_an_optimizer_that_was_not_prepared_waits_too(tmp_path: Path, held: Held, how: str) -> None:
+    """A fused one writes without torch counting it: nothing would tell that the copy is torn."""
+    accelerator, model, optimizer = make(tmp_path)
+    train_step(accelerator, model, optimizer)
+    raw = {"within": optimizer.optimizer}.get(how) or torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    if how == "registered":
+        raw = torch.optim.SGD([torch.ones(3, requires_grad=True)], lr=0.1, momentum=0.9, fused=True)
+        accelerator.register_for_checkpointing(raw)
+    for parameter in raw.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    held.opened.clear()
+    accelerator.checkpoint()
+    expected = state_of(model, optimizer)
+    stepping = threading.Thread(target=raw.step)
+    stepping.start()
+    stepping.join(0.1)
+    assert stepping.is_alive(), "the optimizer did not wait"
+    held.opened.set()
+    stepping.join(60)
+    accelerator.wait_for_checkpoint()
+    assert_holds(tmp_path, expected)
+
+
+def test_an_optimizer_of_something_else_does_not_wait(tmp_path: Path, held: Held) -> None:
+    accelerator, model, optimizer = make(tmp_path)
+    train_step(accelerator, model, optimizer)
+    held.opened.clear()
+    accelerator.checkpoint()
+    other = torch.ones(3, requires_grad=True)
+    other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=0.1).step()
+    held.opened.set()
+    accelerator.wait_for_checkpoint()
+
+
+class Switching(torch.optim.SGD):
+    """As schedule-free optimizers do: the weights for training and those for evaluation are two."""
+
+    def eval(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.mul_(2)
+
+
+def test_switching_to_evaluation_waits_for_the_copy(tmp_path: Path, held: Held) -> None:
+    accelerator, model, optimizer = make(tmp_path)
+    switching = accelerator.prepare(Switching(model.parameters(), lr=0.1))
+    train_step(accelerator, model, optimizer)
+    held.opened.clear()
+    accelerator.checkpoint()
+    expected = state_of(model, optimizer)
+    switch = threading.Thread(target=switching.eval)
+    switch.start()
+    switch.join(0.1)
+    assert switch.is_alive(), "the optimizer did not wait"
+    held.opened.set()
+    switch.join(60)
+    accelerator.wait_for_checkpoint()
+    assert_holds(tmp_path, expected)
+
+
+def test_a_scheduler_may_change_a_learning_rate_that_is_a_tensor(tmp_path: Path, held: Held) -> None:
+    accelerator, model, _ = make(tmp_path)
+    inner = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.5), foreach=False)
+    optimizer, scheduler = accelerator.prepare(inner, torch.optim.lr_scheduler.StepLR(inner, 1, 0.1))
+    train_step(accelerator, model, optimizer)
+    held.opened.clear()
+    accelerator.checkpoint()
+    scheduler.step()
+    held.opened.set()
+    accelerator.wait_for_checkpoint()
+    assert accelerator.checkpoint_counts.redone == 0
+    saved = Store(tmp_path / "checkpoints").latest().load("optimizer_1/*")  # type: ignore[union-attr]
+    assert float(saved["optimizer_1"]["param_groups"][0]["lr"]) == 0.5
+
+
 def test_gradients_that_count_may_be_cleared_at_once(tmp_path: Path, held: Held) -> None:
     """They are part of the checkpoint, and `zero_grad` does not wait for their copy."""
     accelerator, model, optimizer = make(tmp_path)
@@ -170,8 +246,8 @@ def test_a_slip_is_made_good_by_the_next_call_though_none_is_due(
         held.opened.clear() if accelerator.step == 100 else None
         pending = accelerator.checkpoint()
     accelerator.backward(model(torch.randn(16, 8)).square().mean())
-    optimizer.optimizer.step()  # the optimizer within, which does not wait
-    optimizer.optimizer.zero_grad()
+    with torch.no_grad():
+        model.layers[0].weight.add_(1)  # behind the optimizer's back
     held.opened.set()
     with contextlib.suppress(BackgroundSaveError):
         pending.wait()

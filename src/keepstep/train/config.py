@@ -65,8 +65,9 @@ class CheckpointPolicy:
         on_error: what `checkpoint()` does when a save fails, of a full disk say: "raise" ends the loop with
             the error, "warn" logs it and lets the training go on; the next one that is due is tried again.
         staging: "awaited": `checkpoint()` returns once the state is copied. "overlapped": it is copied while
-            the next forward and backward run, and prepared optimizers wait for it in `step()`. "auto": the
-            one that costs less for a state of its size.
+            the next forward and backward run, and optimizers wait for it in `step()`; what else writes to
+            saved tensors (an average of the weights) belongs before `checkpoint()`. "auto": the one that
+            costs less for a state of its size.
         memory_budget_bytes: most host memory that copies of the state may take; a larger state is copied in
             waves, as its parts are written.
 

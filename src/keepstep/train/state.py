@@ -13,11 +13,14 @@ place. Generators come last, so nothing that restoring draws can shift them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from keepstep.errors import MismatchError, RestoreError, UsageError
 from keepstep.train import rng
@@ -58,6 +61,9 @@ class TrainState:
     loaders: list[PreparedLoader] = field(default_factory=list)
     registered: list[Any] = field(default_factory=list)
     gate: StagingGate = field(default_factory=StagingGate)
+
+    def __post_init__(self) -> None:
+        _states.add(self)
 
     @property
     def step(self) -> int:
@@ -100,13 +106,27 @@ class TrainState:
         return self._tree(_RunState(self).state_dict(), _Gradients(self.optimizers).state_dict())
 
     def changing(self) -> list[torch.Tensor]:
-        """What may change between two optimizer steps: buffers, by a forward, and gradients."""
-        modules = [m for m in [*self.models, *self.registered] if isinstance(m, torch.nn.Module)]
+        """What may change between two optimizer steps: buffers, by a forward; gradients; learning rates."""
         parameters = [p for optimizer in self.optimizers for p in optimizer.parameters()]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         return [
-            *(buffer for module in modules for buffer in module.buffers()),
+            *(buffer for module in self._modules for buffer in module.buffers()),
             *(parameter.grad for parameter in parameters if parameter.grad is not None),
+            *(value for group in groups for value in group.values() if isinstance(value, torch.Tensor)),
         ]
+
+    @property
+    def _modules(self) -> list[torch.nn.Module]:
+        return [m for m in [*self.models, *self.registered] if isinstance(m, torch.nn.Module)]
+
+    def is_written_by(self, optimizer: Optimizer) -> bool:
+        """Whether a step of this optimizer, prepared or not, changes something that is saved."""
+        if any(optimizer is known for known in [*self.registered, *(p.optimizer for p in self.optimizers)]):
+            return True
+        saved = {id(parameter) for module in self._modules for parameter in module.parameters()}
+        return any(
+            id(parameter) in saved for group in optimizer.param_groups for parameter in group["params"]
+        )
 
     def restore(self, load: Callable[[dict[str, Any]], Any]) -> Any:
         """Restore everything, or nothing.
@@ -153,6 +173,21 @@ class TrainState:
         tree["train"] = {"run": run, "schedulers": [prepared.scheduler for prepared in self.schedulers]}
         tree.update((f"registered_{index}", value) for index, value in enumerate(self.registered))
         return tree
+
+
+_states: weakref.WeakSet[TrainState] = weakref.WeakSet()
+
+
+def _wait_for_the_copy(optimizer: Optimizer, *_: Any) -> None:
+    """Before a step of any optimizer: fused ones write without torch counting it, and no slip would be seen."""
+    if torch.compiler.is_compiling():
+        return
+    for state in list(_states):
+        if state.gate.pending is not None and state.is_written_by(optimizer):
+            state.gate.wait()
+
+
+register_optimizer_step_pre_hook(_wait_for_the_copy)
 
 
 def _numbered(kind: str, index: int) -> str:

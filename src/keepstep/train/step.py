@@ -160,12 +160,14 @@ class PreparedOptimizer(Optimizer):
         """Switch optimizers that tell training from evaluation (schedule-free ones) to training."""
         switch = getattr(self.optimizer, "train", None)
         if switch is not None:
+            self._gate.wait()
             switch()
 
     def eval(self) -> None:
         """Switch optimizers that tell training from evaluation to evaluation."""
         switch = getattr(self.optimizer, "eval", None)
         if switch is not None:
+            self._gate.wait()
             switch()
 
     def __repr__(self) -> str:
