@@ -29,6 +29,7 @@ TORCH_FREE = [
     "keepstep.checkpoint.keeping.verify",
     "keepstep.checkpoint.mirror",
     "keepstep.checkpoint.pulling",
+    "keepstep.checkpoint.place.in_use",
     "keepstep.checkpoint.place.objects",
     "keepstep.checkpoint.place.registry",
     "keepstep.checkpoint.upkeep",

@@ -22,6 +22,7 @@ from keepstep.checkpoint.place.backend import INTERNAL_NAME, checkpoint_name
 from keepstep.checkpoint.place.bucket_reading import BucketSource, FoundLike, Listing, ObjectsLike
 from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace, explained_bucket
 from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_process
+from keepstep.checkpoint.place.in_use import keys_in_use
 from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, StoreBusyError
 
 __all__ = ["BucketBackend", "ObjectsLike"]
@@ -46,7 +47,7 @@ class BucketBackend:
     def __init__(self, objects: ObjectsLike) -> None:
         self._objects = objects
         self._manifests: dict[tuple[str, str], bytes] = {}
-        self._linked: set[str] = set()
+        self._in_use = keys_in_use(objects.address)
         self._lock = threading.RLock()
         self._owner: Claimant | None = None
         self._next: int | None = None
@@ -138,6 +139,14 @@ class BucketBackend:
         holder = self._writer()
         return holder is None or holder.is_here
 
+    def _check_writer(self) -> None:
+        """Who was taken over from does not know what the other one links."""
+        if not self._is_writer():
+            raise StoreBusyError(
+                f"another process writes to {self} meanwhile; nothing was changed. One process at a time may "
+                "write to a store: stop that one, or give this run another address"
+            )
+
     def reserve(self) -> BucketWorkspace:
         with self._lock, explained_bucket(self):
             number = self._next if self._next is not None else self.next_number()
@@ -171,7 +180,7 @@ class BucketBackend:
             self._objects,
             self._source(name),
             is_writer=self._is_writer,
-            linked=self._linked,
+            in_use=self._in_use,
             keeps_parts=keeps_parts,
         )
 
@@ -194,14 +203,15 @@ class BucketBackend:
         assert isinstance(place, BucketSource)
         self.claim()
         with explained_bucket(place, "deleting"):
+            self._check_writer()
             if not place.exists():
                 raise FileNotFoundError(2, "it was deleted already", f"{place.prefix}/{MANIFEST_NAME}")
             doomed = self._keys_of(place)
-            self._objects.delete([f"{place.prefix}/{MANIFEST_NAME}"])  # from here on it is no checkpoint
-            listing = self._listing()
             if doomed is None:
-                doomed = {key for key in listing.found if key.startswith(f"{place.prefix}/")}
-            self._objects.delete(doomed - self._named(listing))
+                doomed = {found.key for found in self._objects.list(place.prefix)}
+            with self._in_use.deleting(doomed) as free:
+                self._objects.delete([f"{place.prefix}/{MANIFEST_NAME}"])  # from here on it is no checkpoint
+                self._objects.delete(free - self._named(self._listing()))
             self._objects.delete([f"{place.prefix}/{CLAIM_NAME}"])
 
     def _keys_of(self, place: BucketSource) -> set[str] | None:
@@ -212,8 +222,8 @@ class BucketBackend:
             return None
 
     def _named(self, listing: Listing) -> set[str]:
-        """Every object that a remaining manifest, or a save under way, names; those set aside count."""
-        named = set(self._linked)
+        """Every object that a remaining manifest names; those set aside count."""
+        named: set[str] = set()
         for place in ("", f"{_DAMAGED}/"):
             for number, source in self._committed(listing, place):
                 assert isinstance(source, BucketSource)
@@ -229,6 +239,7 @@ class BucketBackend:
     def set_aside(self, place: Place) -> Place:
         assert isinstance(place, BucketSource)
         self.claim()
+        self._check_writer()
         key = f"{place.prefix}/{MANIFEST_NAME}"
         target = self._source(f"{_DAMAGED}/{place.name}")
         self._objects.put(f"{target.prefix}/{MANIFEST_NAME}", self._objects.get(key))
@@ -250,11 +261,13 @@ class BucketBackend:
         committed = {number for number, inside in files.items() if _is_committed(inside)}
         aside = {number for number, _ in self._committed(listing, f"{_DAMAGED}/")}
         left = sorted(files.keys() - committed - aside)
-        named = self._named(listing) if left else set()
-        for number in left:
-            if self._give_up(number, files[number]):
-                forget = number < max(committed, default=-1) and _is_old(files[number])
-                self._clear(checkpoint_name(number), files[number], named, forget=forget)
+        doomed = [f"{checkpoint_name(number)}/{file}" for number in left for file in files[number]]
+        with self._in_use.deleting(doomed) as free:
+            keep = set(doomed) - free | (self._named(self._listing()) if left else set())
+            for number in left:
+                if self._give_up(number, files[number]):
+                    forget = number < max(committed, default=-1) and _is_old(files[number])
+                    self._clear(checkpoint_name(number), files[number], keep, forget=forget)
 
     def _give_up(self, number: int, files: dict[str, FoundLike]) -> bool:
         """See to it that an attempt can't be committed any more; False if it stays."""

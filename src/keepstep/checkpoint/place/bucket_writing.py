@@ -17,6 +17,7 @@ from typing import Final
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike, missing
+from keepstep.checkpoint.place.in_use import KeysInUse
 from keepstep.errors import BucketError, DamagedCheckpointError, KeepstepError, StoreBusyError, StoreError
 from keepstep.files import SegmentFile
 
@@ -152,7 +153,7 @@ class BucketWorkspace:
         objects: of the store.
         final: where the checkpoint will lie.
         is_writer: whether this process is still the one that writes; asked just before the commit.
-        linked: keys that no deletion in this process may take; shared with the store.
+        in_use: keeps deletions of this process from what is linked.
         keeps_parts: leave what was uploaded, and the number, for another attempt at the same checkpoint.
     """
 
@@ -162,15 +163,16 @@ class BucketWorkspace:
         final: BucketSource,
         *,
         is_writer: Callable[[], bool],
-        linked: set[str],
+        in_use: KeysInUse,
         keeps_parts: bool = False,
     ) -> None:
         self.final = final
         self.is_over = False
         self._objects = objects
         self._is_writer = is_writer
-        self._linked = linked
+        self._in_use = in_use
         self._mine: set[str] = set()
+        self._linked: list[str] = []
         self._written: set[str] = set()
         self._keeps_parts = keeps_parts
 
@@ -203,12 +205,13 @@ class BucketWorkspace:
             raise missing(f"{checkpoint}/{file}") from None
         home = entry.within or checkpoint
         key = f"{home}/{file}"
-        self._linked.add(key)
-        self._mine.add(key)
         same = (entry.digest, entry.bytes) == (committed.digest, committed.bytes)
-        if not same or self._objects.size(key) != committed.bytes:
-            self._mine.discard(key)
+        if not same or not self._in_use.link(key):
             raise missing(key)
+        self._linked.append(key)
+        if self._objects.size(key) != committed.bytes:
+            raise missing(key)
+        self._mine.add(key)
         return home
 
     def has(self, name: str, size_bytes: int) -> bool:
@@ -295,4 +298,5 @@ class BucketWorkspace:
 
     def _end(self) -> None:
         self.is_over = True
-        self._linked -= self._mine
+        self._in_use.unlink(self._linked)
+        self._linked = []

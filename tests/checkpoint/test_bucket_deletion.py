@@ -1,0 +1,93 @@
+"""No deletion takes an object that a manifest names, whatever is saved meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+from obstore.store import MemoryStore
+from tests.checkpoint.test_backend_contract import committed, entry, manifest_of
+
+from keepstep.checkpoint.format.manifest import STATE_NAME
+from keepstep.checkpoint.format.parse import check_files, read_manifest
+from keepstep.checkpoint.place.bucket import BucketBackend
+from keepstep.checkpoint.place.bucket_writing import BucketWorkspace
+from keepstep.checkpoint.place.objects import Objects
+from keepstep.errors import StoreBusyError
+
+BASE = b"12345"
+
+
+class Watched(Objects):
+    """Runs a step of somebody else's between the steps of a deletion."""
+
+    before_delete: list[Callable[[], None]] | None = None
+
+    def delete(self, keys: Iterable[str]) -> None:
+        if self.before_delete:
+            self.before_delete.pop(0)()
+        super().delete(keys)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+def linking(backend: BucketBackend, checkpoint: str) -> tuple[BucketWorkspace, str | None]:
+    """A save under way, and where its base lies; None if it had to be written."""
+    workspace = backend.reserve()
+    workspace.write_file(STATE_NAME, b"{}")
+    try:
+        return workspace, workspace.link("base.bin", checkpoint, "base.bin", entry(BASE))
+    except FileNotFoundError:
+        workspace.write_file("base.bin", BASE)
+        return workspace, None
+
+
+def commit(backend: BucketBackend, begun: tuple[BucketWorkspace, str | None]) -> None:
+    workspace, within = begun
+    workspace.commit(manifest_of({STATE_NAME: entry(b"{}"), "base.bin": entry(BASE, within)}))
+    backend.release(workspace)
+
+
+@pytest.mark.parametrize("links_before", [True, False])
+@pytest.mark.parametrize("same_backend", [True, False])
+def test_a_save_that_links_during_a_deletion(
+    store: MemoryStore, links_before: bool, same_backend: bool
+) -> None:
+    deleting = BucketBackend(Watched(store, "memory://run"))
+    saving = deleting if same_backend else BucketBackend(Objects(store, "memory://run"))
+    first = committed(deleting, {"base.bin": BASE})
+    saving.claim()
+    commit(saving, linking(saving, "checkpoint_0"))
+    deleting.delete(first)  # the base stays: checkpoint_1 names it
+    second = deleting.checkpoints()[-1][1]
+    begun: list[tuple[BucketWorkspace, str | None]] = []
+
+    def link() -> None:
+        begun.append(linking(saving, "checkpoint_1"))
+
+    if links_before:
+        link()
+    deleting._objects.before_delete = [  # type: ignore[attr-defined]
+        (lambda: None) if links_before else link,
+        lambda: commit(saving, begun[0]),
+    ]
+    deleting.delete(second)
+    ((number, last),) = saving.checkpoints()
+    assert number == 2
+    check_files(last, read_manifest(last))
+
+
+def test_who_was_taken_over_from_deletes_nothing(store: MemoryStore) -> None:
+    backend = BucketBackend(Objects(store, "memory://run"))
+    place = committed(backend, {"base.bin": BASE})
+    backend._objects.put(
+        ".keepstep/writer.json", b'{"host": "elsewhere", "boot": "b", "pid": 1, "started": 1}'
+    )
+    with pytest.raises(StoreBusyError, match="another process writes"):
+        backend.delete(place)
+    with pytest.raises(StoreBusyError, match="another process writes"):
+        backend.set_aside(place)
+    assert [number for number, _ in backend.checkpoints()] == [0]
