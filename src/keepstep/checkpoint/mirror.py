@@ -244,6 +244,8 @@ class Mirror:
             self.wait()
         except MirrorError as error:
             log.critical("keepstep: %s", error)
+        except KeyboardInterrupt:
+            log.critical("%s is behind; the next process that writes to %s goes on", self.bucket, self._root)
 
     # ----------------------------------------------------------------------------------- uploading
 
