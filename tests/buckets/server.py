@@ -93,6 +93,7 @@ class Server:
                 + [f"-{name}.port={port}" for name, port in self.ports.items()]
                 + [f"-dir={self.directory / 'data'}", f"-s3.config={self.directory / 's3.json'}"]
                 + ["-master.volumeSizeLimitMB=64", "-volume.max=60", "-master.telemetry=false"]
+                + ["-master.electionTimeout=1s"]  # of one; a restart waits for it
                 + ["-s3.port.iceberg=0", "-s3.port.lance=0"],
                 stdout=log,
                 stderr=log,

@@ -237,7 +237,7 @@ class Mirror:
             return
         with self._changed:
             self._draining = True
-            left = len(self._jobs) + self._is_busy
+            left = sum(not job.failed for job in self._jobs) + self._is_busy
         if left:
             log.warning("waiting for the upload of %d checkpoint(s) to %s", left, self.bucket)
         try:
@@ -262,7 +262,7 @@ class Mirror:
 
     def _next_job(self) -> _Job | None:
         """Wait for one; None once `stop` was called and none is left."""
-        if self._behind:
+        if self._behind and not self._draining:
             self._catch_up()
         with self._changed:
             self._catching_up = False
