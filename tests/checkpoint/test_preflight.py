@@ -113,6 +113,17 @@ def test_what_will_be_linked_needs_no_room(tmp_path: Path, caplog: pytest.LogCap
     assert "needs about 101 bytes" in caplog.text
 
 
+def test_what_will_be_linked_is_not_counted_twice_against_a_budget(tmp_path: Path) -> None:
+    """A checkpoint that the rules would keep after the save must not go before it."""
+    store = Store(tmp_path)
+    base = torch.nn.Linear(512, 1024).requires_grad_(False)
+    for step in range(4):
+        store.save({"base": base, "adapter": torch.full((4,), float(step))}, step=step)
+    size = store.list()[0].bytes
+    assert allowed(store, Retention(byte_budget=size * 3 // 2), size) == []
+    assert allowed(store, Retention(byte_budget=size // 2), size) == [0, 1, 2]
+
+
 def test_a_disk_that_refuses_to_delete_does_not_stop_the_save(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

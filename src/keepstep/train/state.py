@@ -179,7 +179,7 @@ _states: weakref.WeakSet[TrainState] = weakref.WeakSet()
 
 
 def _wait_for_the_copy(optimizer: Optimizer, *_: Any) -> None:
-    """Before a step of any optimizer: fused ones write without torch counting it, and no slip would be seen."""
+    """Before any optimizer's step: torch does not count what a fused one writes, and no slip would show."""
     if torch.compiler.is_compiling():
         return
     for state in list(_states):

@@ -33,7 +33,7 @@ def to_make_room(
         entries: oldest first; without a manifest if damaged.
         retention: the rules.
         held: what each takes, by number.
-        needed_bytes: what the next one will take.
+        needed_bytes: the size of the next one, with what it will share with the newest.
         now: when it is saved.
     """
     readable = [entry for entry in entries if entry.manifest is not None]
@@ -49,7 +49,9 @@ def to_make_room(
         pinned=False,
     )
     coming = Entry(path=newest.path, number=entries[-1].number + 1, manifest=manifest)
-    decisions = decide([*entries, coming], retention, {**held, coming.number: {"coming": needed_bytes}})
+    linked = _linked_by(newest, held)
+    takes = {**linked, "coming": max(0, needed_bytes - sum(linked.values()))}
+    decisions = decide([*entries, coming], retention, {**held, coming.number: takes})
     return [d for d in decisions if not d.keep and d.entry.number not in (newest.number, coming.number)]
 
 
@@ -85,7 +87,8 @@ class Preflight:
                 log.info("deleted %s before the next save, which needs its room", decision.entry.path)
             if needed_bytes <= free:
                 return
-        self._warn(root, needed_bytes - _linked_by_the_newest(entries, held), free)
+        linked = _linked_by(entries[-1], held) if entries else {}
+        self._warn(root, needed_bytes - sum(linked.values()), free)
 
     def _warn(self, root: Root, needed_bytes: int, free: int) -> None:
         """Once, until there is room again."""
@@ -100,10 +103,7 @@ class Preflight:
         self._warned = needed_bytes > free
 
 
-def _linked_by_the_newest(entries: Sequence[Entry], held: Mapping[int, Held]) -> int:
-    """Bytes that the newest checkpoint shares with others, as the next one probably will."""
-    if not entries:
-        return 0
-    newest = entries[-1].number
-    others = {file for number, files in held.items() if number != newest for file in files}
-    return sum(size for file, size in held.get(newest, {}).items() if file in others)
+def _linked_by(newest: Entry, held: Mapping[int, Held]) -> Held:
+    """What the newest checkpoint shares with others, as the next one probably will."""
+    others = {file for number, files in held.items() if number != newest.number for file in files}
+    return {file: size for file, size in held.get(newest.number, {}).items() if file in others}
