@@ -287,8 +287,7 @@ class StoreLock:
         """
         path = path.resolve()
         with cls._guard:
-            pid, _ = cls._held.get(path, (0, -1))
-            if pid == os.getpid():  # after a fork the copied registry says nothing about the child
+            if cls._holds(path):
                 return None
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -305,6 +304,17 @@ class StoreLock:
             os.pwrite(fd, owner.encode(), 0)
             cls._held[path] = (os.getpid(), fd)
             return None
+
+    @classmethod
+    def _holds(cls, path: Path) -> bool:
+        """Whether this process holds it; not so any more if the file was moved away or deleted."""
+        pid, fd = cls._held.get(path, (0, -1))
+        if pid != os.getpid():  # after a fork the copied registry says nothing about the child
+            return False
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(path))
+        except FileNotFoundError:
+            return False
 
     @classmethod
     def start_anew_after_fork(cls) -> None:

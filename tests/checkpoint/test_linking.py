@@ -215,3 +215,15 @@ def test_tensors_that_stop_changing_move_to_a_file_of_their_own_once(tmp_path: P
     resting += 1
     woken = store.save({"model": {"resting": resting, "busy": busy}})
     assert_same(dict(woken.load()["model"]), {"resting": resting, "busy": busy})
+
+
+def test_nothing_is_linked_to_damage_that_was_found(tmp_path: Path) -> None:
+    """All checkpoints share the file; the next one must not share what is wrong with it."""
+    store, w = Store(tmp_path), torch.randn(MIB // 4)
+    for _ in range(3):
+        checkpoint = store.save({"w": w})
+    with (checkpoint.path / "w.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"rot")
+    assert not any(report.sound for report in store.verify())
+    assert_same(store.save({"w": w}).load(), {"w": w})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from keepstep import Store
 from keepstep.checkpoint.place.local import sweep
+from keepstep.errors import StoreError
 from keepstep.files import LocalFiles
 
 
@@ -59,3 +62,26 @@ def test_a_sweep_passes_over_links_and_over_what_is_in_flight(tmp_path: Path) ->
         "checkpoint_3.tmp-0123456789ab",
     ]
     assert precious.is_dir()
+
+
+def test_a_store_whose_directory_was_moved_away_is_locked_anew(tmp_path: Path) -> None:
+    """The lock went with the old directory; a second process must not write beside this one."""
+    store = Store(tmp_path / "run")
+    store.save({"x": 1})
+    (tmp_path / "run").rename(tmp_path / "old")
+    store.save({"x": 2})
+    code = f"from keepstep import Store; Store({str(tmp_path / 'run')!r}).save({{'x': 3}})"
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "StoreBusyError" in other.stderr
+    assert [checkpoint.load() for checkpoint in store.list()] == [{"x": 2}]
+
+
+def test_a_checkpoint_whose_manifest_is_damaged_is_not_said_to_be_deleted(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save({"x": 1})
+    (tmp_path / "checkpoint_0" / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="manifest can't be read"):
+        store.delete("checkpoint_0")
+    assert (tmp_path / "checkpoint_0" / "state.json").is_file()

@@ -472,8 +472,11 @@ class Store:
         return None if entry is None or entry.manifest is None else Checkpoint(entry.path, entry.manifest)
 
     def verify(self, *, quick: bool = False) -> Sequence[Report]:
-        """Verify every checkpoint, oldest first."""
-        return [verify_checkpoint(entry.path, quick=quick) for entry in catalog.scan(self._backend)]
+        """Verify every checkpoint, oldest first. If one is damaged, the next save links to none of them."""
+        reports = [verify_checkpoint(entry.path, quick=quick) for entry in catalog.scan(self._backend)]
+        if any(not report.sound for report in reports):
+            self._upkeep.note_damage()
+        return reports
 
     # ----------------------------------------------------------------------------------- resuming
 

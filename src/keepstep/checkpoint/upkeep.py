@@ -82,12 +82,16 @@ class Upkeep:
         if self._scrubber is not None:
             self._scrubber.stop()
 
-    def _found(self, place: Place, report: Report) -> None:
+    def note_damage(self) -> None:
+        """A file here is damaged: the next save is to link to none."""
         self._found_damage = True
+
+    def _found(self, place: Place, report: Report) -> None:
+        self.note_damage()
         self.set_aside(place, "; ".join(report.problems))
 
     def found_damage(self) -> bool:
-        """Whether the scrub found damage since this was last asked: nothing may be linked to it."""
+        """Whether damage was found since this was last asked: nothing may be linked to it."""
         found, self._found_damage = self._found_damage, False
         return found
 

@@ -65,7 +65,7 @@ class LocalBackend:
     def __init__(self, files: Files, path: Path) -> None:
         self.path = path
         self._files = files
-        self._owned = False
+        self._owned: tuple[int, int] | None = None
         self.number_floor = 0
         """Numbers below this one are taken elsewhere: by the mirror."""
 
@@ -77,6 +77,10 @@ class LocalBackend:
 
     def set_aside_before(self) -> list[tuple[int, Place]]:
         return [*_numbered(self._damaged)]
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / INTERNAL_NAME / "lock"
 
     @property
     def _damaged(self) -> Path:
@@ -99,15 +103,15 @@ class LocalBackend:
         return explained(self._directory(place) if place is not None else self.path, doing)
 
     def claim(self) -> None:
-        if not self._owned:
+        if self._owned is None or self._owned != _identity(self._lock):  # or the directory was moved away
             with explained(self.path), _places.claiming:
                 self._take_lock()
 
     def _take_lock(self) -> None:
-        internal = self.path / INTERNAL_NAME
+        internal = self._lock.parent
         self._files.make_directory(internal)
         me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        holder = StoreLock.acquire(internal / "lock", me)
+        holder = StoreLock.acquire(self._lock, me)
         if holder is not None:
             raise StoreBusyError(
                 f"{self.path} is being written to by {holder}. One process at a time may write to a store: "
@@ -115,7 +119,7 @@ class LocalBackend:
             )
         sweep(self._files, self.path, in_flight=lambda name: _places.taken(self.path / name))
         empty_trash(self._files, internal / "trash")
-        self._owned = True
+        self._owned = _identity(self._lock)
 
     def reserve(self) -> Workspace:
         return LocalWorkspace(self._files, _places.take(self), may_replace=False)
@@ -145,6 +149,14 @@ class LocalBackend:
     def _directory(self, place: Place) -> Path:
         assert isinstance(place, Path), f"{place} is no directory"
         return place
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:

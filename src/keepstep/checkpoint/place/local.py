@@ -313,11 +313,17 @@ def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
 
     Raises:
         CheckpointBusyError: it is being read.
+        StoreError: its manifest is damaged, so there is no telling which files are keepstep's.
     """
     if directory.is_symlink():
         log.warning("%s is a link; what it points to, %s, is kept", directory, directory.resolve())
         files.remove_file(directory)
         return
+    if (directory / MANIFEST_NAME).exists() and not is_ours(directory):
+        raise StoreError(
+            f"{directory} was not deleted: its manifest can't be read, so there is no telling which of its "
+            "files keepstep wrote. Look at what is left, and remove the directory by hand"
+        )
     files.make_directory(trash)
     doomed = trash / f"{directory.name}.{secrets.token_hex(4)}"
     with _unread(directory):
