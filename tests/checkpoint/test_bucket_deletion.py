@@ -13,7 +13,7 @@ from keepstep.checkpoint.format.parse import check_files, read_manifest
 from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.place.bucket_writing import BucketWorkspace
 from keepstep.checkpoint.place.objects import Objects
-from keepstep.errors import StoreBusyError
+from keepstep.errors import DamagedCheckpointError, StoreBusyError
 
 BASE = b"12345"
 
@@ -91,3 +91,22 @@ def test_who_was_taken_over_from_deletes_nothing(store: MemoryStore) -> None:
     with pytest.raises(StoreBusyError, match="another process writes"):
         backend.set_aside(place)
     assert [number for number, _ in backend.checkpoints()] == [0]
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_what_a_manifest_that_can_not_be_read_may_name_stays(store: MemoryStore, aside: bool) -> None:
+    backend = BucketBackend(Objects(store, "memory://run"))
+    first = committed(backend, {"base.bin": BASE, "own.bin": b"1"})
+    commit(backend, linking(backend, "checkpoint_0"))
+    key = "checkpoint_1/manifest.json"
+    backend._objects.put(key, backend._objects.get(key).replace(b'"step": 1', b'"step": 2'))
+    second = backend.checkpoints()[-1][1]
+    with pytest.raises(DamagedCheckpointError):
+        read_manifest(second)
+    if aside:
+        backend.set_aside(second)
+    backend.delete(first)
+    assert backend._objects.size("checkpoint_0/base.bin") == len(BASE)
+    assert backend._objects.size("checkpoint_0/own.bin") is None
+    BucketBackend(Objects(store, "memory://run")).claim()
+    assert backend._objects.size("checkpoint_0/base.bin") == len(BASE)

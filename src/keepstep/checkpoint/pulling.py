@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, dump_manifest
-from keepstep.checkpoint.format.parse import check_files
+from keepstep.checkpoint.format.parse import check_files, read_manifest
 from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.verify import verify_checkpoint
@@ -115,10 +115,13 @@ def _pull(entry: catalog.Entry, local: LocalBackend, files: Files) -> Path:
 
 
 def _make_way(final: Path, local: LocalBackend) -> None:
-    """Set a damaged checkpoint of that name aside."""
+    """Set a damaged checkpoint of that name aside; one that is whole was saved meanwhile, and stays."""
     if source_of(final).has_manifest():
-        log.error("%s is damaged and is set aside; the mirror holds a sound copy", final)
-        local.set_aside(final)
+        try:
+            check_files(final, read_manifest(final))
+        except DamagedCheckpointError as error:
+            log.error("%s is set aside, as the mirror holds a sound copy: %s", final, error.message)
+            local.set_aside(final)
 
 
 def _fetch(entry: catalog.Entry, workspace: LocalWorkspace, name: str, file: FileEntry) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import datetime as dt
 import errno
 import logging
+import re
 import secrets
 import threading
 from collections import defaultdict
@@ -30,6 +31,7 @@ __all__ = ["BucketBackend", "ObjectsLike"]
 _WRITER: Final = f"{INTERNAL_NAME}/writer.json"
 _PROBE: Final = f"{INTERNAL_NAME}/create-only"
 _DAMAGED: Final = f"{INTERNAL_NAME}/damaged"
+_NAMES: Final = re.compile(rb"checkpoint_[0-9]+")
 _LONG_DEAD: Final = dt.timedelta(days=1)
 
 log = logging.getLogger(__name__)
@@ -230,11 +232,21 @@ class BucketBackend:
                 try:
                     manifest = read_manifest(source)
                 except DamagedCheckpointError:
-                    own = f"{checkpoint_name(number)}/"
-                    named |= {key for key in listing.found if key.startswith(own)}
+                    named |= self._perhaps_named(number, source, listing)
                 else:
                     named |= _keys(self._source(checkpoint_name(number)), manifest)
         return named
+
+    def _perhaps_named(self, number: int, source: BucketSource, listing: Listing) -> set[str]:
+        """All that a manifest that can't be read may name: a person, or a newer keepstep, may read it."""
+        try:
+            said = self._objects.get(f"{source.prefix}/{MANIFEST_NAME}")
+        except FileNotFoundError:
+            return set()
+        own = checkpoint_name(number)
+        homes = {name.decode() for name in _NAMES.findall(said)}
+        found = [(key, *key.partition("/")[::2]) for key in listing.found]
+        return {key for key, home, file in found if home == own or (home in homes and file.encode() in said)}
 
     def set_aside(self, place: Place) -> Place:
         assert isinstance(place, BucketSource)
