@@ -225,6 +225,8 @@ def test_a_slip_is_named_and_the_checkpoint_made_again(
     assert_holds(tmp_path, state_of(model, optimizer))
     (made,) = Store(tmp_path / "checkpoints").list()
     assert made.metrics == {"loss": 1.0}
+    counts = accelerator.checkpoint_counts
+    assert (counts.saved, counts.failed, counts.redone) == (1, 0, 1)
     held.opened.clear()
     train_step(accelerator, model, optimizer)
     held.opened.set()
@@ -259,6 +261,8 @@ def test_a_slip_is_made_good_by_the_next_call_though_none_is_due(
     assert "is made again" in caplog.text
     assert_holds(tmp_path, expected)
     assert [c.step for c in Store(tmp_path / "checkpoints").list()] == [101]
+    counts = accelerator.checkpoint_counts
+    assert (counts.saved, counts.failed, counts.redone) == (1, 0, 1)
 
 
 def test_loading_waits_for_the_copy(tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ class Pacer:
 
     def redone(self) -> None:
         """A save failed since tensors had changed, and is made again."""
-        self._counts = replace(self._counts, redone=self._counts.redone + 1)
+        counts = self.counts  # with the one that failed
+        self._counts = replace(counts, failed=counts.failed - 1, redone=counts.redone + 1)
 
     @property
     def spacing(self) -> Spacing:

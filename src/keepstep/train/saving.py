@@ -237,4 +237,7 @@ class Saver:
             self._store.wait()
             if self._lost is not None:
                 self._begin(self._store, self._lost)
+                begun = self._pending is not None
                 self.wait()
+                if begun:
+                    self._pacer.saved_by_hand()
