@@ -10,18 +10,24 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import queue
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 from keepstep.errors import RankError, RankFailedError, RankMissingError
 
 __all__ = ["Alone", "KeyValueStore", "Meeting", "Topic"]
 
+_T = TypeVar("_T")
+
 _PART_BYTES = 4 << 20
 """PyTorch's TCP store refuses values of more than 8 MiB."""
 _MOST_STEPS = 8
 """Steps that a meeting may have; who fails marks them all."""
+_ANSWER_S = 20.0
+"""How long a store may take to answer, at least: a tenth of the meeting's time-out if that is more."""
 
 
 class KeyValueStore(Protocol):
@@ -117,6 +123,7 @@ class Topic:
     def meeting(self, timeout_s: float) -> Iterator[Meeting]:
         """Hold one; see `keepstep.world.World.meeting`."""
         with self._turn:
+            self.store.timeout_s = timeout_s
             number = self._last + 1
             while self._was_missed(number):
                 number += 1
@@ -293,53 +300,84 @@ class _StoreMeeting:
 
 
 class _Connection:
-    """A store whose loss is told in words."""
+    """A store whose loss is told in words, and whose silence ends.
+
+    A client waits for ever for a server that is stopped or cut off, also where it was given a time-out. So
+    it is asked on a thread of its own, which is left behind if no answer comes.
+    """
 
     def __init__(self, store: KeyValueStore, topic: str) -> None:
         self._store = store
         self._topic = topic
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._asked: Future[Any] | None = None
+        self.timeout_s = 0.0
 
     def set(self, key: str, value: str | bytes) -> None:
-        with self._told():
-            self._store.set(key, value)
+        self._ask(lambda: self._store.set(key, value))
 
     def set_once(self, key: str, value: str) -> None:
-        with self._told():
-            self._store.compare_set(key, "", value)
+        self._ask(lambda: self._store.compare_set(key, "", value))
 
     def get(self, key: str) -> bytes:
-        with self._told():
-            return self._store.get(key)
+        return self._ask(lambda: self._store.get(key))
 
     def add(self, key: str, amount: int) -> int:
-        with self._told():
-            return self._store.add(key, amount)
+        return self._ask(lambda: self._store.add(key, amount))
 
     def check(self, key: str) -> bool:
-        with self._told():
-            return self._store.check([key])
+        return self._ask(lambda: self._store.check([key]))
 
     def delete(self, key: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the store went first, and all that was in it
-            self._store.delete_key(key)
+        with contextlib.suppress(RankMissingError):  # the store went first, and all that was in it
+            self._ask(lambda: self._store.delete_key(key))
 
     def wait(self, key: str, timeout_s: float) -> bool:
         """Whether the key came within the time-out."""
-        try:
-            self._store.wait([key], dt.timedelta(seconds=timeout_s))
-        except RuntimeError:  # too late, or no connection, which the check will tell
-            return self.check(key)
-        return True
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+        def wait() -> bool:
+            try:
+                self._store.wait([key], dt.timedelta(seconds=timeout_s))
+            except RuntimeError:  # too late, or no connection, which the check will tell
+                return self._store.check([key])
+            return True
+
+        return self._ask(wait, timeout_s)
+
+    def _ask(self, work: Callable[[], _T], may_wait_s: float = 0.0) -> _T:
+        """Ask the store; no answer within the time-out is told as its loss."""
+        if self._asked is not None and not self._asked.done():
+            raise self._lost("it has not answered yet", 0.0)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="keepstep-meet", daemon=True)
+            self._thread.start()
+        answer: Future[_T] = Future()
+        self._asked = answer
+        self._work.put(lambda: _settle(answer, work))
+        limit_s = may_wait_s + max(_ANSWER_S, self.timeout_s / 10)
         try:
-            yield
+            return answer.result(limit_s)
+        except TimeoutError:
+            raise self._lost("it does not answer", limit_s) from None
         except RuntimeError as error:
-            raise RankMissingError(
-                f"{self._topic}: the store over which ranks meet can't be reached "
-                f"({str(error).splitlines()[0]}). The process that serves it, rank 0 or the launcher, is "
-                "gone: start the run again",
-                ranks=[0],
-                waited_s=0.0,
-            ) from error
+            raise self._lost(str(error).splitlines()[0], 0.0) from error
+
+    def _serve(self) -> None:
+        while True:
+            self._work.get()()
+
+    def _lost(self, why: str, waited_s: float) -> RankMissingError:
+        return RankMissingError(
+            f"{self._topic}: the store over which ranks meet can't be reached ({why}). The process that "
+            "serves it, rank 0 or the launcher, is gone, stopped or cut off: start the run again",
+            ranks=[0],
+            waited_s=waited_s,
+        )
+
+
+def _settle(answer: Future[_T], work: Callable[[], _T]) -> None:
+    try:
+        answer.set_result(work())
+    except BaseException as error:  # noqa: BLE001  (it belongs to whoever asked)
+        answer.set_exception(error)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -30,6 +31,12 @@ T = TypeVar("T")
 Reduction = Literal["sum", "mean", "none"]
 
 DEFAULT_TIMEOUT_S = 600.0
+
+_MOST_TIMEOUT_S = 1e8
+
+_topics: weakref.WeakKeyDictionary[Any, dict[str, Topic]] = weakref.WeakKeyDictionary()
+"""By the store that ranks meet in: meetings are numbered, so all worlds over one store count together."""
+_guard = threading.Lock()
 
 
 class World(Protocol):
@@ -155,7 +162,7 @@ class Ranks:
         store: where ranks meet; None for the store that the process group was made with.
 
     Raises:
-        UsageError: no process group has been initialized.
+        UsageError: no process group has been initialized, or the time-out is no number of seconds.
     """
 
     def __init__(
@@ -171,6 +178,8 @@ class Ranks:
                 "torch.distributed is not initialized, so there are no ranks to meet: call "
                 "torch.distributed.init_process_group first, or use OneRank() in a single process"
             )
+        if not 0 < timeout_s <= _MOST_TIMEOUT_S:
+            raise UsageError(f"timeout_s is {timeout_s!r}; expected seconds, more than 0 and at most 10**8")
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_rank = dist.get_node_local_rank(self.rank) if local_rank is None else local_rank
@@ -178,8 +187,6 @@ class Ranks:
         self.kind = "MULTI_GPU" if "nccl" in dist.get_backend() else "MULTI_CPU"
         self.timeout_s = timeout_s
         self._store: Any = distributed_c10d._get_default_store() if store is None else store
-        self._topics: dict[str, Topic] = {}
-        self._guard = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Ranks(rank={self.rank}, size={self.size})"
@@ -194,12 +201,13 @@ class Ranks:
             RankMissingError: naming the ranks that did not come within the time-out.
             RankFailedError: another rank left the meeting by an exception, whose text is in the message.
         """
-        with self._guard:
-            if topic not in self._topics:
+        with _guard:
+            topics = _topics.setdefault(self._store, {})
+            if topic not in topics:
                 # A client of its own: a wait in one client blocks all else that is asked of it.
                 store = distributed_c10d.PrefixStore(f"keepstep/{topic}", self._store.clone())
-                self._topics[topic] = Topic(store, topic, self.rank, self.size)
-            place = self._topics[topic]
+                topics[topic] = Topic(store, topic, self.rank, self.size)
+            place = topics[topic]
         with place.meeting(self.timeout_s if timeout_s is None else timeout_s) as meeting:
             yield meeting
 

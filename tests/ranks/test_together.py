@@ -234,6 +234,7 @@ def faulty(argument: str, rank: int, size: int) -> None:
 FAULTS = [
     ("segment 0", "kill", 1, "checkpoint_0"),
     ("segment 1", "stop", 1, "checkpoint_0"),
+    pytest.param("segment 0", "stop", 0, "checkpoint_0", marks=pytest.mark.soak),  # it serves the store
     pytest.param("before rename", "kill", 0, "checkpoint_0", marks=pytest.mark.soak),
     pytest.param("after rename", "kill", 0, "checkpoint_1", marks=pytest.mark.soak),
 ]

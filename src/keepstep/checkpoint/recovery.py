@@ -30,6 +30,12 @@ _REFUSED = (
     "was taken. Give this process what it lacks and start it again"
 )
 
+_UNSEEN = (
+    "{name} is in {root}, but the ranks {ranks} don't see it there: all ranks must see one file system. "
+    "Nothing was set aside. Mount the same directory on every machine, or wait until all of them show it"
+)
+_GONE = ""
+
 
 def restore_newest(
     root: catalog.Root,
@@ -103,13 +109,18 @@ def _restore_together(
             passed.add(number)
             checkpoint, problem = _try(root, number, restore)
             problems = [json.loads(data) for data in meeting.exchange(json.dumps(problem).encode())]
-        found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
-        if not found and checkpoint is not None:
+            found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
+            gone = [rank for rank, text in enumerate(problems) if text == _GONE]
+            if gone and not found and meeting.broadcast(b"there" if _entry(root, number) else b""):
+                raise StoreError(_UNSEEN.format(name=checkpoint_name(number), root=root, ranks=gone))
+        if checkpoint is not None and not found and not gone:
             return checkpoint
+        if not found:
+            continue  # dropped meanwhile by the process that writes; it has a newer one
         damaged.append(f"{checkpoint_name(number)}: {'; '.join(found)}")
         if world.rank == 0:
-            place = next((entry.path for entry in catalog.scan(root) if entry.number == number), None)
-            if place is not None and set_aside(place, "; ".join(found)) and number not in replaced:
+            entry = _entry(root, number)
+            if entry is not None and set_aside(entry.path, "; ".join(found)) and number not in replaced:
                 replaced.add(number)
                 passed.discard(number)
     if damaged:
@@ -120,15 +131,23 @@ def _restore_together(
 def _try(
     root: catalog.Root, number: int, restore: Callable[[Checkpoint], None]
 ) -> tuple[Checkpoint | None, str | None]:
-    """Restore one checkpoint: it, or what is wrong with it."""
-    entry = next((entry for entry in catalog.scan(root) if entry.number == number), None)
+    """Restore one checkpoint: it, or what is wrong with it; nothing is wrong with one that is gone."""
+    entry = _entry(root, number)
     if entry is None:
-        return None, f"{checkpoint_name(number)} is not to be seen"
+        return None, _GONE
     try:
         checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
         restore(checkpoint)
+    except CheckpointNotFoundError:
+        return None, _GONE
     except DamagedCheckpointError as error:
+        if not place_exists(entry.path):
+            return None, _GONE
         if is_refusal(error):
             raise StoreError(_REFUSED.format(path=entry.path, reason=error.message)) from error
-        return None, error.message
+        return None, error.message or "damaged"
     return checkpoint, None
+
+
+def _entry(root: catalog.Root, number: int) -> catalog.Entry | None:
+    return next((entry for entry in catalog.scan(root) if entry.number == number), None)

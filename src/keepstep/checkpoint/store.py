@@ -372,7 +372,7 @@ class Store:
         try:
             save = self._engine.save(reserve, state, description, self._lineage, own)
             try:
-                self._upkeep.before_save(save.bytes, self.retention)
+                self._upkeep.before_save(save.bytes_of_all, self.retention)
             except BaseException:
                 save.discard()
                 raise

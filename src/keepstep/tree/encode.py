@@ -137,7 +137,7 @@ class _Flattener:
                 f"({error}); redistribute it to Shard or Replicate placements first"
             ) from error
         assert part is not None
-        address = self.add_tensor(part[0], path)
+        address = self.add_tensor(part[0], path, counted=False)  # torch counts writes to the whole only
         self.leaves[-1] = self.leaves[-1]._replace(shard=(part[1], tuple(tensor.shape)))
         return address
 

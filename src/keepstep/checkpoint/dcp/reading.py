@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from keepstep.errors import MismatchError, UsageError
 from keepstep.tree import DTYPES, tensors_in, unflatten
 
 __all__ = ["StorageReader"]
+
+log = logging.getLogger(__name__)
 
 
 class StorageReader(storage.StorageReader):
@@ -73,8 +76,14 @@ class StorageReader(storage.StorageReader):
         """What the checkpoint holds, in DCP's terms."""
         self._reader = reader = Checkpoint.open(self._path).reader()
         self._saved = {}
+        alike: set[str] = set()
         for path, node in leaves(reader.tree, ()):
-            self._saved.setdefault(".".join(map(str, path)), _Saved(path, node))
+            name = ".".join(map(str, path))
+            if self._saved.setdefault(name, _Saved(path, node)).node is not node:
+                alike.add(name)
+        for name in alike:  # DCP then says that it is missing, where either value may be the wrong one
+            log.warning("%s holds several values that DCP calls %r; it loads none of them", self._path, name)
+            del self._saved[name]
         return Metadata(
             state_dict_metadata={
                 fqn: _tensor_metadata(reader.entry(saved.node["$tensor"]))

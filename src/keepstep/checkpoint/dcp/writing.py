@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import secrets
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,9 +138,15 @@ class StorageWriter(storage.StorageWriter):
                 "at each save; use DefaultSavePlanner(enable_plan_caching=False), which is the default"
             )
         paths = [path for plan in plans for path in _paths(plan).values()]
+        if reserved := {str(path[0]) for path in paths if re.match(r"objects-\d", str(path[0]))}:
+            raise UsageError(
+                f"the state dict has the root key {min(reserved)!r}, which names what ranks keep of values "
+                "that are no tensors; rename it"
+            )
         lone = "state"
         while any(len(path) > 1 and str(path[0]) == lone for path in paths):
             lone += "_"
+        _refuse_twins(plans, lone)
         held = [[piece for _, piece in _pieces(plan, lone)] for plan in plans]
         infos = [piece.info for pieces in held for piece in pieces]
         owners = [rank for rank, pieces in enumerate(held) for _ in pieces]
@@ -250,6 +258,20 @@ def _paths(plan: SavePlan) -> dict[str, tuple[Any, ...]]:
     return {item.index.fqn: tuple(told.get(item.index.fqn, (item.index.fqn,))) for item in plan.items}
 
 
+def _refuse_twins(plans: Sequence[SavePlan], lone: str) -> None:
+    """Two tensors under one address would be one: {"a": {"b/c": x}, "a/b": {"c": y}}."""
+    names: dict[str, str] = {}
+    for plan in plans:
+        paths = _paths(plan)
+        for item in plan.items:
+            address = _address(paths[item.index.fqn], lone)
+            other = names.setdefault(address, item.index.fqn)
+            if other != item.index.fqn:
+                raise UsageError(
+                    f"{other!r} and {item.index.fqn!r} would both be stored as {address!r}; rename one"
+                )
+
+
 def _group_and_name(path: Sequence[Any], lone: str) -> tuple[str, str]:
     """A tensor's file, and its name there: what lies at the root of the state dict shares one."""
     if len(path) == 1:
@@ -287,6 +309,8 @@ def _rows(planner: SavePlanner, item: WriteItem, piece: Shard) -> torch.Tensor:
     """The piece of a rank's tensor: pieces differ along the first dimension only."""
     tensor = planner.resolve_data(item)
     assert isinstance(tensor, torch.Tensor), "planners give tensors for items of tensors"
+    if not math.prod(piece.shape):
+        return tensor.detach().new_empty(piece.shape)
     if not piece.shape or item.tensor_data is None:
         return tensor.detach()
     return tensor.detach().narrow(0, piece.at[0] - item.tensor_data.chunk.offsets[0], piece.shape[0])

@@ -197,7 +197,7 @@ class Fit:
         if live is None and param is not None and type(param) not in _PLAIN_TENSORS:
             live = _sharded_like(param, entry)
         if isinstance(live, torch.Tensor) and _same_kind(entry, live):
-            self.places += _places(path, address, live)
+            self._take(path, address, live)
             return live
         self.fresh.add(address)
         return node
@@ -244,7 +244,7 @@ class Fit:
                 f"{address_of(path)}: the live tensor is expanded, its elements share memory; clone it"
             )
         elif read:
-            self.places += _places(path, address, live)
+            self._take(path, address, live)
 
     def _array(self, node: Any, live: np.ndarray[Any, Any], path: _Path) -> None:
         saved = node if isinstance(node, dict) and "$ndarray" in node else None
@@ -294,6 +294,21 @@ class Fit:
             )
 
     # Helpers of the walk ---------------------------------------------------------------------
+
+    def _take(self, path: _Path, address: str, live: torch.Tensor) -> None:
+        """The saved bytes go to the live tensor, or the part of a distributed one that this rank holds."""
+        try:
+            part = None if type(live) in _PLAIN_TENSORS else shard_of(live)
+        except (RuntimeError, ValueError) as error:  # says nothing about the checkpoint
+            self.different.append(
+                f"{address_of(path)}: the live distributed tensor can't say which part of it lies here "
+                f"({error}); redistribute it to Shard or Replicate placements first"
+            )
+            return
+        if part is None:
+            self.places.append(Place(path, address, live))
+        elif part[0].numel():
+            self.places.append(Place(path, address, part[0], Box(part[1], tuple(part[0].shape))))
 
     def _compare_keys(
         self, node: Any, live: Mapping[Any, Any], path: _Path, kind: str
@@ -365,15 +380,6 @@ def _tensor_address(node: Any) -> str | None:
 
 def _is_encoded(entry: Any) -> bool:
     return not isinstance(entry, dict) or any(type(key) is str and key.startswith("$") for key in entry)
-
-
-def _places(path: _Path, address: str, live: torch.Tensor) -> list[Place]:
-    """Where the saved bytes go: the live tensor, or the part of a distributed one that this rank holds."""
-    part = None if type(live) in _PLAIN_TENSORS else shard_of(live)
-    if part is None:
-        return [Place(path, address, live)]
-    local, at = part
-    return [Place(path, address, local, Box(at, tuple(local.shape)))] if local.numel() else []
 
 
 def _sharded_like(param: torch.Tensor, entry: TensorEntry) -> torch.Tensor | None:

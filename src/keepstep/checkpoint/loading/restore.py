@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from keepstep.checkpoint.format.boxes import Box
 from keepstep.checkpoint.loading.fit import Fit, Handed, call_load, over_untrusted, state_of
 from keepstep.checkpoint.loading.passes import Target, bytes_of
 from keepstep.checkpoint.loading.reader import Reader
-from keepstep.checkpoint.loading.sharing import Place, without_views
+from keepstep.checkpoint.loading.sharing import Place, elements_of_box, without_views
 from keepstep.errors import DamagedCheckpointError, RestoreError
-from keepstep.tree import address_of, inside_object, select, tensors_in, unflatten
+from keepstep.tree import address_of, inside_object, select, shard_of, tensors_in, unflatten
 
 __all__ = ["load_into", "load_own", "load_tree"]
 
@@ -120,9 +120,9 @@ class _HandOver:
     def run(self) -> None:
         try:
             for handed in self._handed:
-                state = self._state_of(handed)
-                self._undo.append((handed, _copied(state_of(handed.owner, handed.path))))
-                call_load(handed.owner, state, handed.path)
+                state, live = self._state_of(handed), state_of(handed.owner, handed.path)
+                self._undo.append((handed, _copied(live)))
+                call_load(handed.owner, _distributed_as(live, state), handed.path)
         except BaseException as error:
             self._roll_back(error)
             raise
@@ -137,6 +137,25 @@ class _HandOver:
                 call_load(handed.owner, before, handed.path)
             except RestoreError as error:
                 reason.add_note(f"Nor could its earlier state be given back: {error}")
+
+
+def _distributed_as(live: Any, state: Any) -> Any:
+    """A saved state, its whole tensors cut as the live object's distributed ones are."""
+    if isinstance(live, torch.Tensor) and isinstance(state, torch.Tensor):
+        if shard_of(live) is None or live.shape != state.shape:
+            return state
+        like = torch.empty_like(live.detach(), dtype=state.dtype)
+        part = shard_of(like)
+        if part is not None and part[0].numel():
+            part[0].copy_(elements_of_box(state, Box(part[1], tuple(part[0].shape))))
+        return like
+    if isinstance(live, Mapping) and isinstance(state, dict):
+        for key in state:
+            if key in live:
+                state[key] = _distributed_as(live[key], state[key])
+    elif isinstance(live, list) and isinstance(state, list):
+        state[:] = [_distributed_as(*pair) for pair in zip(live, state, strict=False)] + state[len(live) :]
+    return state
 
 
 def _copied(value: Any) -> Any:
@@ -170,7 +189,7 @@ def _read_in_place(reader: Reader, places: Sequence[Place], *, already: list[str
                 scattered.append(place)
         reader.read_into(list(targets.values()), started=started)
         for place in scattered:  # one at a time: never a second copy of the state
-            value = _elements(reader.fresh([place.address])[place.address], place.box)
+            value = _read_apart(reader, place)
             started.add(address_of(place.path))
             with torch.inference_mode(place.tensor.is_inference()), torch.no_grad():
                 place.tensor.copy_(value)
@@ -180,9 +199,12 @@ def _read_in_place(reader: Reader, places: Sequence[Place], *, already: list[str
         raise
 
 
-def _elements(value: torch.Tensor, box: Box | None) -> torch.Tensor:
-    for dimension, (begin, size) in enumerate(zip(box.at, box.shape, strict=True) if box else ()):
-        value = value.narrow(dimension, begin, size)
+def _read_apart(reader: Reader, place: Place) -> torch.Tensor:
+    """What a place takes, in other memory; of a distributed tensor no more than this rank's part."""
+    if place.box is None or reader.entry(place.address).alias_of is not None:
+        return elements_of_box(reader.fresh([place.address])[place.address], place.box)
+    value = torch.empty(place.box.shape, dtype=place.tensor.dtype)
+    reader.read_into([Target(place.address, bytes_of(value), place.box)])
     return value
 
 

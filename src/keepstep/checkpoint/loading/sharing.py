@@ -16,7 +16,7 @@ from keepstep.checkpoint.loading.passes import bytes_of
 from keepstep.checkpoint.loading.reader import Reader
 from keepstep.tree import address_of
 
-__all__ = ["Place", "shared_memory_problems", "without_views"]
+__all__ = ["Place", "elements_of_box", "shared_memory_problems", "without_views"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +140,19 @@ def _same_where_they_overlap(reader: Reader, first: Place, second: Place) -> boo
     end = min(first.end, second.end)
     saved = reader.fresh([first.address, second.address])
     mine, theirs = (
-        bytes_of(saved[p.address].contiguous())[begin - p.tensor.data_ptr() : end - p.tensor.data_ptr()]
+        bytes_of(elements_of_box(saved[p.address], p.box).contiguous())[
+            begin - p.tensor.data_ptr() : end - p.tensor.data_ptr()
+        ]
         for p in (first, second)
     )
     return np.array_equal(mine, theirs)
+
+
+def elements_of_box(saved: torch.Tensor, box: Box | None) -> torch.Tensor:
+    """What of a saved tensor a place takes."""
+    for dimension, (begin, size) in enumerate(zip(box.at, box.shape, strict=True) if box else ()):
+        saved = saved.narrow(dimension, begin, size)
+    return saved
 
 
 def _view(tensor: torch.Tensor) -> tuple[Any, ...]:

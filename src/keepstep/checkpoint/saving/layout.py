@@ -26,6 +26,7 @@ __all__ = [
     "Placement",
     "Segment",
     "TensorInfo",
+    "find_aliases",
     "plan",
     "segment_of",
     "tensor_entries",
@@ -130,7 +131,7 @@ def plan(
         labels: one for each tensor; tensors of different labels don't share a file. All alike if empty.
         segment_limit_bytes: where a group is cut.
     """
-    aliases = _find_aliases(tensors)
+    aliases = find_aliases(tensors)
     aliased = {alias.index for alias in aliases}
     groups: dict[str, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
@@ -155,7 +156,7 @@ def plan(
 # ---------------------------------------------------------------------------------- shared memory
 
 
-def _find_aliases(tensors: Sequence[TensorInfo]) -> list[Alias]:
+def find_aliases(tensors: Sequence[TensorInfo]) -> list[Alias]:
     """Tensors that lie wholly inside the memory of another one that is stored.
 
     The container must be contiguous (or the very same view). Views that overlap without one holding the

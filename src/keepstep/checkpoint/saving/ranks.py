@@ -79,9 +79,14 @@ class Shard(NamedTuple):
         )
 
     def pieces(self, most_bytes: int = CHUNK_BYTES) -> list[Shard]:
-        """The box cut along its first dimension; a whole tensor stays whole, an empty box gives none."""
+        """The box cut along its first dimension; a whole tensor stays whole, an empty box gives none.
+
+        Of a tensor without elements there is one piece, at its beginning.
+        """
         if self.shape == self.whole:
             return [self]
+        if not math.prod(self.whole):
+            return [] if any(self.at) else [self._replace(shape=self.whole)]
         if not math.prod(self.shape):
             return []
         row_bytes = math.prod(self.shape[1:]) * self.itemsize
@@ -111,11 +116,13 @@ class Plan:
             above count the rank's own pieces of shards.
         aliases: replicated tensors that share memory with others.
         indexes: the small `*.index.json` files, which rank 0 writes.
+        bytes: size of all files of the shares.
     """
 
     shares: Sequence[Sequence[Share]]
     aliases: tuple[Alias, ...]
     indexes: Mapping[str, bytes]
+    bytes: int
 
 
 def plan_ranks(
@@ -148,7 +155,7 @@ def plan_ranks(
         [Share(share.file, tuple(numbers[member] for member in share.members)) for share in of_rank]
         for of_rank in found.shares
     ]
-    return Plan(shares=shares, aliases=found.aliases, indexes=found.indexes)
+    return Plan(shares=shares, aliases=found.aliases, indexes=found.indexes, bytes=found.bytes)
 
 
 def lay_out(
@@ -182,7 +189,7 @@ def lay_out(
         for name, data in layout.indexes.items()
         if in_pieces.isdisjoint(json.loads(data)["weight_map"].values())
     }
-    return Plan(shares=shares, aliases=layout.aliases, indexes=indexes)
+    return Plan(shares=shares, aliases=layout.aliases, indexes=indexes, bytes=layout.bytes)
 
 
 def layout_of(shares: Iterable[Share], infos: Sequence[TensorInfo], own: Sequence[TensorInfo]) -> Layout:
@@ -210,7 +217,7 @@ def _own_pieces(pieces: Sequence[Sequence[Shard]], loads: list[int]) -> list[tup
             holders[key].append((rank, number))
     for address, boxes in tensors.items():
         whole = boxes[0].whole
-        problem = problem_of_tiling(whole, [Box(box.at, box.shape) for box in boxes])
+        problem = _problem_of(whole, boxes)
         if problem is not None:
             raise RanksDifferError(
                 f"the shards of {address!r} (shape {list(whole)}) that {len(pieces)} ranks hold don't make "
@@ -223,6 +230,13 @@ def _own_pieces(pieces: Sequence[Sequence[Shard]], loads: list[int]) -> list[tup
         loads[rank] += pieces[rank][number].info.bytes
         owned.append((rank, number))
     return sorted(owned)
+
+
+def _problem_of(whole: Sequence[int], pieces: Sequence[Shard | Chunk]) -> str | None:
+    """What is wrong with the pieces of a tensor; a tensor without elements has one that is empty."""
+    if not math.prod(whole):
+        return None
+    return problem_of_tiling(whole, [Box(piece.at, piece.shape) for piece in pieces])
 
 
 def _split(tensors: Sequence[TensorInfo], loads: list[int]) -> list[int]:
@@ -336,6 +350,9 @@ def merge(
     Args:
         reports: of all ranks.
         order: addresses in the order in which they are to be listed; others follow.
+
+    Raises:
+        RanksDifferError: chunks don't make up a tensor.
     """
     files: dict[str, FileEntry] = {}
     tensors: dict[str, TensorEntry] = {}
@@ -347,6 +364,8 @@ def merge(
             chunks[address, dtype, whole].append(chunk)
     for (address, dtype, whole), of_tensor in chunks.items():
         first = of_tensor[0]
+        if (problem := _problem_of(whole, of_tensor)) is not None:
+            raise RanksDifferError(f"what was written of {address!r} is not the whole tensor: {problem}")
         tensors[address] = (
             TensorEntry(
                 dtype=dtype,
@@ -384,6 +403,8 @@ def differences(described: Sequence[Sequence[Sequence[Any]]], most: int = 3) -> 
     for rank, entries in enumerate(described):
         other = {entry[0]: list(entry[1:]) for entry in entries}
         if other == first:
+            if list(other) != list(first):
+                lines.append(f"  rank {rank}: the same tensors as rank 0 in another order; {_ORDER}")
             continue
         found = [f"{address} is only on rank 0" for address in first if address not in other]
         found += [f"{address} is only on rank {rank}" for address in other if address not in first]
@@ -395,6 +416,9 @@ def differences(described: Sequence[Sequence[Sequence[Any]]], most: int = 3) -> 
         more = f"; and {len(found) - most} more" if len(found) > most else ""
         lines.append(f"  rank {rank}: {'; '.join(found[:most])}{more}")
     return "\n".join(lines[:10]) or None
+
+
+_ORDER = "fill dicts in one order on all ranks, and never by going through a set"
 
 
 def _said(entry: Sequence[Any]) -> str:

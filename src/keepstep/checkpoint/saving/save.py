@@ -208,6 +208,11 @@ class Save:
         """Size of all segments."""
         return self._layout.bytes
 
+    @property
+    def bytes_of_all(self) -> int:
+        """Size of the segments of all ranks."""
+        return self.bytes
+
     def write(self) -> Manifest:
         """Copy, write and commit; durable on return.
 

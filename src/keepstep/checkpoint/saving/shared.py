@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +29,7 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace
-from keepstep.checkpoint.saving.layout import TensorInfo, tensor_entries
+from keepstep.checkpoint.saving.layout import TensorInfo, find_aliases, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.ranks import (
     Plan,
@@ -66,11 +68,13 @@ class LastPlan:
     """What the last save of a store decided, kept while no rank's tensors change.
 
     Attributes:
+        id: of the plan that `shares` are from; empty before there is one.
         key: what all ranks held; only rank 0 knows.
         plan: for all ranks; only rank 0 has it.
         shares: this rank's files.
     """
 
+    id: str = ""
     key: tuple[Any, ...] | None = None
     plan: Plan | None = None
     shares: Sequence[Share] = field(default_factory=list)
@@ -129,6 +133,15 @@ class SharedSave(Save):
             self.discard()
             raise
 
+    @property
+    def bytes_of_all(self) -> int:
+        """Size of the segments of all ranks, as far as this one knows: each has as much of its own."""
+        plan, shares = self._last.plan, len(self._last.shares)
+        if plan is None:
+            return self.bytes
+        own = sum(segment.bytes for segment in self._layout.segments[shares:])
+        return plan.bytes + own * self._world.size
+
     # --------------------------------------------------------------------------------------- plan
 
     def _lay_out(self, state: Any, own: Any) -> None:
@@ -157,12 +170,12 @@ class SharedSave(Save):
         described = json.dumps([_described(leaf) for leaf in leaves]).encode()
         pieces = json.dumps(self._pieces).encode()
         said = [self._description.step, self._description.epoch]
-        told = json.dumps([digest_of(described), digest_of(pieces), said]).encode()
+        told = json.dumps([digest_of(described), digest_of(pieces), said, self._last.id]).encode()
         everyones = [json.loads(data) for data in self._meeting.collect(told)]
         if self._world.rank == 0:
-            self._meeting.broadcast(json.dumps(self._open(everyones)).encode())
             key = tuple(tuple(one[:2]) for one in everyones)
-            mode = self._mode(everyones, key)
+            mode = self._mode(everyones, key, held)
+            self._meeting.broadcast(json.dumps([*self._open(everyones), mode]).encode())
         else:
             path, final, mode = json.loads(self._meeting.broadcast(b""))
             self._joined.path, self._joined.final = Path(path), Path(final)
@@ -177,10 +190,14 @@ class SharedSave(Save):
         self._plan(held, [json.loads(data) for data in self._meeting.collect(pieces)])
         return self._last.shares
 
-    def _mode(self, everyones: Sequence[Any], key: tuple[Any, ...]) -> str:
+    def _mode(self, everyones: Sequence[Any], key: tuple[Any, ...], held: Sequence[TensorInfo]) -> str:
         if any(one[0] != everyones[0][0] for one in everyones):
             return "differ"
-        return "as before" if self._last.key == key else "plan"
+        last = self._last
+        if last.plan is None or last.key != key or any(one[3] != last.id for one in everyones):
+            return "plan"
+        # Names and shapes may be the same while what shared memory does not any more.
+        return "as before" if tuple(find_aliases(held)) == last.plan.aliases else "plan"
 
     def _open(self, everyones: Sequence[Any]) -> list[str]:
         """Make the directory; what the others have to know of it."""
@@ -196,8 +213,7 @@ class SharedSave(Save):
         with workspace.explained():
             workspace.check()
             workspace.open()
-        mode = self._mode(everyones, tuple(tuple(one[:2]) for one in everyones))
-        return [str(workspace.path), str(workspace.final), mode]
+        return [str(workspace.path), str(workspace.final)]
 
     def _plan(self, held: Sequence[TensorInfo], pieces: Sequence[Sequence[Any]]) -> None:
         answers: list[bytes] = []
@@ -205,8 +221,9 @@ class SharedSave(Save):
         if self._world.rank == 0:
             of_ranks = [[_shard_of(piece) for piece in of_rank] for of_rank in pieces]
             self._last.plan = plan = plan_ranks(held, of_ranks)
-            answers = [json.dumps(shares).encode() for shares in plan.shares]
-        mine = json.loads(self._meeting.scatter(answers))
+            name = secrets.token_hex(8)
+            answers = [json.dumps([name, shares]).encode() for shares in plan.shares]
+        self._last.id, mine = json.loads(self._meeting.scatter(answers))
         self._last.shares = [Share(file, tuple(members)) for file, members in mine]
 
     # ------------------------------------------------------------------------------------- commit
@@ -232,6 +249,8 @@ class SharedSave(Save):
 
     def _publish(self, reports: Sequence[Report]) -> Manifest:
         files, tensors = merge(reports, self._order)
+        if unwritten := [address for address in self._order if address not in tensors]:
+            raise RanksDifferError(_UNWRITTEN.format(count=len(unwritten), some=", ".join(unwritten[:3])))
         own = [report.tree for report in reports]
         content = Content(
             tree=self._flat.tree,
@@ -270,6 +289,10 @@ class SharedSave(Save):
             self.workspace.discard()
 
 
+_UNWRITTEN = (
+    "{count} tensors were written by no rank ({some}), so no checkpoint was made: the ranks don't go by one "
+    "plan. Make the store on all ranks at the same point of the program"
+)
 _DIFFER = "the ranks hold different states, so no checkpoint can be made of them; nothing was written:"
 
 
@@ -296,7 +319,9 @@ def _cut(leaf: Leaf, shard: tuple[tuple[int, ...], tuple[int, ...]]) -> list[tup
     found = []
     for piece in box.pieces():
         tensor = leaf.tensor
-        if piece.shape != tuple(tensor.shape):
+        if not math.prod(piece.shape):
+            tensor = tensor.new_empty(piece.shape)
+        elif piece.shape != tuple(tensor.shape):
             tensor = tensor.narrow(0, piece.at[0] - at[0], piece.shape[0])
         info = piece.info
         found.append((piece, leaf._replace(address=info.address, name=info.name, tensor=tensor)))
