@@ -228,16 +228,26 @@ def test_the_thread_ends_with_its_store_and_comes_back_for_the_next_save(
 def test_what_is_being_linked_is_not_taken_for_the_rest_of_a_dead_process(
     mirrored: Open, bucket_store: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class SlowLinks(LocalFiles):
-        def link(self, source: Path, target: Path) -> None:
-            if "uploads" in target.parts:
-                time.sleep(0.15)
-            super().link(source, target)
+    opened: list[Store] = []
 
-    store = mirrored(files=SlowLinks())
-    store.save(state(0))  # the mirror begins to catch up meanwhile
+    class CaughtUpMeanwhile(LocalFiles):
+        def link(self, source: Path, target: Path) -> None:
+            super().link(source, target)
+            if "uploads" in target.parts and target.name != "manifest.json" and opened:
+                mirror = opened.pop().mirror
+                assert mirror is not None
+                other = threading.Thread(target=mirror._catch_up)
+                other.start()
+                other.join(0.5)
+
+    store = mirrored(files=CaughtUpMeanwhile())
+    store.claim()
     assert store.mirror is not None
     store.mirror.wait()
+    opened.append(store)
+    store.save(state(0))
+    store.mirror.wait()
+    assert not opened
     assert "will not be mirrored" not in caplog.text
     assert "could not be brought up to date" not in caplog.text
     assert names(bucket_store()) == ["checkpoint_0"]
