@@ -428,3 +428,34 @@ def test_prepare_tells_what_it_will_not_save(caplog: pytest.LogCaptureFixture) -
     counter = Counter()
     assert accelerator.prepare(counter) is counter
     assert "register_for_checkpointing" in caplog.text
+
+
+def test_a_forgotten_resume_is_told_and_destroys_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(steps: int, *, resume: bool) -> Accelerator:
+        accelerator = Accelerator(
+            project_dir=tmp_path, cpu=True, checkpoint_policy=CheckpointPolicy(every_n_steps=1, keep_last=2)
+        )
+        model = torch.nn.Linear(2, 1)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        if resume:
+            accelerator.resume()
+        for _ in range(steps):
+            accelerator.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+            accelerator.checkpoint()
+        accelerator.wait_for_checkpoint()
+        return accelerator
+
+    def steps() -> list[int | None]:
+        return [checkpoint.step for checkpoint in Store(tmp_path / "checkpoints").list()]
+
+    run(5, resume=True)
+    run(1, resume=True)
+    assert "another run" not in caplog.text
+    assert steps() == [5, 6]
+    run(4, resume=False)
+    assert caplog.text.count("holds checkpoints of another run, up to step 6") == 1
+    assert steps() == [5, 6, 3, 4]

@@ -22,7 +22,7 @@ from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
-from keepstep.checkpoint.keeping.pruning import prune
+from keepstep.checkpoint.keeping.pruning import Which, prune
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.mirror import Mirror
@@ -83,6 +83,8 @@ class Store:
             tagged nor pinned are not mirrored; the newest always is.
         retention: what to keep, applied after each commit; None keeps everything.
         memory_budget_bytes: most host memory for staging saves in the background, kept for the next one.
+        spare_other_runs: `retention` is about this run's checkpoints alone; those that another run left here
+            (one that was not resumed) are never dropped.
         scrub_interval_s: while this process writes to the store, verify each older checkpoint again after so
             many seconds, on a thread of lowest priority; damaged ones are named in an error log and set aside
             as in `load_latest_into`. None: don't.
@@ -103,6 +105,7 @@ class Store:
         mirror_pending: int = 2,
         retention: Retention | None = None,
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+        spare_other_runs: bool = False,
         scrub_interval_s: float | None = None,
         scrub_bytes_per_s: float | None = None,
         files: Files | None = None,
@@ -120,6 +123,7 @@ class Store:
         self._mirror_retention = mirror_retention
         self.retention = retention if retention is not None else Retention()
         self._lineage = Lineage(run=secrets.token_hex(8))
+        self._spare_other_runs = spare_other_runs
         self._scrub = {"scrub_interval_s": scrub_interval_s, "scrub_bytes_per_s": scrub_bytes_per_s}
         if self._world.size > 1:
             self._start(SharedEngine(files, memory_budget_bytes, self._world, f"saving to {self._root}"))
@@ -206,6 +210,11 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self.address!r})"
+
+    @property
+    def run(self) -> str:
+        """The id of the run that this store writes for: a new one, or that of what was loaded last."""
+        return self._lineage.run
 
     # ------------------------------------------------------------------------------------- saving
 
@@ -372,7 +381,7 @@ class Store:
         try:
             save = self._engine.save(reserve, state, description, self._lineage, own)
             try:
-                self._upkeep.before_save(save.bytes_of_all, self.retention)
+                self._upkeep.before_save(save.bytes_of_all, self.retention, self._retained)
             except BaseException:
                 save.discard()
                 raise
@@ -386,7 +395,7 @@ class Store:
         self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
         if self.mirror is not None and isinstance(path, Path):
             self.mirror.offer(path, manifest)
-        self._upkeep.after_commit(path, manifest, self.retention)
+        self._upkeep.after_commit(path, manifest, self.retention, self._retained)
         return Checkpoint(path, manifest)
 
     def claim(self) -> None:
@@ -543,7 +552,12 @@ class Store:
         Returns:
             The names of the deleted checkpoints.
         """
-        return prune(self._backend, self.retention)
+        return prune(self._backend, self.retention, self._retained)
+
+    @property
+    def _retained(self) -> Which:
+        """Which checkpoints `retention` is about."""
+        return (lambda manifest: manifest.run == self._lineage.run) if self._spare_other_runs else None
 
 
 @atexit.register

@@ -7,7 +7,7 @@ import logging
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.keeping.preflight import Preflight
-from keepstep.checkpoint.keeping.pruning import check_committed, prune
+from keepstep.checkpoint.keeping.pruning import Which, check_committed, prune
 from keepstep.checkpoint.keeping.quarantine import set_aside
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.scrub import SCRUB_BYTES_PER_S, Scrubber
@@ -49,17 +49,17 @@ class Upkeep:
         self._scrubber: Scrubber | None = None
         self._found_damage = False
 
-    def before_save(self, needed_bytes: int, retention: Retention) -> None:
+    def before_save(self, needed_bytes: int, retention: Retention, of: Which) -> None:
         """Make room for the next checkpoint as far as the rules allow, or warn."""
-        self._preflight.check(self._backend, needed_bytes, retention)
+        self._preflight.check(self._backend, needed_bytes, retention, of)
 
-    def after_commit(self, place: Place, manifest: Manifest, retention: Retention) -> None:
+    def after_commit(self, place: Place, manifest: Manifest, retention: Retention, of: Which) -> None:
         """Delete what the rules drop, if the new checkpoint can stand in for it. Never raises."""
         if retention.keeps_all:
             return
         try:
             check_committed(place, manifest)
-            prune(self._backend, retention)
+            prune(self._backend, retention, of)
         except DamagedCheckpointError as error:
             log.error("%s was committed, but can't be relied on; nothing older was deleted", error)
         except StoreError as error:  # the new checkpoint is whole; what could not go now goes next time
@@ -108,10 +108,10 @@ class Upkeep:
 class Bystander(Upkeep):
     """The upkeep of ranks beside rank 0, which does it for all."""
 
-    def before_save(self, needed_bytes: int, retention: Retention) -> None:
+    def before_save(self, needed_bytes: int, retention: Retention, of: Which) -> None:
         """Rank 0 looks."""
 
-    def after_commit(self, place: Place, manifest: Manifest, retention: Retention) -> None:
+    def after_commit(self, place: Place, manifest: Manifest, retention: Retention, of: Which) -> None:
         """Rank 0 deletes."""
 
     def claim(self) -> None:

@@ -113,6 +113,7 @@ class Accelerator:
                 mirror=parts.project.mirror,
                 storage_options=parts.project.storage_options,
                 retention=parts.retention,
+                spare_other_runs=True,
                 scrub_interval_s=parts.policy.scrub_interval_s,
                 memory_budget_bytes=parts.policy.memory_budget_bytes,
             ),

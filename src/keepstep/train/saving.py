@@ -70,6 +70,7 @@ class Saver:
         self._pending: PendingSave | None = None
         self._staging = policy.staging
         self._about = _About()
+        self._looked_for_others = False
         self._lost: _About | None = None
 
     @property
@@ -112,7 +113,23 @@ class Saver:
         self._pacer.began(state.step, entered_s, self._pending, behind=busy)
         return self._pending
 
+    def _warn_of_other_runs(self, store: Store) -> None:
+        """Once: a forgotten resume() is a run that begins anew beside the one it was meant to go on with."""
+        if self._looked_for_others:
+            return
+        self._looked_for_others = True
+        others = [entry for entry in store.list() if entry.manifest.run != store.run]
+        if others:
+            _log.warning(
+                "%s holds checkpoints of another run, up to step %s, and this run begins beside them, as "
+                "resume() was not called. Call it to go on with that run, or choose another project_dir. Those "
+                "checkpoints are kept, whatever the policy says",
+                store.address,
+                others[-1].step,
+            )
+
     def _begin(self, store: Store, about: _About) -> None:
+        self._warn_of_other_runs(store)
         # An earlier save that fails while this one waits for it is reported here, once.
         state, self._pending, self._lost = self._state, None, None
         try:
@@ -175,6 +192,7 @@ class Saver:
             self._pacer.saved_by_hand()
             return saved
         store = self._require_store("save_state() without output_dir")
+        self._warn_of_other_runs(store)
         keep = self._pin_explicit if pinned is None else pinned
         saved = store.save(state.capture(), pinned=keep, **about)
         self._pacer.saved_by_hand()

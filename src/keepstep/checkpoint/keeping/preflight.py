@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from keepstep.checkpoint.keeping.catalog import Entry, Root, backend_of
-from keepstep.checkpoint.keeping.pruning import drop, survey
+from keepstep.checkpoint.keeping.pruning import Which, drop, survey
 from keepstep.checkpoint.keeping.retention import Decision, Held, Retention, decide
 from keepstep.errors import StoreError
 
@@ -61,20 +61,21 @@ class Preflight:
     def __init__(self) -> None:
         self._warned = False
 
-    def check(self, root: Root, needed_bytes: int, retention: Retention) -> None:
+    def check(self, root: Root, needed_bytes: int, retention: Retention, of: Which = None) -> None:
         """Drop what the rules allow if the next checkpoint would not fit; warn if it still does not.
 
         Args:
             root: of the store.
             needed_bytes: what will be written if nothing of it can be linked.
             retention: the rules.
+            of: which checkpoints they are about.
         """
         place = backend_of(root)
         free = place.free_bytes()
         if free is None or needed_bytes <= free:
             self._warned = False
             return
-        entries, held = survey(root)
+        entries, held = survey(root, of)
         now = dt.datetime.now(dt.UTC)
         for decision in to_make_room(entries, retention, held, needed_bytes=needed_bytes, now=now):
             try:

@@ -13,13 +13,21 @@ from keepstep.checkpoint.keeping.catalog import Entry, Root, backend_of, damage_
 from keepstep.checkpoint.keeping.retention import Held, Retention, decide
 from keepstep.errors import CheckpointBusyError, DamagedCheckpointError, StoreError
 
-__all__ = ["check_committed", "drop", "prune", "survey"]
+__all__ = ["Which", "check_committed", "drop", "prune", "survey"]
 
 log = logging.getLogger(__name__)
 
 
-def survey(root: Root) -> tuple[list[Entry], dict[int, Held]]:
+Which = Callable[[Manifest], bool] | None
+"""Which checkpoints rules are about; None: all."""
+
+
+def survey(root: Root, of: Which = None) -> tuple[list[Entry], dict[int, Held]]:
     """What a store holds, as far as can be seen without reading data.
+
+    Args:
+        root: of the store.
+        of: which checkpoints; the others are left out.
 
     Returns:
         The checkpoints, oldest first, those that lack files or have some of a wrong size without their
@@ -32,6 +40,8 @@ def survey(root: Root) -> tuple[list[Entry], dict[int, Held]]:
             continue
         entries.append(replace(entry, manifest=None, problem=damage) if damage is not None else entry)
         held[entry.number] = _held(entry)
+    if of is not None:
+        entries = [entry for entry in entries if entry.manifest is not None and of(entry.manifest)]
     return entries, held
 
 
@@ -55,7 +65,7 @@ def check_committed(place: Place, manifest: Manifest) -> None:
     check_files(place, found)
 
 
-def prune(root: Root, retention: Retention, of: Callable[[Manifest], bool] | None = None) -> list[str]:
+def prune(root: Root, retention: Retention, of: Which = None) -> list[str]:
     """Delete what the rules do not keep; one that is being read is left for the next time.
 
     Args:
@@ -69,9 +79,7 @@ def prune(root: Root, retention: Retention, of: Callable[[Manifest], bool] | Non
     Raises:
         StoreError: the disk refuses.
     """
-    entries, held = survey(root)
-    if of is not None:
-        entries = [entry for entry in entries if entry.manifest is not None and of(entry.manifest)]
+    entries, held = survey(root, of)
     dropped = []
     for decision in decide(entries, retention, held):
         if not decision.keep and drop(root, decision.entry):
