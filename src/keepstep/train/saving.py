@@ -122,8 +122,8 @@ class Saver:
         if others:
             _log.warning(
                 "%s holds checkpoints of another run, up to step %s, and this run begins beside them, as "
-                "resume() was not called. Call it to go on with that run, or choose another project_dir. Those "
-                "checkpoints are kept, whatever the policy says",
+                "resume() was not called. Call it to go on with that run, or choose another project_dir. The "
+                "other checkpoints are kept, whatever the policy says",
                 store.address,
                 others[-1].step,
             )
