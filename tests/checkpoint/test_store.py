@@ -550,3 +550,14 @@ def test_what_is_in_the_way_of_two_renames_is_not_removed(tmp_path: Path) -> Non
         save_directory(tmp_path / "d", STATE, files=FaultyFiles(exchange=False))
     assert (tmp_path / "d.replaced" / "x").read_text() == "mine"
     assert_same(Checkpoint.open(tmp_path / "d").load(), STATE)
+
+
+@pytest.mark.parametrize("given", [3, {"keep_last": 3}])
+def test_rules_of_another_type_are_refused_before_anything_is_saved(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(UsageError, match="expected a Retention"):
+        Store(tmp_path, retention=given)
+
+
+def test_a_mistyped_address_is_no_directory() -> None:
+    with pytest.raises(UsageError, match="did you mean s3://bucket/run"):
+        Store("s3:/bucket/run")

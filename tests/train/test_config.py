@@ -136,3 +136,8 @@ def test_seed_and_scaler_options() -> None:
     state = accelerator._state.capture()["train"]["run"]
     assert state["seed"] == 5
     assert state["scaler"]["scale"] == 8.0
+
+
+def test_policies_of_another_type_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a CheckpointPolicy"):
+        Accelerator(project_dir=tmp_path, checkpoint_policy={"every_n_steps": 5})  # type: ignore[arg-type]

@@ -459,3 +459,21 @@ def test_a_forgotten_resume_is_told_and_destroys_nothing(
     run(4, resume=False)
     assert caplog.text.count("holds checkpoints of another run, up to step 6") == 1
     assert steps() == [5, 6, 3, 4]
+
+
+def test_a_run_that_ends_with_steps_unsaved_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator(
+        project_dir=tmp_path / "run", cpu=True, checkpoint_policy=CheckpointPolicy(every_n_steps=2)
+    )
+    model = torch.nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        accelerator.backward(model(torch.ones(1, 2)).sum())
+        optimizer.step()
+        accelerator.checkpoint()
+    accelerator.end_training()
+    assert "ends 1 optimizer steps after its last checkpoint" in caplog.text
+    caplog.clear()
+    accelerator.save_state(tmp_path / "elsewhere")
+    accelerator.end_training()
+    assert "after its last checkpoint" not in caplog.text

@@ -121,6 +121,9 @@ class Store:
             raise UsageError(f"mirror is {mirror!r} of {path}; expected the bucket for copies of a directory")
         self._mirror_address, self._mirror_pending = mirror, mirror_pending
         self._mirror_retention = mirror_retention
+        for name, given in (("retention", retention), ("mirror_retention", mirror_retention)):
+            if given is not None and not isinstance(given, Retention):
+                raise UsageError(f"{name} is {given!r:.100}; expected a Retention, as Retention(keep_last=3)")
         self.retention = retention if retention is not None else Retention()
         self._lineage = Lineage(run=secrets.token_hex(8))
         self._spare_other_runs = spare_other_runs

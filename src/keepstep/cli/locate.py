@@ -107,9 +107,11 @@ def locate(path: Path | str) -> Found:
             return Found(root=candidate, entries=entries, is_store=True)
     aside = [left for candidate in candidates for left in leftovers(candidate)]
     listed = ", ".join(left.path.name for left in aside[:_SHOWN_NAMES])
+    damaged = sum(left.kind == "damaged" for left in aside)
     raise CheckpointNotFoundError(
         f"there is no checkpoint in {path}"
         + (f", only {len(aside)} leftover(s) of earlier ones: {listed}" if aside else "")
+        + (f", {damaged} of them set aside as damaged in {INTERNAL_NAME}/damaged" if damaged else "")
         + f"; a store holds directories named checkpoint_0, checkpoint_1 ..., a project has them in "
         f"{_PROJECT_CHECKPOINTS}/"
     )

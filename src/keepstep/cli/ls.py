@@ -46,6 +46,11 @@ class _Listing:
     chosen: bool
 
     @property
+    def set_aside(self) -> int:
+        """How many a resume or a scrub has moved out of the way."""
+        return sum(left.kind == "damaged" for left in leftovers(self.found.root))
+
+    @property
     def damaged(self) -> int:
         return sum(damage is not None for _, damage in self.checked)
 
@@ -175,6 +180,7 @@ def _document(listing: _Listing) -> dict[str, Any]:
         "checkpoints": [_describe(entry, damage) for entry, damage in listing.rows],
         "count": len(listing.checked),
         "damaged": listing.damaged,
+        "set_aside": listing.set_aside,
         "bytes_on_disk": _bytes_on_disk(listing.found),
         "bytes_free": _bytes_free(listing.found.root),
     }
@@ -243,6 +249,7 @@ def _on_paper(listing: _Listing, output: Output) -> Iterator[str]:
     free = _bytes_free(listing.found.root)
     yield (
         f"# {counted(len(listing.checked), 'checkpoint')}, {listing.damaged} damaged, "
+        f"{listing.set_aside} set aside as damaged, "
         f"{_bytes_on_disk(listing.found)} bytes on disk" + ("" if free is None else f", {free} bytes free")
     )
 
@@ -322,6 +329,7 @@ def _labels(rows: Sequence[tuple[Entry, str | None]]) -> Column:
 def _totals(listing: _Listing) -> str:
     parts = [counted(len(listing.checked), "checkpoint")]
     parts += [f"{listing.damaged} damaged"] if listing.damaged else []
+    parts += [f"{listing.set_aside} set aside as damaged"] if listing.set_aside else []
     parts.append(f"{human_bytes(_bytes_on_disk(listing.found))} on disk")
     free = _bytes_free(listing.found.root)
     parts += [] if free is None else [f"{human_bytes(free)} free"]

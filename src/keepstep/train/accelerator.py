@@ -345,6 +345,7 @@ class Accelerator:
         self._saver.wait()
         if finished and self._state.progress.finish():
             self._saver.save(None, metrics=None, tags=(), pinned=None)
+        self._saver.tell_what_is_unsaved()
 
     # -- ranks ----------------------------------------------------------------------------------------
 

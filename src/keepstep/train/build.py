@@ -65,6 +65,11 @@ def build_parts(
     Raises:
         UsageError: a value is not allowed, or two contradict each other.
     """
+    if checkpoint_policy is not None and not isinstance(checkpoint_policy, CheckpointPolicy):
+        raise UsageError(
+            f"checkpoint_policy is {checkpoint_policy!r:.100}; expected a CheckpointPolicy, as "
+            "CheckpointPolicy(every_n_steps=100)"
+        )
     world = _world(os.environ)
     device = _device(cpu or _flag(os.environ, "KEEPSTEP_USE_CPU"), world)
     name = (

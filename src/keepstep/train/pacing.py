@@ -98,6 +98,11 @@ class Pacer:
 
     # -- elsewhere --------------------------------------------------------------------------------------
 
+    @property
+    def safe_step(self) -> int:
+        """The step of the last checkpoint; 0 if there is none."""
+        return self._last.step
+
     def safe_up_to(self, step: int) -> None:
         """The run is safe up to this step as of now: it was saved by hand, or restored."""
         self._last = LastSave(step=step, at_s=self.clock())

@@ -71,6 +71,7 @@ class Saver:
         self._staging = policy.staging
         self._about = _About()
         self._looked_for_others = False
+        self._step_saved_elsewhere = 0
         self._lost: _About | None = None
 
     @property
@@ -112,6 +113,16 @@ class Saver:
         self._begin(store, _About(metrics=metrics, tags=tags))
         self._pacer.began(state.step, entered_s, self._pending, behind=busy)
         return self._pending
+
+    def tell_what_is_unsaved(self) -> None:
+        """A run that ends has steps that no checkpoint holds, unless the last one was saved."""
+        steps = self._state.step - max(self._pacer.safe_step, self._step_saved_elsewhere)
+        if self._store is not None and steps > 0:
+            _log.warning(
+                "The run ends %d optimizer steps after its last checkpoint, which are not saved. Call "
+                "save_state() before end_training() if they count.",
+                steps,
+            )
 
     def _warn_of_other_runs(self, store: Store) -> None:
         """Once: a forgotten resume() is a run that begins anew beside the one it was meant to go on with."""
@@ -190,6 +201,7 @@ class Saver:
         if output_dir is not None and not self._project.automatic_checkpoint_naming:
             saved = save_directory(output_dir, state.capture(), pinned=bool(pinned), **about)
             self._pacer.saved_by_hand()
+            self._step_saved_elsewhere = state.step
             return saved
         store = self._require_store("save_state() without output_dir")
         self._warn_of_other_runs(store)

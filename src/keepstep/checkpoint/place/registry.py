@@ -26,7 +26,12 @@ def is_address(path: str | os.PathLike[str]) -> bool:
         if path.parts and path.parts[0] in {f"{scheme}:" for scheme in _SCHEMES}:
             raise UsageError(f"{path} was an address before it became a Path; pass it as a string")
         return False
-    return _SCHEME.match(os.fspath(path)) is not None
+    text = os.fspath(path)
+    if _SCHEME.match(text) is None and text.partition(":/")[0] in _SCHEMES:
+        raise UsageError(
+            f"{text} is neither a directory nor an address; did you mean {text.replace(':/', '://', 1)}?"
+        )
+    return _SCHEME.match(text) is not None
 
 
 def open_bucket(address: str, options: Mapping[str, Any] | None = None) -> BucketBackend:
@@ -54,7 +59,7 @@ def open_bucket(address: str, options: Mapping[str, Any] | None = None) -> Bucke
         if error.name is None or error.name.partition(".")[0] != "obstore":
             raise
         raise UsageError(
-            f"{clean} needs obstore, which is not installed: pip install keepstep[objects]"
+            f"{clean} needs obstore, which is not installed: pip install 'keepstep[objects]'"
         ) from None
     objects: ObjectsLike = adapter.Objects.open(clean, dict(options or {}))
     return BucketBackend(objects)
