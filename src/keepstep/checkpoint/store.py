@@ -48,12 +48,22 @@ from keepstep.errors import (
 from keepstep.files import Files
 from keepstep.world import OneRank, World
 
-__all__ = ["AWAITED_UP_TO_BYTES", "DEFAULT_MEMORY_BUDGET_BYTES", "Staging", "Store"]
+__all__ = [
+    "AWAITED_UP_TO_BYTES",
+    "AWAITED_UP_TO_BYTES_ON_DEVICES",
+    "DEFAULT_MEMORY_BUDGET_BYTES",
+    "Staging",
+    "Store",
+]
 
 DEFAULT_MEMORY_BUDGET_BYTES = 2 << 30
 
-AWAITED_UP_TO_BYTES = 16 << 20
-"""States of at most this size are copied at once by default: that blocks for about 3 ms."""
+AWAITED_UP_TO_BYTES = 256 << 20
+"""States on the host of at most this size are copied at once by default, which blocks for some 30 ms a
+130 MB: the training's own cores copy, and a copy behind the training takes more from it than it hides."""
+
+AWAITED_UP_TO_BYTES_ON_DEVICES = 16 << 20
+"""The same where an accelerator trains and the host's cores are idle."""
 
 Staging = Literal["auto", "awaited", "overlapped"]
 """Whether the training waits until a state is copied, or goes on; see `Store.save_in_background`."""
@@ -313,7 +323,8 @@ class Store:
             crew = Crew(1, "keepstep-commit")
             staged = threading.Event()
             try:
-                behind = staging == "overlapped" or (staging == "auto" and save.bytes > AWAITED_UP_TO_BYTES)
+                most = AWAITED_UP_TO_BYTES_ON_DEVICES if save.on_devices else AWAITED_UP_TO_BYTES
+                behind = staging == "overlapped" or (staging == "auto" and save.bytes > most)
                 if behind and save.hold(changing):
                     crew.step_back()
                     future = crew.submit(lambda: self._stage_and_finish(save, staged))

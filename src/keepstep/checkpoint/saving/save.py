@@ -222,6 +222,11 @@ class Save:
         with collector_paused():
             return self._discarding(self._write_and_commit)
 
+    @property
+    def on_devices(self) -> bool:
+        """Whether part of the state lies on an accelerator."""
+        return any(leaf.tensor.device.type != "cpu" for leaf in self._flat.leaves)
+
     def hold(self, changing: Iterable[torch.Tensor]) -> bool:
         """Copy what may change before everything is staged, and take note of the rest's versions.
 
