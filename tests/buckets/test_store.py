@@ -312,4 +312,4 @@ except ValueError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "pip install keepstep[objects]" in done.stdout, done.stderr
+    assert "pip install 'keepstep[objects]'" in done.stdout, done.stderr

@@ -109,8 +109,9 @@ def test_a_metric_that_is_not_there_is_named_with_those_that_are(store: Path) ->
 
 def test_json_is_whole_and_strict(store: Path) -> None:
     found = document(store)
-    assert sorted(found) == ["bytes_free", "bytes_on_disk", "checkpoints", "count", "damaged", "path"]
-    assert (found["count"], found["damaged"], found["path"]) == (5, 1, str(store))
+    keys = ["bytes_free", "bytes_on_disk", "checkpoints", "count", "damaged", "path", "set_aside"]
+    assert sorted(found) == keys
+    assert (found["count"], found["damaged"], found["set_aside"], found["path"]) == (5, 1, 0, str(store))
     row = found["checkpoints"][3]
     assert set(row) == MANIFEST_KEYS | {"name", "path", "health", "problem"}
     assert (row["step"], row["tags"], row["pinned"], row["health"]) == (300, ["release", "a b"], True, "ok")

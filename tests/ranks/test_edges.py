@@ -183,7 +183,7 @@ def _a_write_to_a_shard_while_it_is_copied_is_not_committed(
 def _room_is_made_for_what_all_ranks_write(root: Path, world: Ranks, mesh: DeviceMesh) -> None:
     asked: list[int] = []
     store = Store(root / "room", world=world)
-    store._upkeep.before_save = lambda needed, _: asked.append(needed)  # type: ignore[method-assign]
+    store._upkeep.before_save = lambda needed, *_: asked.append(needed)  # type: ignore[method-assign]
     store.save(
         {f"g{n}": {"w": torch.zeros(5 << 20)} for n in range(world.size)}, per_rank=torch.ones(1 << 20)
     )
