@@ -137,6 +137,7 @@ def test_ctrl_c_finishes_the_save_in_flight(tmp_path: Path, stage: str) -> None:
     assert_committed(tmp_path)
 
 
+@pytest.mark.soak
 def test_ctrl_c_while_waiting_for_the_save(tmp_path: Path) -> None:
     process = start(tmp_path, "committing", "store.wait()")
     process.send_signal(signal.SIGINT)
