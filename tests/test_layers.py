@@ -41,8 +41,8 @@ TORCH_FREE = [
 ALLOWED_IN = {
     "torch.distributed": {"world.py", "train/parallel.py", "checkpoint/dcp/"},
     # A profile is asked for in the environment of whoever looks at a bucket, the command line included.
-    "os.environ": {"train/build.py", "train/launch.py", "checkpoint/place/profile.py"},
-    "os.getenv": {"train/build.py", "train/launch.py"},
+    "os.environ": {"train/environment.py", "checkpoint/place/profile.py"},
+    "os.getenv": {"train/environment.py"},
     "os.putenv": set(),
     "pickle": {"checkpoint/convert/"},
     "torch.load": {"checkpoint/convert/"},
@@ -119,7 +119,7 @@ def test_banned_names_stay_where_they_are_allowed() -> None:
         ("import torch\ntorch.distributed.barrier()", "train/state.py", True),
         ("from torch import distributed", "checkpoint/store.py", True),
         ("import os\nos.environ['A'] = '1'", "world.py", True),
-        ("import os\nos.environ.get('A')", "train/build.py", False),
+        ("import os\nos.environ.get('A')", "train/environment.py", False),
         ("from os import environ as e", "files.py", True),
         ("from pickle import loads", "train/build.py", True),
         ("import torch as t\nt.load('x')", "checkpoint/convert/torch_save.py", False),

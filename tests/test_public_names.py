@@ -14,6 +14,8 @@ PUBLIC_NAMES = [
     "Accelerator",
     "Checkpoint",
     "CheckpointPolicy",
+    "DistributedType",
+    "PartialState",
     "PendingSave",
     "ProjectConfiguration",
     "Retention",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
     from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
     from keepstep.train.loader import skip_first_batches as skip_first_batches
+    from keepstep.train.process import DistributedType as DistributedType
+    from keepstep.train.process import PartialState as PartialState
     from keepstep.tree import register_codec as register_codec
 
 __version__ = "0.1.0"
@@ -29,6 +31,8 @@ _HOME_OF_NAME = {
     "Accelerator": "keepstep.train.accelerator",
     "Checkpoint": "keepstep.checkpoint.version",
     "CheckpointPolicy": "keepstep.train.config",
+    "DistributedType": "keepstep.train.process",
+    "PartialState": "keepstep.train.process",
     "PendingSave": "keepstep.checkpoint.version",
     "ProjectConfiguration": "keepstep.train.config",
     "Retention": "keepstep.checkpoint.keeping.retention",

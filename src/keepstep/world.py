@@ -16,6 +16,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed import distributed_c10d
 from keepstep.errors import UsageError
 from keepstep.meetings import Alone, Meeting, Topic
 
-__all__ = ["DEFAULT_TIMEOUT_S", "OneRank", "Ranks", "Reduction", "World"]
+__all__ = ["DEFAULT_TIMEOUT_S", "OneRank", "Ranks", "Reduction", "World", "join_ranks", "joined_group"]
 
 T = TypeVar("T")
 Reduction = Literal["sum", "mean", "none"]
@@ -260,6 +261,33 @@ class Ranks:
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total / self.size if how == "mean" else total
+
+
+def joined_group() -> int | None:
+    """An identity of the process group that this process is in; None if it is in none."""
+    return id(distributed_c10d._get_default_group()) if dist.is_initialized() else None
+
+
+def join_ranks(
+    *,
+    backend: str,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    local_rank: int | None = None,
+    local_size: int | None = None,
+) -> Ranks:
+    """Meet the processes that a launcher started together, as the environment tells (RANK, MASTER_ADDR ...).
+
+    A process group that exists is used as it is.
+
+    Args:
+        backend: of torch.distributed, as "gloo" or "cpu:gloo,cuda:nccl".
+        timeout_s: how long ranks wait for each other, seconds.
+        local_rank: this process's number on its machine.
+        local_size: how many of the processes run on this machine.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Ranks(timeout_s=timeout_s, local_rank=local_rank, local_size=local_size)
 
 
 def _mapped(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

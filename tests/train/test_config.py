@@ -133,7 +133,7 @@ def test_seed_and_scaler_options() -> None:
         dataloader_config=DataLoaderConfiguration(data_seed=5),
         kwargs_handlers=[GradScalerKwargs(init_scale=8.0)],
     )
-    state = accelerator._state.capture()["train"]["run"]
+    state = accelerator._state.capture().shared["train"]["run"]
     assert state["seed"] == 5
     assert state["scaler"]["scale"] == 8.0
 

@@ -76,7 +76,7 @@ def test_explicit_directories(tmp_path: Path) -> None:
     assert (loaded.step, loaded.metrics["loss"], loaded.tags) == (1, 0.5, ("good",))
     assert_same(run.weights(), weights)
     assert run.accelerator.step == 1
-    assert sorted(Checkpoint.open(saved).load()) == ["gradients", "model", "optimizer", "train"]
+    assert sorted(Checkpoint.open(saved).load()) == ["model", "optimizer", "train"]
 
 
 def test_automatic_names_go_on_after_a_resume(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import UsageError
 from keepstep.files import Files, LocalFiles
-from keepstep.world import World
+from keepstep.world import OneRank, World
 
-__all__ = ["Engine", "SharedEngine", "save_directory"]
+__all__ = ["Engine", "make_engine", "save_directory"]
 
 
 class Engine:
@@ -97,6 +97,20 @@ class SharedEngine(Engine):
         )
 
 
+def make_engine(files: Files | None, memory_budget_bytes: int, world: World, place: str) -> Engine:
+    """The engine that fits the number of ranks.
+
+    Args:
+        files: how the disk is changed.
+        memory_budget_bytes: most host memory for staging.
+        world: the ranks.
+        place: what is saved to; the same on all ranks.
+    """
+    if world.size > 1:
+        return SharedEngine(files, memory_budget_bytes, world, f"saving to {place}")
+    return Engine(files, memory_budget_bytes)
+
+
 def save_directory(
     directory: str | os.PathLike[str],
     state: Any,
@@ -107,12 +121,14 @@ def save_directory(
     tags: Sequence[str] = (),
     pinned: bool = False,
     environment: Mapping[str, Any] | None = None,
+    per_rank: Any = None,
+    world: World | None = None,
     files: Files | None = None,
 ) -> Checkpoint:
     """Save one checkpoint as exactly this directory, outside any store; durable on return.
 
     The directory may be new, empty, or an earlier keepstep checkpoint, which is then replaced in one
-    step (files that somebody else put into it stay).
+    step (files that somebody else put into it stay). Arguments are those of `Store` and `Store.save`.
 
     Raises:
         DirectoryNotOursError: it holds something else; nothing was touched.
@@ -126,7 +142,13 @@ def save_directory(
     description = describe(
         step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
     )
-    engine, lineage = Engine(files, 64 << 20), Lineage(run=secrets.token_hex(8))
-    workspace = LocalWorkspace(engine.files, final, may_replace=True)
-    manifest = engine.save(lambda: workspace, state, description, lineage).write()
+    engine, lineage = (
+        make_engine(files, 64 << 20, world or OneRank(), str(final)),
+        Lineage(run=secrets.token_hex(8)),
+    )
+
+    def reserve() -> Workspace:
+        return LocalWorkspace(engine.files, final, may_replace=True)
+
+    manifest = engine.save(reserve, state, description, lineage, per_rank).write()
     return Checkpoint(Path(directory), manifest)

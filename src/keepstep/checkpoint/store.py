@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from keepstep.checkpoint.engine import Engine, SharedEngine
+from keepstep.checkpoint.engine import Engine, make_engine
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
@@ -138,10 +138,7 @@ class Store:
         self._lineage = Lineage(run=secrets.token_hex(8))
         self._spare_other_runs = spare_other_runs
         self._scrub = {"scrub_interval_s": scrub_interval_s, "scrub_bytes_per_s": scrub_bytes_per_s}
-        if self._world.size > 1:
-            self._start(SharedEngine(files, memory_budget_bytes, self._world, f"saving to {self._root}"))
-        else:
-            self._start(Engine(files, memory_budget_bytes))
+        self._start(make_engine(files, memory_budget_bytes, self._world, str(self._root)))
         _stores.add(self)
 
     def _start(self, engine: Engine) -> None:

@@ -1,9 +1,8 @@
-"""Strings, options and the environment -> parts. Nothing below this module parses any of them."""
+"""Wishes and the environment -> parts. Nothing below this module parses any of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,40 @@ from keepstep.train.config import (
     GradScalerKwargs,
     ProjectConfiguration,
 )
+from keepstep.train.environment import Environment, read_environment
 from keepstep.train.placement import LeaveInPlace, MoveTo, Placement
 from keepstep.train.precision import BFloat16, Float16, FullPrecision, Precision
-from keepstep.world import OneRank, World
+from keepstep.train.process import PartialState
 
-__all__ = ["Parts", "build_parts"]
+__all__ = ["Parts", "Wishes", "build_parts"]
 
 _PRECISIONS = ("no", "bf16", "fp16")
-_TRUE = ("1", "true", "yes", "on")
-_FALSE = ("", "0", "false", "no", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """The arguments of `Accelerator`, as they were given."""
+
+    device_placement: bool
+    split_batches: bool
+    mixed_precision: str | None
+    gradient_accumulation_steps: int
+    cpu: bool
+    dataloader_config: DataLoaderConfiguration | None
+    project_dir: str | os.PathLike[str] | None
+    project_config: ProjectConfiguration | None
+    gradient_accumulation_plugin: GradientAccumulationPlugin | None
+    step_scheduler_with_optimizer: bool
+    kwargs_handlers: list[Any] | None
+    checkpoint_policy: CheckpointPolicy | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What an Accelerator is made of."""
 
-    world: World
-    device: torch.device
+    wishes: Wishes
+    process: PartialState
     precision: Precision
     placement: Placement
     accumulation: GradientAccumulationPlugin
@@ -47,74 +63,40 @@ class Parts:
     data_seed: int | None
 
 
-def build_parts(
-    *,
-    device_placement: bool,
-    mixed_precision: str | None,
-    gradient_accumulation_steps: int,
-    cpu: bool,
-    project_dir: str | os.PathLike[str] | None,
-    project_config: ProjectConfiguration | None,
-    gradient_accumulation_plugin: GradientAccumulationPlugin | None,
-    dataloader_config: DataLoaderConfiguration | None,
-    checkpoint_policy: CheckpointPolicy | None,
-    kwargs_handlers: list[Any] | None,
-) -> Parts:
-    """Choose the parts that an Accelerator forwards to; arguments as there.
+def build_parts(wishes: Wishes) -> Parts:
+    """Choose the parts that an Accelerator forwards to.
 
     Raises:
         UsageError: a value is not allowed, or two contradict each other.
     """
-    if checkpoint_policy is not None and not isinstance(checkpoint_policy, CheckpointPolicy):
+    policy = wishes.checkpoint_policy
+    if policy is not None and not isinstance(policy, CheckpointPolicy):
         raise UsageError(
-            f"checkpoint_policy is {checkpoint_policy!r:.100}; expected a CheckpointPolicy, as "
+            f"checkpoint_policy is {policy!r:.100}; expected a CheckpointPolicy, as "
             "CheckpointPolicy(every_n_steps=100)"
         )
-    world = _world(os.environ)
-    device = _device(cpu or _flag(os.environ, "KEEPSTEP_USE_CPU"), world)
-    name = (
-        mixed_precision if mixed_precision is not None else os.environ.get("KEEPSTEP_MIXED_PRECISION", "no")
-    )
-    loading = dataloader_config or DataLoaderConfiguration()
-    project = _project(project_dir, project_config)
+    environment = read_environment()
+    loading = wishes.dataloader_config or DataLoaderConfiguration()
+    project = _project(wishes.project_dir, wishes.project_config)
+    accumulation = _accumulation(wishes, environment)
+    name = environment.mixed_precision if wishes.mixed_precision is None else wishes.mixed_precision
+    process = PartialState(cpu=wishes.cpu)
     return Parts(
-        world=world,
-        device=device,
-        precision=_precision(str(name), device, _scaler_options(kwargs_handlers or [])),
-        placement=_placement(device, device_placement, loading),
-        accumulation=_accumulation(gradient_accumulation_steps, gradient_accumulation_plugin),
+        wishes=wishes,
+        process=process,
+        precision=_precision(
+            str(name or "no"), process.device, _scaler_options(wishes.kwargs_handlers or [])
+        ),
+        placement=_placement(process.device, wishes.device_placement, loading),
+        accumulation=accumulation,
         project=project,
-        policy=checkpoint_policy or CheckpointPolicy(),
-        retention=_retention(project, checkpoint_policy),
+        policy=policy or CheckpointPolicy(),
+        retention=_retention(project, policy),
         # With no word on what to keep, what the user saves by hand stays, as in Accelerate; what is saved
         # automatically must not fill the disk.
-        pin_explicit_saves=project.total_limit is None and checkpoint_policy is None,
+        pin_explicit_saves=project.total_limit is None and policy is None,
         data_seed=loading.data_seed,
     )
-
-
-def _flag(environment: Mapping[str, str], name: str) -> bool:
-    value = environment.get(name, "").lower()
-    if value not in _TRUE + _FALSE:
-        raise UsageError(
-            f"{name}={value!r} in the environment; it must be one of {', '.join(_TRUE + _FALSE[1:])}."
-        )
-    return value in _TRUE
-
-
-def _world(environment: Mapping[str, str]) -> World:
-    size = environment.get("WORLD_SIZE", "1")
-    if size not in ("", "1"):
-        raise UsageError(
-            f"WORLD_SIZE={size} in the environment: a launcher started several processes, but this version "
-            "of keepstep trains with one. Start the script with plain `python`."
-        )
-    return OneRank()
-
-
-def _device(cpu: bool, world: World) -> torch.device:
-    found = None if cpu else torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None else torch.device(found.type, world.local_rank)
 
 
 def _precision(name: str, device: torch.device, scaler_options: dict[str, Any]) -> Precision:
@@ -150,29 +132,19 @@ def _placement(device: torch.device, wanted: bool, loading: DataLoaderConfigurat
     return MoveTo(device, non_blocking=loading.non_blocking)
 
 
-def _accumulation(steps: int, plugin: GradientAccumulationPlugin | None) -> GradientAccumulationPlugin:
+def _accumulation(wishes: Wishes, environment: Environment) -> GradientAccumulationPlugin:
+    steps, plugin = wishes.gradient_accumulation_steps, wishes.gradient_accumulation_plugin
     if plugin is None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UsageError(f"gradient_accumulation_steps={steps!r}; it must be an integer of at least 1.")
-        from_environment = os.environ.get("KEEPSTEP_GRADIENT_ACCUMULATION_STEPS", "")
-        if steps == 1 and from_environment:
-            return GradientAccumulationPlugin(num_steps=_integer(from_environment))
-        return GradientAccumulationPlugin(num_steps=steps)
+        from_environment = environment.gradient_accumulation_steps if steps == 1 else None
+        return GradientAccumulationPlugin(num_steps=from_environment or steps)
     if steps != 1:
         raise UsageError(
             f"gradient_accumulation_steps={steps} and gradient_accumulation_plugin "
             f"(num_steps={plugin.num_steps}) were both given. Leave out gradient_accumulation_steps."
         )
     return plugin
-
-
-def _integer(text: str) -> int:
-    if not text.isdecimal():
-        raise UsageError(
-            f"KEEPSTEP_GRADIENT_ACCUMULATION_STEPS={text!r} in the environment; it must be an integer of at "
-            "least 1."
-        )
-    return int(text)
 
 
 def _place(path: str | os.PathLike[str]) -> str | Path:

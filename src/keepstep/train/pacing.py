@@ -123,6 +123,15 @@ class Pacer:
         """How far apart saves are to be, as of now."""
         return space(self._policy, self._meter.cost(), self._meter.step_s)
 
+    def quiet_steps(self) -> int:
+        """For how many steps from now on certainly no checkpoint is due; 1 if that can't be said."""
+        spacing, step_s = self.spacing, self._meter.step_s
+        earliest_s = max(spacing.least_s, spacing.wanted_s or 0.0)
+        left_s = earliest_s - (self.clock() - self._last.at_s)
+        if self._policy.every_n_steps is not None or not step_s or left_s <= 0:
+            return 1
+        return max(1, min(1000, int(left_s / step_s / 2)))
+
     @property
     def counts(self) -> CheckpointCounts:
         """What has become of checkpoints so far."""

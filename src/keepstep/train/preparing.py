@@ -93,8 +93,8 @@ class Preparer:
             if loader is known or loader is known.prepared_from:
                 return known
         if self._state.seed is None:
-            # Not earlier: scripts seed before or after they make the Accelerator.
-            self._state.seed = torch.initial_seed()
+            # Not earlier: scripts seed before or after they make the Accelerator; not each rank its own.
+            self._state.seed = self._state.world.broadcast(torch.initial_seed())
         prepared = PreparedLoader(
             loader,
             source=make_source(loader),

@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["PausedRandomness", "capture", "drop_held_gaussian", "isolated", "restore", "seed_globals"]
+__all__ = [
+    "PausedRandomness",
+    "begin",
+    "capture",
+    "drop_held_gaussian",
+    "isolated",
+    "restore",
+    "seed_globals",
+]
 
 _MASK_32 = 0xFFFFFFFF
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
@@ -57,6 +65,14 @@ def restore(tree: dict[str, Any]) -> None:
         numpy.random.set_state(tree["numpy"])
     _set_device_states(tree.get("accelerator", []))
     _torch_generator.set_state(tree["torch"])
+
+
+def begin(seed: int) -> None:
+    """Seed every global generator."""
+    seed_globals(seed)
+    module = _device_module()
+    if module is not None and hasattr(module, "manual_seed_all"):
+        module.manual_seed_all(seed)
 
 
 def _device_module() -> Any:

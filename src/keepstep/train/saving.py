@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from keepstep.checkpoint.engine import save_directory
-from keepstep.checkpoint.store import Store
+from keepstep.checkpoint.store import Staging, Store
 from keepstep.checkpoint.version import Checkpoint, PendingSave
 from keepstep.errors import (
     BackgroundSaveError,
@@ -22,9 +23,10 @@ from keepstep.errors import (
 )
 from keepstep.train.config import CheckpointPolicy, ProjectConfiguration
 from keepstep.train.counts import CheckpointCounts
+from keepstep.train.decision import Decision
 from keepstep.train.pacing import Pacer
 from keepstep.train.schedule import Due
-from keepstep.train.state import TrainState
+from keepstep.train.state import Captured, TrainState
 
 __all__ = ["Saver"]
 
@@ -66,9 +68,13 @@ class Saver:
         self._project = project
         self._policy = policy
         self._pin_explicit = pin_explicit
+        self._world = state.world
         self._pacer = Pacer(policy, waited_s=lambda: state.gate.waited_s, clock=clock)
         self._pending: PendingSave | None = None
-        self._staging = policy.staging
+        self._decision = Decision(state.world, policy)
+        # Ranks copy at once: that one of them wrote to its tensors meanwhile would fail the save of all.
+        many = state.world.size > 1 and policy.staging == "auto"
+        self._staging: Staging = "awaited" if many else policy.staging
         self._about = _About()
         self._looked_for_others = False
         self._step_saved_elsewhere = 0
@@ -101,7 +107,7 @@ class Saver:
         state, entered_s = self._state, self._pacer.clock()
         if not state.window.sync_gradients:
             return None
-        due = self._pacer.ask(state.step, busy=busy)
+        due = self._decision.take(self._pacer, state.step, busy=busy)
         if due is not Due.YES and self._lost is None:
             self._pacer.leave(busy=busy)
             if not state.optimizers:
@@ -117,7 +123,7 @@ class Saver:
     def tell_what_is_unsaved(self) -> None:
         """A run that ends has steps that no checkpoint holds, unless the last one was saved."""
         steps = self._state.step - max(self._pacer.safe_step, self._step_saved_elsewhere)
-        if self._store is not None and steps > 0:
+        if self._store is not None and steps > 0 and not self._world.rank:
             _log.warning(
                 "The run ends %d optimizer steps after its last checkpoint, which are not saved. Call "
                 "save_state() before end_training() if they count.",
@@ -126,7 +132,7 @@ class Saver:
 
     def _warn_of_other_runs(self, store: Store) -> None:
         """Once: a forgotten resume() is a run that begins anew beside the one it was meant to go on with."""
-        if self._looked_for_others:
+        if self._looked_for_others or self._world.rank:
             return
         self._looked_for_others = True
         others = [entry for entry in store.list() if entry.manifest.run != store.run]
@@ -143,9 +149,11 @@ class Saver:
         self._warn_of_other_runs(store)
         # An earlier save that fails while this one waits for it is reported here, once.
         state, self._pending, self._lost = self._state, None, None
+        captured = state.capture()
         try:
             self._pending = store.save_in_background(
-                state.capture(),
+                captured.shared,
+                per_rank=captured.own,
                 step=state.step,
                 epoch=state.progress.epoch,
                 metrics=about.metrics,
@@ -190,8 +198,9 @@ class Saver:
     ) -> Checkpoint:
         """Save now; durable on return."""
         self.wait()
-        state = self._state
+        state, captured = self._state, self._state.capture()
         about: dict[str, Any] = {
+            "per_rank": captured.own,
             "step": state.step,
             "epoch": state.progress.epoch,
             "metrics": metrics,
@@ -199,14 +208,16 @@ class Saver:
             "environment": {"saving": self._pacer.to_json()},
         }
         if output_dir is not None and not self._project.automatic_checkpoint_naming:
-            saved = save_directory(output_dir, state.capture(), pinned=bool(pinned), **about)
+            saved = save_directory(
+                output_dir, captured.shared, pinned=bool(pinned), world=self._world, **about
+            )
             self._pacer.saved_by_hand()
             self._step_saved_elsewhere = state.step
             return saved
         store = self._require_store("save_state() without output_dir")
         self._warn_of_other_runs(store)
         keep = self._pin_explicit if pinned is None else pinned
-        saved = store.save(state.capture(), pinned=keep, **about)
+        saved = store.save(captured.shared, pinned=keep, **about)
         self._pacer.saved_by_hand()
         self._pacer.safe_up_to(state.step)
         return saved
@@ -218,17 +229,19 @@ class Saver:
             CheckpointNotFoundError: there is none.
         """
         if input_dir is None:
-            loaded = self._restore(self._require_store("load_state() without input_dir").load_latest_into)
+            loaded = self._restore(self._newest_of(self._require_store("load_state() without input_dir")))
             if loaded is None:
                 raise CheckpointNotFoundError(
                     f"load_state() found no checkpoint in {self._require_store('load_state()').address}. Use "
                     "resume(), which returns None on a first start, or pass input_dir."
                 )
             return loaded
-        checkpoint = Checkpoint.open(input_dir)
+        with self._together("opening a checkpoint"):
+            checkpoint = Checkpoint.open(input_dir)
 
-        def load_into(objects: dict[str, Any]) -> Checkpoint:
-            checkpoint.load_into(objects)
+        def load_into(live: Captured) -> Checkpoint:
+            with self._together("loading a checkpoint"):
+                checkpoint.load_into(live.shared, per_rank=live.own, rank=self._world.rank)
             return checkpoint
 
         restored = self._restore(load_into)
@@ -239,12 +252,25 @@ class Saver:
         store = self._require_store("resume()")
         if self._state.is_empty:
             raise NotPreparedError("resume() has nothing to restore into. Call prepare() first.")
-        store.claim()  # whoever still writes there is named now, not at the first checkpoint
-        return self._restore(store.load_latest_into)
+        with self._together("claiming the store"):
+            store.claim()  # whoever still writes there is named now, not at the first checkpoint
+        return self._restore(self._newest_of(store))
 
-    def _restore(self, load: Callable[[dict[str, Any]], Checkpoint | None]) -> Checkpoint | None:
+    @contextmanager
+    def _together(self, topic: str) -> Iterator[None]:
+        """What raises on one rank raises on all."""
+        with self._world.meeting(topic) as meeting:
+            yield
+            meeting.exchange(b"")
+
+    @staticmethod
+    def _newest_of(store: Store) -> Callable[[Captured], Checkpoint | None]:
+        return lambda live: store.load_latest_into(live.shared, per_rank=live.own)
+
+    def _restore(self, load: Callable[[Captured], Checkpoint | None]) -> Checkpoint | None:
         self.wait()
         loaded: Checkpoint | None = self._state.restore(load)
+        self._decision.anew()
         if loaded is not None:
             self._pacer.safe_up_to(self._state.step)
         return loaded

@@ -1,0 +1,1 @@
+"""The faces of the Accelerator, by what a script does with them."""

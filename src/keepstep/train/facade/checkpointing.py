@@ -1,0 +1,125 @@
+"""Saving and restoring a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keepstep.checkpoint.version import Checkpoint, PendingSave
+from keepstep.train.counts import CheckpointCounts
+from keepstep.train.facade.base import Facade
+
+__all__ = ["Checkpointing"]
+
+
+class Checkpointing(Facade):
+    """Checkpoints: automatic ones, those made by hand, and what a run goes on from."""
+
+    def resume(self) -> Checkpoint | None:
+        """Restore everything from the newest valid automatic checkpoint. Call it after `prepare`.
+
+        Returns:
+            The checkpoint; None on a first start.
+
+        Raises:
+            MismatchError: it doesn't fit what was prepared; nothing was changed.
+            NoValidCheckpointError: there are checkpoints, and all of them are damaged.
+            UsageError: there is no project_dir, or nothing was prepared.
+        """
+        return self._saver.resume()
+
+    def checkpoint(
+        self, metrics: Mapping[str, Any] | None = None, tags: Sequence[str] = ()
+    ) -> PendingSave | None:
+        """Save in the background if the policy says so. Call it after each optimizer step.
+
+        A resumed run goes on with the next batch, so what follows this call in the loop's body is not run
+        again: make it the last statement, and leave a loop that has done its steps before it, not after.
+
+        Args:
+            metrics: to find the best checkpoint by.
+            tags: names; a tagged checkpoint is never deleted automatically.
+
+        Returns:
+            The save under way; None if none was due.
+
+        Raises:
+            BackgroundSaveError: an earlier save failed.
+        """
+        return self._saver.checkpoint(metrics, tags)
+
+    @property
+    def checkpoint_counts(self) -> CheckpointCounts:
+        """How many checkpoints this process has saved, left out and waited for."""
+        return self._saver.counts
+
+    def wait_for_checkpoint(self) -> None:
+        """Return once what `checkpoint()` began is durable.
+
+        Raises:
+            BackgroundSaveError: it failed.
+        """
+        self._saver.wait()
+
+    def save_state(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        pinned: bool | None = None,
+    ) -> str:
+        """Save everything now; durable on return.
+
+        Args:
+            output_dir: the checkpoint's directory. None, or automatic naming, numbers it under `project_dir`.
+            metrics: to find the best checkpoint by.
+            tags: names; a tagged checkpoint is never deleted automatically.
+            pinned: never delete it automatically. None: only if neither a policy nor a limit was given.
+
+        Returns:
+            The directory.
+        """
+        return str(self._saver.save(output_dir, metrics=metrics, tags=tags, pinned=pinned).path)
+
+    def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> Checkpoint:
+        """Restore everything from a checkpoint.
+
+        Args:
+            input_dir: its directory; None for the newest valid automatic one.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+            MismatchError: it doesn't fit what was prepared; nothing was changed.
+        """
+        return self._saver.load(input_dir)
+
+    def end_training(self, *, finished: bool = False) -> None:
+        """Wait for what is being saved. Call it at the end of a script.
+
+        Args:
+            finished: the run is done for good, even where the loop over `epochs()` was left early (early
+                stopping). In that case a checkpoint is saved, and when the script is started again and
+                resumes, `epochs()` yields nothing; load an older checkpoint to train on. A run that had all
+                its epochs goes on all the same if the script asks for more of them. Leave it False where a
+                loop is left to be gone on with later, before a time limit, say.
+
+        Raises:
+            BackgroundSaveError: a save failed.
+            UsageError: there is no project_dir to save into.
+        """
+        self._saver.wait()
+        if finished and self._state.progress.finish():
+            self._saver.save(None, metrics=None, tags=(), pinned=None)
+        self._saver.tell_what_is_unsaved()
+
+    @property
+    def project_dir(self) -> str | os.PathLike[str] | None:
+        """Where the project keeps its files."""
+        return self.project_configuration.project_dir
+
+    @property
+    def save_iteration(self) -> int:
+        """Number of the next automatic checkpoint."""
+        return self._saver.next_number

@@ -1,0 +1,76 @@
+"""Preparing what a script made, and giving it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from keepstep.train.facade.base import Facade
+from keepstep.train.step import PreparedOptimizer, PreparedScheduler
+
+__all__ = ["Preparation"]
+
+
+class Preparation(Facade):
+    """`prepare` and its relatives."""
+
+    def prepare(self, *objects: Any) -> Any:
+        """Prepare models, optimizers, DataLoaders and schedulers, in any order and number.
+
+        Args:
+            objects: anything of another type comes back as it is.
+
+        Returns:
+            The prepared object, or a tuple of them in the order given.
+        """
+        prepared = self._preparer.prepare(objects)
+        return prepared[0] if len(prepared) == 1 else prepared
+
+    def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Move a model to the device and make it run in the run's precision."""
+        return self._preparer.prepare_model(model)
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> PreparedOptimizer:
+        """Make an optimizer step only when gradients are complete."""
+        return self._preparer.prepare_optimizer(optimizer)
+
+    def prepare_data_loader(self, data_loader: DataLoader[Any]) -> DataLoader[Any]:
+        """Make a DataLoader's order exact and resumable."""
+        return self._preparer.prepare_loader(data_loader)
+
+    def prepare_scheduler(self, scheduler: LRScheduler) -> PreparedScheduler:
+        """Make a scheduler step only when its optimizers do. Prepare those first."""
+        return self._preparer.prepare_scheduler(scheduler)
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save and restore further objects that have `state_dict` and `load_state_dict`.
+
+        Raises:
+            UsageError: naming those that lack them.
+        """
+        self._state.register(objects)
+
+    def unwrap_model(self, model: torch.nn.Module, keep_fp32_wrapper: bool = True) -> torch.nn.Module:
+        """Return the module behind a prepared or compiled one.
+
+        Args:
+            model: prepared or not.
+            keep_fp32_wrapper: False also undoes what mixed precision did to its forward.
+        """
+        return self._preparer.unwrap_model(model, keep_precision=keep_fp32_wrapper)
+
+    def free_memory(self, *objects: Any) -> tuple[None, ...]:
+        """Finish saving and let go of everything that was prepared.
+
+        Returns:
+            One None for each argument, to assign to its names.
+        """
+        self._saver.wait()
+        self._preparer.clear()
+        return tuple(None for _ in objects)
+
+    clear = free_memory

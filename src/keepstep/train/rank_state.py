@@ -1,0 +1,147 @@
+"""What is one rank's own: generators, gradients that no step has used yet, buffers that forwards wrote to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from keepstep.errors import MismatchError
+from keepstep.train import rng
+from keepstep.train.order import derive_seed
+from keepstep.train.step import PreparedOptimizer
+
+__all__ = ["Buffers", "Generators", "Gradients", "numbered"]
+
+
+def numbered(kind: str, index: int) -> str:
+    """The name of the first, second ... of a kind: "model", "model_1" ..."""
+    return kind if index == 0 else f"{kind}_{index}"
+
+
+class Gradients:
+    """Gradients that no step has used yet.
+
+    Args:
+        optimizers: prepared ones, in order.
+    """
+
+    def __init__(self, optimizers: list[PreparedOptimizer]) -> None:
+        self._optimizers = optimizers
+        self._received: dict[str, dict[str, torch.Tensor]] = {}
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """{optimizer: {index of the parameter: gradient}}; without those that have none that count.
+
+        A zero is not the same as None: the optimizer applies momentum and decay to the one and not the other.
+        """
+        found = {
+            numbered("optimizer", number): {
+                str(index): parameter.grad
+                for index, parameter in enumerate(optimizer.parameters())
+                if parameter.grad is not None
+            }
+            for number, optimizer in enumerate(self._optimizers)
+            if not optimizer.has_spent_gradients
+        }
+        return {key: gradients for key, gradients in found.items() if gradients}
+
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Check that the gradients have parameters, and keep them."""
+        parameters = {
+            numbered("optimizer", number): optimizer.parameters()
+            for number, optimizer in enumerate(self._optimizers)
+        }
+        different = [
+            f"gradients/{key}/{index}: no parameter of shape {list(gradient.shape)} is there now"
+            for key, gradients in state.items()
+            for index, gradient in gradients.items()
+            if not _has_shape(parameters.get(key, []), int(index), gradient.shape)
+        ]
+        if different:
+            raise MismatchError("The saved gradients don't fit the optimizers.", different=different)
+        self._received = state
+
+    def apply(self) -> None:
+        """Set every gradient as it was: None where none was pending."""
+        for number, optimizer in enumerate(self._optimizers):
+            saved = self._received.get(numbered("optimizer", number))
+            optimizer.forget_gradients(pending=saved is not None)
+            for index, parameter in enumerate(optimizer.parameters()):
+                gradient = None if saved is None else saved.get(str(index))
+                parameter.grad = (
+                    None
+                    if gradient is None
+                    else torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+                )
+
+
+def _has_shape(parameters: list[torch.nn.Parameter], index: int, shape: torch.Size) -> bool:
+    return index < len(parameters) and parameters[index].shape == shape
+
+
+class Buffers:
+    """Buffers that a forward on this rank wrote to, such as a batch norm's averages.
+
+    Ranks see different data, so theirs differ between two forwards (at the next one, rank 0's are sent to
+    all). The checkpoint of the model has one rank's; these are put over them.
+
+    Args:
+        models: as they are saved.
+        size: how many ranks there are; one rank's buffers are the model's.
+    """
+
+    def __init__(self, models: list[torch.nn.Module], size: int) -> None:
+        self._models = models if size > 1 else []
+        self._received: dict[str, dict[str, torch.Tensor]] = {}
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """{model: {name: buffer}} of the buffers that were ever written to."""
+        found = {
+            numbered("model", number): {
+                name: buffer for name, buffer in model.named_buffers() if buffer._version > 0
+            }
+            for number, model in enumerate(self._models)
+        }
+        return {key: buffers for key, buffers in found.items() if buffers}
+
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Keep them."""
+        self._received = state
+
+    def apply(self) -> None:
+        """Put them over those of the model; what the model no longer has was told when it was restored."""
+        for number, model in enumerate(self._models):
+            saved = self._received.get(numbered("model", number), {})
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in saved and saved[name].shape == buffer.shape:
+                        buffer.copy_(saved[name])
+
+
+class Generators:
+    """All global random number generators of a rank."""
+
+    def __init__(self) -> None:
+        self._received: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `rng.capture`."""
+        return rng.capture()
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Keep it."""
+        self._received = saved
+
+    def apply(self, *, seed: int, rank: int, step: int) -> None:
+        """Go on where they were.
+
+        Args:
+            seed: what a rank that was not there when the checkpoint was made begins with, together with
+            rank: its number, and
+            step: that of the run.
+        """
+        if self._received is not None:
+            rng.restore(self._received)
+        else:
+            rng.begin(derive_seed(seed, rank, step))

@@ -1,0 +1,114 @@
+"""What a script may ask about its run without having the Accelerator at hand.
+
+`AcceleratorState()` and `GradientState()` may be made anywhere; they show the Accelerator that was made last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keepstep.errors import UsageError
+from keepstep.train.process import DistributedType, PartialState
+from keepstep.train.progress import Progress
+from keepstep.train.step import AccumulationWindow
+
+__all__ = ["AcceleratorState", "GradientState"]
+
+_latest: dict[str, Any] = {}
+
+
+def _of_the_latest(what: str) -> Any:
+    if what not in _latest:
+        raise UsageError(f"There is no {what} before there is an Accelerator. Make the Accelerator first.")
+    return _latest[what]
+
+
+class AcceleratorState:
+    """The set-up of a run: what `PartialState` shows, the precision and how ranks work together.
+
+    Raises:
+        UsageError: no Accelerator has been made.
+    """
+
+    _process: PartialState
+    mixed_precision: str
+    distributed_type: DistributedType
+
+    def __init__(self) -> None:
+        self.__dict__ = _of_the_latest("AcceleratorState").__dict__
+
+    @classmethod
+    def of(
+        cls, process: PartialState, *, mixed_precision: str, distributed_type: DistributedType
+    ) -> AcceleratorState:
+        """Make the state that every instance shows from now on."""
+        state = cls.__new__(cls)
+        state.__dict__ = {
+            "_process": process,
+            "mixed_precision": mixed_precision,
+            "distributed_type": distributed_type,
+        }
+        _latest["AcceleratorState"] = state
+        return state
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_process":
+            raise AttributeError(name)
+        return getattr(self._process, name)
+
+    @property
+    def is_fsdp2(self) -> bool:
+        """Whether parameters are sharded over the ranks."""
+        return self.distributed_type == DistributedType.FSDP
+
+    def __repr__(self) -> str:
+        return f"{self._process!r}Mixed precision type: {self.mixed_precision}\n"
+
+
+class GradientState:
+    """Where a run stands between two optimizer steps.
+
+    Raises:
+        UsageError: no Accelerator has been made.
+    """
+
+    _window: AccumulationWindow
+    _progress: Progress
+
+    def __init__(self) -> None:
+        self.__dict__ = _of_the_latest("GradientState").__dict__
+
+    @classmethod
+    def of(cls, window: AccumulationWindow, progress: Progress) -> GradientState:
+        """Make the state that every instance shows from now on."""
+        state = cls.__new__(cls)
+        state.__dict__ = {"_window": window, "_progress": progress}
+        _latest["GradientState"] = state
+        return state
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether this micro-batch completes an optimizer step."""
+        return self._window.sync_gradients
+
+    @property
+    def num_steps(self) -> int:
+        """Micro-batches to an optimizer step."""
+        return self._window.num_steps
+
+    @property
+    def adjust_scheduler(self) -> bool:
+        """Whether schedulers count micro-batches in their own call counters."""
+        return self._window.adjust_scheduler
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """Whether the loader that began last among the open ones has given out its last batch."""
+        return self._progress.at_last_batch()
+
+    def __repr__(self) -> str:
+        return (
+            f"Sync Gradients: {self.sync_gradients}\n"
+            f"At end of current dataloader: {self.end_of_dataloader}\n"
+            f"Gradient accumulation steps: {self.num_steps}\n"
+        )
