@@ -22,6 +22,7 @@ from keepstep.train.facade.communication import Communication
 from keepstep.train.facade.loop import Loop
 from keepstep.train.facade.preparation import Preparation
 from keepstep.train.facade.tracking import Tracking
+from keepstep.train.plugins import DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from keepstep.train.preparing import Preparer
 from keepstep.train.progress import Progress
 from keepstep.train.saving import Saver
@@ -42,11 +43,17 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
         gradient_accumulation_steps: micro-batches to an optimizer step.
         cpu: train on the CPU even if there is an accelerator.
         dataloader_config: more about loaders.
+        fsdp_plugin: shard parameters over the ranks.
+        deepspeed_plugin, torch_tp_plugin, megatron_lm_plugin, deepspeed_plugins, parallelism_config: refused:
+            keepstep has no backend for them.
         project_dir: automatic checkpoints go to `project_dir/checkpoints/checkpoint_N`.
         project_config: more about the project's files.
         gradient_accumulation_plugin: more about accumulation, instead of `gradient_accumulation_steps`.
         step_scheduler_with_optimizer: schedulers step only when their optimizers do.
-        kwargs_handlers: `GradScalerKwargs`.
+        kwargs_handlers: of `AutocastKwargs`, `DistributedDataParallelKwargs`, `GradScalerKwargs`,
+            `InitProcessGroupKwargs` and `ProfileKwargs`, at most one each.
+        dynamo_backend: compile models with this backend of `torch.compile`.
+        dynamo_plugin: more about compiling, instead of `dynamo_backend`.
         checkpoint_policy: when `checkpoint()` saves and what is kept. None saves as often as costs at most
             1 % of the run's time, keeps the 3 newest of those, and all that `save_state()` wrote.
 
@@ -62,11 +69,19 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
         gradient_accumulation_steps: int = 1,
         cpu: bool = False,
         dataloader_config: DataLoaderConfiguration | None = None,
+        deepspeed_plugin: Any = None,
+        fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
+        torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None,
         project_dir: str | os.PathLike[str] | None = None,
         project_config: ProjectConfiguration | None = None,
         gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
         step_scheduler_with_optimizer: bool = True,
         kwargs_handlers: list[Any] | None = None,
+        dynamo_backend: DynamoBackend | str | None = None,
+        dynamo_plugin: TorchDynamoPlugin | None = None,
+        deepspeed_plugins: Any = None,
+        parallelism_config: Any = None,
         *,
         checkpoint_policy: CheckpointPolicy | None = None,
     ) -> None:
@@ -80,6 +95,7 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
         self.project_configuration = parts.project
         self.split_batches = parts.wishes.split_batches
         self._world = parts.process.world
+        self._parallel = parts.parallel
         self._precision = parts.precision
         progress = Progress()
         self._window = AccumulationWindow(parts.accumulation, progress.at_last_batch)
@@ -87,10 +103,11 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
         self.state = AcceleratorState.of(
             parts.process,
             mixed_precision=parts.precision.name,
-            distributed_type=parts.process.distributed_type,
+            distributed_type=parts.parallel.kind,
         )
         self._state = TrainState(
             world=self._world,
+            parallel=parts.parallel,
             precision=parts.precision,
             window=self._window,
             progress=progress,
@@ -100,6 +117,9 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
             self._state,
             device=self.device if parts.wishes.device_placement else None,
             placement=parts.placement,
+            parallel=parts.parallel,
+            compiling=parts.compiling,
+            scheduler_steps=1 if self.split_batches else self._world.size,
             step_with_optimizer=parts.wishes.step_scheduler_with_optimizer,
         )
         self._saver = Saver(

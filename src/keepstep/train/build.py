@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +17,32 @@ from keepstep.train.config import (
     CheckpointPolicy,
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
-    GradScalerKwargs,
     ProjectConfiguration,
 )
 from keepstep.train.environment import Environment, read_environment
+from keepstep.train.handlers import Handlers, compiling_of, sharding_of
+from keepstep.train.parallel import Alone, Copies, Parallel, Shards
 from keepstep.train.placement import LeaveInPlace, MoveTo, Placement
+from keepstep.train.plugins import (
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    ProfileKwargs,
+    TorchDynamoPlugin,
+)
 from keepstep.train.precision import BFloat16, Float16, FullPrecision, Precision
 from keepstep.train.process import PartialState
 
 __all__ = ["Parts", "Wishes", "build_parts"]
 
+_log = logging.getLogger(__name__)
 _PRECISIONS = ("no", "bf16", "fp16")
+_NOT_THERE = {
+    "deepspeed_plugin": "DeepSpeed",
+    "deepspeed_plugins": "DeepSpeed",
+    "megatron_lm_plugin": "Megatron-LM",
+    "torch_tp_plugin": "tensor parallelism",
+    "parallelism_config": "meshes of several dimensions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +54,14 @@ class Wishes:
     mixed_precision: str | None
     gradient_accumulation_steps: int
     cpu: bool
+    deepspeed_plugin: Any
+    fsdp_plugin: FullyShardedDataParallelPlugin | None
+    torch_tp_plugin: Any
+    megatron_lm_plugin: Any
+    deepspeed_plugins: Any
+    parallelism_config: Any
+    dynamo_backend: DynamoBackend | str | None
+    dynamo_plugin: TorchDynamoPlugin | None
     dataloader_config: DataLoaderConfiguration | None
     project_dir: str | os.PathLike[str] | None
     project_config: ProjectConfiguration | None
@@ -53,6 +77,9 @@ class Parts:
 
     wishes: Wishes
     process: PartialState
+    parallel: Parallel
+    compiling: TorchDynamoPlugin
+    profiling: ProfileKwargs
     precision: Precision
     placement: Placement
     accumulation: GradientAccumulationPlugin
@@ -75,18 +102,26 @@ def build_parts(wishes: Wishes) -> Parts:
             f"checkpoint_policy is {policy!r:.100}; expected a CheckpointPolicy, as "
             "CheckpointPolicy(every_n_steps=100)"
         )
+    _refuse_what_there_is_not(wishes)
     environment = read_environment()
     loading = wishes.dataloader_config or DataLoaderConfiguration()
     project = _project(wishes.project_dir, wishes.project_config)
     accumulation = _accumulation(wishes, environment)
+    compiling = _compiling(wishes, environment)
+    sharding = wishes.fsdp_plugin or (sharding_of(environment.fsdp) if environment.use_fsdp else None)
+    handlers = Handlers.of(wishes.kwargs_handlers or [])
+    process = PartialState(
+        cpu=wishes.cpu, backend=handlers.process_group.backend, timeout=handlers.process_group.timeout
+    )
     name = environment.mixed_precision if wishes.mixed_precision is None else wishes.mixed_precision
-    process = PartialState(cpu=wishes.cpu)
+    precision = _precision(str(name or "no"), process.device, handlers)
     return Parts(
         wishes=wishes,
         process=process,
-        precision=_precision(
-            str(name or "no"), process.device, _scaler_options(wishes.kwargs_handlers or [])
-        ),
+        parallel=_parallel(process, sharding, handlers, precision),
+        compiling=compiling,
+        profiling=handlers.profiling,
+        precision=precision,
         placement=_placement(process.device, wishes.device_placement, loading),
         accumulation=accumulation,
         project=project,
@@ -99,31 +134,53 @@ def build_parts(wishes: Wishes) -> Parts:
     )
 
 
-def _precision(name: str, device: torch.device, scaler_options: dict[str, Any]) -> Precision:
+def _refuse_what_there_is_not(wishes: Wishes) -> None:
+    for name, package in _NOT_THERE.items():
+        if getattr(wishes, name) is not None:
+            raise UsageError(
+                f"{name} was given, but keepstep has no backend for {package}. Leave it out; to shard a "
+                "model over the ranks use fsdp_plugin=FullyShardedDataParallelPlugin(...)."
+            )
+
+
+def _parallel(
+    process: PartialState,
+    sharding: FullyShardedDataParallelPlugin | None,
+    handlers: Handlers,
+    precision: Precision,
+) -> Parallel:
+    if sharding is not None and not process.use_distributed:
+        _log.warning("fsdp_plugin was given, but there is one process: the model is not sharded.")
+    if not process.use_distributed:
+        return Alone()
+    if sharding is not None:
+        return Shards(sharding, precision.dtype)
+    return Copies(process.distributed_type, handlers.copies)
+
+
+def _compiling(wishes: Wishes, environment: Environment) -> TorchDynamoPlugin:
+    if wishes.dynamo_plugin is not None:
+        if wishes.dynamo_backend is not None:
+            raise UsageError("dynamo_backend and dynamo_plugin were both given. Leave out dynamo_backend.")
+        return wishes.dynamo_plugin
+    if wishes.dynamo_backend is not None:
+        return TorchDynamoPlugin(backend=wishes.dynamo_backend)
+    return compiling_of(environment.dynamo)
+
+
+def _precision(name: str, device: torch.device, handlers: Handlers) -> Precision:
     if name == "no":
         return FullPrecision()
     if name == "bf16":
-        return BFloat16(device.type)
+        return BFloat16(device.type, handlers.autocasting)
     if name == "fp16":
-        return Float16(device.type, scaler_options)
+        return Float16(device.type, handlers.autocasting, handlers.scaling.to_kwargs())
     if name == "fp8":
         raise UsageError(
-            "mixed_precision='fp8' needs a backend for 8-bit layers (torchao or TransformerEngine), and "
-            f"keepstep has none yet. Use one of {', '.join(_PRECISIONS)}."
+            "mixed_precision='fp8' needs a GPU with 8-bit units and a backend for its layers (torchao or "
+            f"TransformerEngine), and keepstep has none yet. Use one of {', '.join(_PRECISIONS)}."
         )
     raise UsageError(f"mixed_precision={name!r}; it must be one of {', '.join(_PRECISIONS)}.")
-
-
-def _scaler_options(handlers: list[Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for handler in handlers:
-        if not isinstance(handler, GradScalerKwargs):
-            raise UsageError(
-                f"kwargs_handlers holds a {type(handler).__name__}; only GradScalerKwargs is allowed. "
-                "Leave it out."
-            )
-        options = handler.to_kwargs()
-    return options
 
 
 def _placement(device: torch.device, wanted: bool, loading: DataLoaderConfiguration) -> Placement:

@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from keepstep.errors import UsageError
+from keepstep.train.plugins import AutocastKwargs
 
 __all__ = ["BFloat16", "Float16", "FullPrecision", "Precision"]
 
@@ -21,9 +22,14 @@ class Precision:
     """Everything in the precision of the model's own parameters."""
 
     name = "no"
+    dtype: torch.dtype | None = None
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """A context in which a forward pass runs."""
+    def autocast(self, handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
+        """A context in which a forward pass runs.
+
+        Args:
+            handler: how it is entered this time; None for how the run does.
+        """
         return nullcontext()
 
     def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -70,17 +76,22 @@ class BFloat16(Precision):
 
     Args:
         device_type: such as "cpu" or "cuda".
+        autocasting: how autocast is entered.
     """
 
     name = "bf16"
     dtype = torch.bfloat16
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, autocasting: AutocastKwargs) -> None:
         self._device_type = device_type
+        self._autocasting = autocasting
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self, handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
         """A context in which a forward pass runs."""
-        return torch.autocast(self._device_type, dtype=self.dtype)
+        how = handler or self._autocasting
+        return torch.autocast(
+            self._device_type, dtype=self.dtype, enabled=how.enabled, cache_enabled=how.cache_enabled
+        )
 
     def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """Make the model run in this precision when it is called."""
@@ -97,14 +108,15 @@ class Float16(BFloat16):
 
     Args:
         device_type: such as "cpu" or "cuda".
+        autocasting: how autocast is entered.
         scaler_options: arguments of `torch.amp.GradScaler`.
     """
 
     name = "fp16"
     dtype = torch.float16
 
-    def __init__(self, device_type: str, scaler_options: dict[str, Any]) -> None:
-        super().__init__(device_type)
+    def __init__(self, device_type: str, autocasting: AutocastKwargs, scaler_options: dict[str, Any]) -> None:
+        super().__init__(device_type, autocasting)
         self.scaler = torch.amp.GradScaler(device_type, **scaler_options)
         self._unscaled: set[int] = set()
         self._stepped: set[int] = set()

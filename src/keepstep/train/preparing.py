@@ -10,9 +10,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from keepstep.errors import NotPreparedError
 from keepstep.train.batches import make_source
+from keepstep.train.compiling import compiled
 from keepstep.train.loader import PreparedLoader
+from keepstep.train.parallel import Parallel, without_wrappers
 from keepstep.train.placement import Placement
+from keepstep.train.plugins import TorchDynamoPlugin
 from keepstep.train.state import TrainState
 from keepstep.train.step import PreparedOptimizer, PreparedScheduler
 from keepstep.tree import is_stateful
@@ -29,7 +33,11 @@ class Preparer:
         state: of the run.
         device: where models go; None leaves them where they are.
         placement: what happens to batches.
+        parallel: how ranks share a model.
+        compiling: how models are compiled.
         step_with_optimizer: schedulers step only when their optimizers do.
+        scheduler_steps: of a scheduler to each of an optimizer: as many as there are ranks, as their batches
+            come beside one another, or 1.
     """
 
     def __init__(
@@ -38,21 +46,29 @@ class Preparer:
         *,
         device: torch.device | None,
         placement: Placement,
+        parallel: Parallel,
+        compiling: TorchDynamoPlugin,
         step_with_optimizer: bool,
+        scheduler_steps: int,
     ) -> None:
         self._state = state
         self._device = device
         self._placement = placement
+        self._parallel = parallel
+        self._compiling = compiling
         self._step_with_optimizer = step_with_optimizer
+        self._scheduler_steps = scheduler_steps
+        self._wrapped: dict[int, torch.nn.Module] = {}
 
     def prepare(self, objects: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Prepare each object by its type; schedulers last, as they look for their optimizers."""
-        others = [value if _is_scheduler(value) else self._by_type(value) for value in objects]
+        """Prepare each object by its type: models first, schedulers last, as they look for optimizers."""
+        models = [self.prepare_model(v) if isinstance(v, torch.nn.Module) else v for v in objects]
+        others = [value if _is_scheduler(value) else self._by_type(value) for value in models]
         return tuple(self.prepare_scheduler(value) if _is_scheduler(value) else value for value in others)
 
     def _by_type(self, value: Any) -> Any:
         if isinstance(value, torch.nn.Module):
-            return self.prepare_model(value)
+            return value
         if isinstance(value, Optimizer):
             return self.prepare_optimizer(value)
         if isinstance(value, DataLoader):
@@ -65,15 +81,29 @@ class Preparer:
             )
         return value
 
-    def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Move a model to the device and make it run in the run's precision."""
-        inner = _without_compilation(model)
+    def prepare_model(
+        self, model: torch.nn.Module, *, on_device: bool = True, evaluation: bool = False
+    ) -> torch.nn.Module:
+        """Move a model to the device, make it run in the run's precision, and share it among the ranks.
+
+        Args:
+            model: compiled or not.
+            on_device: move it.
+            evaluation: it is not trained: ranks need not exchange gradients.
+        """
+        inner = without_wrappers(model)
         if any(inner is known for known in self._state.models):
-            return model
-        if self._device is not None:
-            model.to(self._device)
+            return self._wrapped.get(id(inner), model)
+        device = self._device if on_device else None
+        if device is not None:
+            model.to(device)
         self._state.models.append(inner)
-        return self._state.precision.prepare_model(model)
+        wrapped = self._state.precision.prepare_model(model)
+        if not evaluation:
+            wrapped = self._parallel.wrap(wrapped, device)
+        wrapped = compiled(wrapped, self._compiling)
+        self._wrapped[id(inner)] = wrapped
+        return wrapped
 
     def prepare_optimizer(self, optimizer: Optimizer) -> PreparedOptimizer:
         """Make an optimizer step only when gradients are complete."""
@@ -81,11 +111,35 @@ class Preparer:
             if optimizer is known or optimizer is known.optimizer:
                 return known
         state = self._state
+        self._parallel.adopt(optimizer)
         prepared = PreparedOptimizer(
-            optimizer, window=state.window, precision=state.precision, gate=state.gate
+            optimizer,
+            window=state.window,
+            precision=state.precision,
+            gate=state.gate,
+            before_first_step=self._require_models,
         )
         self._state.optimizers.append(prepared)
         return prepared
+
+    def _require_models(self, optimizer: Optimizer) -> None:
+        """An optimizer steps parameters of prepared models: others are not saved, nor shared by ranks."""
+        state = self._state
+        modules = [*state.models, *(v for v in state.registered if isinstance(v, torch.nn.Module))]
+        known = {id(parameter) for module in modules for parameter in module.parameters()}
+        unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+        if not unknown:
+            return
+        what = (
+            f"{type(optimizer).__name__} steps {len(unknown)} parameters (the first of shape "
+            f"{list(unknown[0].shape)}) that belong to no prepared model"
+        )
+        if state.world.size > 1:
+            raise NotPreparedError(
+                f"{what}: {state.world.size} ranks would train different ones. Pass the model to prepare(), "
+                "and make the optimizer of the parameters of that same model."
+            )
+        _log.warning("%s: no checkpoint holds them. Pass the model to prepare() as well.", what)
 
     def prepare_loader(self, loader: DataLoader[Any]) -> PreparedLoader:
         """Make a DataLoader's order exact and resumable."""
@@ -118,17 +172,15 @@ class Preparer:
             optimizers=mine or optimizers,
             window=self._state.window,
             step_with_optimizer=self._step_with_optimizer,
+            times=self._scheduler_steps,
         )
         self._state.schedulers.append(prepared)
         return prepared
 
     def unwrap_model(self, model: torch.nn.Module, *, keep_precision: bool) -> torch.nn.Module:
-        """Return the module behind a prepared or compiled one."""
-        return (
-            _without_compilation(model)
-            if keep_precision
-            else _without_compilation(self._state.precision.restore_model(model))
-        )
+        """Return the module behind a prepared or compiled one; see `Accelerator.unwrap_model`."""
+        inner = without_wrappers(model)
+        return inner if keep_precision else self._state.precision.restore_model(inner)
 
     def clear(self) -> None:
         """Forget everything that was prepared or registered."""
@@ -136,6 +188,7 @@ class Preparer:
         for known in (state.models, state.optimizers, state.schedulers, state.loaders, state.registered):
             known.clear()
         state.progress.cursors.clear()
+        self._wrapped.clear()
 
 
 def _is_scheduler(value: Any) -> bool:
@@ -144,8 +197,3 @@ def _is_scheduler(value: Any) -> bool:
         return True
     other_kind = isinstance(value, torch.nn.Module | Optimizer | DataLoader)
     return not other_kind and is_stateful(value) and hasattr(value, "step") and hasattr(value, "optimizer")
-
-
-def _without_compilation(model: torch.nn.Module) -> torch.nn.Module:
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, torch.nn.Module) else model

@@ -27,6 +27,7 @@ from keepstep.errors import MismatchError, RestoreError, UsageError
 from keepstep.train.gate import StagingGate
 from keepstep.train.loader import PreparedLoader
 from keepstep.train.options import options_of, warn_of_replaced
+from keepstep.train.parallel import Parallel
 from keepstep.train.precision import Precision
 from keepstep.train.progress import Progress
 from keepstep.train.rank_state import Buffers, Generators, Gradients, numbered
@@ -56,6 +57,7 @@ class TrainState:
 
     Attributes:
         world: the ranks.
+        parallel: how they share models.
         precision: of the run.
         window: of gradient accumulation.
         progress: epochs and passes.
@@ -69,6 +71,7 @@ class TrainState:
     """
 
     world: World
+    parallel: Parallel
     precision: Precision
     window: AccumulationWindow
     progress: Progress
@@ -121,6 +124,7 @@ class TrainState:
             UsageError: at this instant the state could not be restored.
         """
         self.precision.check_capturable()
+        self.parallel.check_capturable(self.models, inside_window=not self.window.sync_gradients)
         return Captured(
             shared=self._tree(SharedState(self).state_dict()),
             own={
@@ -169,6 +173,8 @@ class TrainState:
         try:
             loaded = load(Captured(shared=self._tree(shared), own=own))
             if loaded is not None:
+                for prepared in self.optimizers:
+                    self.parallel.place_state(prepared.optimizer)
                 gradients.apply()
                 buffers.apply()
                 shared.apply()

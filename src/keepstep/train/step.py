@@ -28,6 +28,7 @@ class AccumulationWindow:
 
     def __init__(self, plugin: GradientAccumulationPlugin, at_last_batch: Callable[[], bool]) -> None:
         self.num_steps = plugin.num_steps
+        self.sync_each_batch = plugin.sync_each_batch
         self.adjust_scheduler = plugin.adjust_scheduler
         self.sync_gradients = True
         self._with_loader = plugin.sync_with_dataloader
@@ -72,10 +73,17 @@ class PreparedOptimizer(Optimizer):
         window: says when gradients are complete.
         precision: how to step.
         gate: where steps wait for what is copied in the background.
+        before_first_step: called with `optimizer`, once.
     """
 
     def __init__(
-        self, optimizer: Optimizer, *, window: AccumulationWindow, precision: Precision, gate: StagingGate
+        self,
+        optimizer: Optimizer,
+        *,
+        window: AccumulationWindow,
+        precision: Precision,
+        gate: StagingGate,
+        before_first_step: Callable[[Optimizer], None],
     ) -> None:
         # Optimizer.__init__ is left out on purpose: parameters and state are those of the wrapped one, and
         # schedulers only want to see an Optimizer.
@@ -88,6 +96,7 @@ class PreparedOptimizer(Optimizer):
         self._clears: bool | None = None
         self._precision = precision
         self._gate = gate
+        self._before_first_step: Callable[[Optimizer], None] | None = before_first_step
         precision.prepare_optimizer(optimizer)
 
     def __getattr__(self, name: str) -> Any:
@@ -127,6 +136,9 @@ class PreparedOptimizer(Optimizer):
         if not self._window.sync_gradients:
             self.pending = True
             return None
+        if self._before_first_step is not None:
+            self._before_first_step(self.optimizer)
+            self._before_first_step = None
         self._gate.wait()
         result, changed = self._precision.step(self.optimizer, closure)
         self.step_was_skipped = not changed
@@ -207,6 +219,7 @@ class PreparedScheduler:
         optimizers: those it depends on.
         window: says when gradients are complete.
         step_with_optimizer: False for a scheduler that is stepped regardless of optimizers.
+        times: steps of it to each step of an optimizer.
     """
 
     def __init__(
@@ -216,8 +229,10 @@ class PreparedScheduler:
         optimizers: Sequence[PreparedOptimizer],
         window: AccumulationWindow,
         step_with_optimizer: bool = True,
+        times: int = 1,
     ) -> None:
         self.scheduler = scheduler
+        self._times = times
         self.optimizers = list(optimizers)
         self.step_with_optimizer = step_with_optimizer
         self._window = window
@@ -236,7 +251,16 @@ class PreparedScheduler:
                 return
             if any(optimizer.step_was_skipped for optimizer in self.optimizers):
                 return
+            for _ in range(self._times):
+                if not self._is_through():
+                    self.scheduler.step(*args, **kwargs)
+            return
         self.scheduler.step(*args, **kwargs)
+
+    def _is_through(self) -> bool:
+        """Whether it has made all its steps; the last batch may be of fewer ranks than others."""
+        total = getattr(self.scheduler, "total_steps", None)
+        return self._times > 1 and total is not None and self.scheduler._step_count > total
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped scheduler's."""

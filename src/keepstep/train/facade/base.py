@@ -6,6 +6,7 @@ import torch
 
 from keepstep.train.build import Parts
 from keepstep.train.config import ProjectConfiguration
+from keepstep.train.parallel import Parallel
 from keepstep.train.precision import Precision
 from keepstep.train.preparing import Preparer
 from keepstep.train.process import PartialState
@@ -38,6 +39,7 @@ class Facade:
     gradient_state: GradientState
     _parts: Parts
     _world: World
+    _parallel: Parallel
     _precision: Precision
     _window: AccumulationWindow
     _state: TrainState

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from keepstep.errors import UsageError
 from keepstep.train.facade.base import Facade
 from keepstep.train.loader import skip_first_batches
+from keepstep.train.plugins import AutocastKwargs, ProfileKwargs
 
 __all__ = ["Loop"]
 
@@ -29,17 +32,69 @@ class Loop(Facade):
     def accumulate(self, *models: torch.nn.Module) -> AbstractContextManager[None]:
         """A context for one micro-batch: inside, optimizers step only at the end of a window.
 
-        A window ends after `gradient_accumulation_steps` micro-batches, and at a loader's last batch.
+        A window ends after `gradient_accumulation_steps` micro-batches, and at a loader's last batch. Ranks
+        exchange the gradients of these models at its end only.
         """
-        return self._window
+        if self._world.size == 1 or self._window.sync_each_batch:
+            return self._window
+        return self._window_of(models)
 
-    def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        """A context in which ranks don't exchange gradients."""
-        return nullcontext()
+    @contextmanager
+    def _window_of(self, models: tuple[torch.nn.Module, ...]) -> Iterator[None]:
+        with self._window, ExitStack() as unfinished:
+            if not self._window.sync_gradients:
+                for model in models:
+                    unfinished.enter_context(self._parallel.no_sync(model))
+            yield
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """A context in which computation runs in the run's precision; prepared models do so by themselves."""
-        return self._precision.autocast()
+    def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """A context in which ranks don't exchange a model's gradients: forward and backward belong inside."""
+        return self._parallel.no_sync(model)
+
+    def trigger_sync_in_backward(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """A context for a backward that exchanges gradients although its forward ran in `no_sync`."""
+        return self._parallel.sync_next_backward(model)
+
+    def join_uneven_inputs(
+        self, joinables: list[Any], even_batches: bool | None = None
+    ) -> AbstractContextManager[Any]:
+        """A context in which ranks may have different numbers of batches.
+
+        A rank that has none left takes part in the others' exchanges until all are through.
+
+        Args:
+            joinables: prepared models.
+            even_batches: True leaves ranks equal numbers of batches, so that there is nothing to do.
+
+        Raises:
+            UsageError: a model is sharded.
+        """
+        return nullcontext() if even_batches else self._parallel.join(joinables)
+
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
+        """A context in which computation runs in the run's precision; prepared models do so by themselves.
+
+        Args:
+            autocast_handler: how it is entered; None for what the Accelerator was given.
+        """
+        return self._precision.autocast(autocast_handler)
+
+    @contextmanager
+    def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
+        """Profile the block.
+
+        Args:
+            profile_handler: how; None for what the Accelerator was given. With `output_trace_dir` each rank
+                writes `profile_RANK.json` there.
+        """
+        handler = profile_handler or self._parts.profiling
+        with handler.build() as profiler:
+            yield profiler
+        if handler.output_trace_dir is not None:
+            directory = Path(handler.output_trace_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(directory / f"profile_{self._world.rank}.json"))
+            self._world.barrier()
 
     def clip_grad_norm_(
         self, parameters: Any, max_norm: float, norm_type: float = 2.0
@@ -51,14 +106,24 @@ class Loop(Facade):
         """
         if not self._window.sync_gradients:
             return None
-        parameters = self._unscale(parameters)
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+        return self._parallel.clip_norm(self._unscale(parameters), max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clip each element of complete gradients, at their true size."""
         if self._window.sync_gradients:
             parameters = self._unscale(parameters)
             torch.nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        """Bring gradients to their true size (fp16); clipping does so by itself.
+
+        Args:
+            optimizer: a prepared one, or several; None for all.
+        """
+        for prepared in self._state.optimizers:
+            wanted = optimizer is None or prepared is optimizer or prepared.optimizer is optimizer
+            if wanted or (isinstance(optimizer, list | tuple) and any(prepared is one for one in optimizer)):
+                self._precision.unscale(prepared.optimizer)
 
     def _unscale(self, parameters: Any) -> list[torch.Tensor]:
         """Bring gradients to their true size: those of the optimizers that own one of the parameters.
@@ -96,10 +161,20 @@ class Loop(Facade):
         """Whether this micro-batch completes an optimizer step."""
         return self._window.sync_gradients
 
+    @sync_gradients.setter
+    def sync_gradients(self, complete: bool) -> None:
+        self._window.sync_gradients = complete
+
     @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches to an optimizer step."""
         return self._window.num_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, steps: int) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise UsageError(f"gradient_accumulation_steps={steps!r}; it must be an integer of at least 1.")
+        self._window.num_steps = steps
 
     @property
     def optimizer_step_was_skipped(self) -> bool:

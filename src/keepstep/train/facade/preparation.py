@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from keepstep.errors import UsageError
 from keepstep.train.facade.base import Facade
 from keepstep.train.step import PreparedOptimizer, PreparedScheduler
 
@@ -18,21 +19,40 @@ __all__ = ["Preparation"]
 class Preparation(Facade):
     """`prepare` and its relatives."""
 
-    def prepare(self, *objects: Any) -> Any:
+    def prepare(self, *objects: Any, device_placement: list[bool] | None = None) -> Any:
         """Prepare models, optimizers, DataLoaders and schedulers, in any order and number.
 
         Args:
             objects: anything of another type comes back as it is.
+            device_placement: for each object, whether a model is moved to the device; None for all.
 
         Returns:
             The prepared object, or a tuple of them in the order given.
         """
+        if device_placement is not None and len(device_placement) != len(objects):
+            raise UsageError(
+                f"prepare() got {len(objects)} objects and device_placement for {len(device_placement)}; "
+                "give one value for each object, or leave it out."
+            )
+        for value, place in zip(objects, device_placement or (), strict=False):
+            if isinstance(value, torch.nn.Module) and not place:
+                self._preparer.prepare_model(value, on_device=False)
         prepared = self._preparer.prepare(objects)
         return prepared[0] if len(prepared) == 1 else prepared
 
-    def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Move a model to the device and make it run in the run's precision."""
-        return self._preparer.prepare_model(model)
+    def prepare_model(
+        self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> torch.nn.Module:
+        """Move a model to the device, make it run in the run's precision, and share it among the ranks.
+
+        Args:
+            model: compiled or not.
+            device_placement: move it; None for what the Accelerator was given.
+            evaluation_mode: it is not trained, so ranks exchange no gradients.
+        """
+        return self._preparer.prepare_model(
+            model, on_device=device_placement is not False, evaluation=evaluation_mode
+        )
 
     def prepare_optimizer(self, optimizer: Optimizer) -> PreparedOptimizer:
         """Make an optimizer step only when gradients are complete."""
@@ -55,7 +75,7 @@ class Preparation(Facade):
         self._state.register(objects)
 
     def unwrap_model(self, model: torch.nn.Module, keep_fp32_wrapper: bool = True) -> torch.nn.Module:
-        """Return the module behind a prepared or compiled one.
+        """Return the module behind a prepared one: neither wrapped for ranks nor compiled.
 
         Args:
             model: prepared or not.
