@@ -12,18 +12,18 @@ in it can end, and a rank that failed can say so.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from keepstep.errors import UsageError
+from keepstep.errors import RankMissingError, UsageError
 from keepstep.meetings import Alone, Meeting, Topic
 
 __all__ = ["DEFAULT_TIMEOUT_S", "OneRank", "Ranks", "Reduction", "World", "join_ranks", "joined_group"]
@@ -34,6 +34,7 @@ Reduction = Literal["sum", "mean", "none"]
 DEFAULT_TIMEOUT_S = 600.0
 
 _MOST_TIMEOUT_S = 1e8
+_MOST_MAIL_S = 1e6
 
 _topics: weakref.WeakKeyDictionary[Any, dict[str, Topic]] = weakref.WeakKeyDictionary()
 """By the store that ranks meet in: meetings are numbered, so all worlds over one store count together."""
@@ -88,6 +89,21 @@ class World(Protocol):
         """Return True on every rank if all of them passed True."""
         ...
 
+    def scatter(
+        self, parcels: Sequence[tuple[bytes, torch.Tensor] | None] | None, source: int = 0
+    ) -> tuple[bytes, torch.Tensor]:
+        """Hand each rank a parcel of its own: some words, and data that is a uint8 tensor on the CPU.
+
+        Args:
+            parcels: on rank `source` one for each rank, by rank; None for a rank that doesn't call this. On
+                other ranks None.
+            source: who hands out.
+
+        Returns:
+            The parcel for this rank; an empty one if `source` had none for itself.
+        """
+        ...
+
     def exchange(self, value: T, timeout_s: float | None = None) -> list[T]:
         """Every rank's value, by rank, on every rank; values are plain data."""
         ...
@@ -135,6 +151,12 @@ class OneRank:
         """Return `flag`."""
         return flag
 
+    def scatter(
+        self, parcels: Sequence[tuple[bytes, torch.Tensor] | None] | None, source: int = 0
+    ) -> tuple[bytes, torch.Tensor]:
+        """Return the parcel of the one rank."""
+        return (parcels and parcels[0]) or _no_parcel()
+
     def exchange(self, value: T, timeout_s: float | None = None) -> list[T]:
         """Return the value of the one rank."""
         return [value]
@@ -147,6 +169,10 @@ class OneRank:
 
     def __repr__(self) -> str:
         return "OneRank()"
+
+
+def _no_parcel() -> tuple[bytes, torch.Tensor]:
+    return b"", torch.empty(0, dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------- many ranks
@@ -187,6 +213,7 @@ class Ranks:
         self.local_size = self.size if local_size is None else local_size
         self.kind = "MULTI_GPU" if "nccl" in dist.get_backend() else "MULTI_CPU"
         self.timeout_s = timeout_s
+        self._mail: Any = None
         self._store: Any = distributed_c10d._get_default_store() if store is None else store
 
     def __repr__(self) -> str:
@@ -227,6 +254,52 @@ class Ranks:
         return all(self.exchange(bool(flag)))
 
     # ------------------------------------------------------------------------------------ tensors
+
+    def scatter(
+        self, parcels: Sequence[tuple[bytes, torch.Tensor] | None] | None, source: int = 0
+    ) -> tuple[bytes, torch.Tensor]:
+        """See `World.scatter`. Goes over a gloo group of its own, which the first call makes, on all ranks.
+
+        Raises:
+            RankMissingError: `source`, or a rank it had a parcel for, was gone or did not come.
+        """
+        if self._mail is None:
+            self._mail = dist.new_group(
+                backend="gloo", timeout=dt.timedelta(seconds=min(self.timeout_s, _MOST_MAIL_S))
+            )
+        try:
+            return self._received(source) if parcels is None else self._sent(parcels)
+        except RuntimeError as error:
+            others = [source] if parcels is None else [r for r in range(self.size) if r != self.rank]
+            raise RankMissingError(
+                f"handing out data from rank {source} broke off on rank {self.rank}; a process has ended, or "
+                f"did not come within {self.timeout_s:g} s: {error}",
+                ranks=others,
+                waited_s=self.timeout_s,
+            ) from error
+
+    def _sent(self, parcels: Sequence[tuple[bytes, torch.Tensor] | None]) -> tuple[bytes, torch.Tensor]:
+        under_way: list[Any] = []
+        for rank, parcel in enumerate(parcels):
+            if parcel is None or rank == self.rank:
+                continue
+            words, data = parcel
+            body = torch.cat([data, torch.frombuffer(bytearray(words), dtype=torch.uint8)])
+            head = torch.tensor([len(words), data.numel()])
+            # What is sent has to stay alive until it was received.
+            under_way += [(dist.isend(part, rank, group=self._mail), part) for part in (head, body)]
+        for work, _ in under_way:
+            work.wait()
+        return parcels[self.rank] or _no_parcel()
+
+    def _received(self, source: int) -> tuple[bytes, torch.Tensor]:
+        head = torch.empty(2, dtype=torch.int64)
+        dist.recv(head, source, group=self._mail)
+        words, size = head.tolist()
+        body = torch.empty(words + size, dtype=torch.uint8)
+        dist.recv(body, source, group=self._mail)
+        # The data comes first: tensors are views of it, so it has to begin at an aligned address.
+        return body[size:].numpy().tobytes(), body[:size]
 
     def gather(self, tree: T) -> T:
         gathered: T = _mapped(tree, self._gathered)
@@ -286,7 +359,7 @@ def join_ranks(
         local_size: how many of the processes run on this machine.
     """
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=dt.timedelta(seconds=timeout_s))
     return Ranks(timeout_s=timeout_s, local_rank=local_rank, local_size=local_size)
 
 

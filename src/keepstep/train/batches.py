@@ -2,8 +2,7 @@
 
 `KeyedSource` serves map-style datasets. Its inner DataLoader is fed small keys (seed, indices), and its
 dataset fetches and collates a whole batch under the seed of its key. So a batch is a function of its key,
-wherever and in whatever company it is loaded. `ReplayedSource` serves what has no positions (iterable
-datasets, loaders with an iteration of their own): seeking there is running from the start.
+wherever and in whatever company it is loaded. What has no positions is served by `streams.py`.
 """
 
 from __future__ import annotations
@@ -13,29 +12,37 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from keepstep.train.agreement import check_alike
 from keepstep.train.generators import KeptGenerator, Replacement, find_generators
 from keepstep.train.memory import SamplerMemory
 from keepstep.train.order import Order, derive_seed, draw_order
 from keepstep.train.progress import Cursor
-from keepstep.train.rng import PausedRandomness, drop_held_gaussian, isolated, seed_globals
+from keepstep.train.rng import drop_held_gaussian, isolated, seed_globals
+from keepstep.train.shares import Plan, Share, check_split
+from keepstep.world import World
 
-__all__ = ["BatchSource", "KeyedSource", "ReplayedSource", "clone_loader", "make_source"]
+__all__ = ["BatchSource", "KeyedSource", "announce_pass", "clone_loader", "full_batch"]
 
 _log = logging.getLogger(__name__)
-_END = object()
 _BASE_SEED, _ORDER_SEED = -1, -2
 Key = tuple[int, Any]
 
 
 class BatchSource(Protocol):
-    """Gives the batches of a pass from any position on."""
+    """Gives this rank's batches of a pass from any position on.
+
+    Attributes:
+        share: of this rank.
+    """
+
+    share: Share
 
     def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
-        """Yield the batches of the pass that `cursor` began, from its position on.
+        """Yield this rank's batches of the pass that `cursor` began, from its position on.
 
-        `cursor.length` is set no later than when the last batch is given out.
+        `cursor.length` and `cursor.remainder` are set no later than when the last batch is given out.
 
         Args:
             cursor: of the loader.
@@ -51,13 +58,20 @@ class BatchSource(Protocol):
         """Bring the samplers to where `memory` was read."""
         ...
 
+    def bookmark(self) -> str | None:
+        """What the data itself says about the batch that was given out last; None if it says nothing."""
+        ...
 
-def make_source(loader: DataLoader[Any]) -> BatchSource:
-    """Choose the source that fits a DataLoader."""
-    own_iteration = type(loader).__iter__ is not DataLoader.__iter__
-    if own_iteration or isinstance(loader.dataset, IterableDataset):
-        return ReplayedSource(loader)
-    return KeyedSource(loader)
+    def go_to(self, bookmark: str | None) -> None:
+        """Enter the next pass by a bookmark, if it begins at that position or behind it."""
+        ...
+
+
+def full_batch(loader: DataLoader[Any]) -> int | None:
+    """Samples in a full batch of a loader; None if nothing says so."""
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    size = getattr(sampler, "batch_size", loader.batch_size)
+    return size if isinstance(size, int) and size > 0 else None
 
 
 class KeyedSource:
@@ -65,9 +79,19 @@ class KeyedSource:
 
     Args:
         loader: the user's; its dataset, samplers, collate_fn and options are used, itself it is not run.
+        share: of this rank.
+        world: all ranks.
+
+    Raises:
+        UsageError: batches are to be split and can't be cut into equal parts.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any], share: Share, world: World) -> None:
+        check_split(share, full_batch(loader))
+        self.share = share
+        self._world = world
+        self._batch_size = full_batch(loader)
+        self._dataset = loader.dataset
         self._sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         self._memory = SamplerMemory(self._sampler)
         self._keys = _KeyStream()
@@ -89,17 +113,37 @@ class KeyedSource:
 
     def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
         """Yield the batches of one pass from the cursor's position on."""
+        announce_pass(self._dataset, cursor.pass_number)
         order = draw_order(self._sampler, seed=derive_seed(seed, _ORDER_SEED), pass_number=cursor.pass_number)
-        cursor.length = order.length
+        if self.share.size > 1:
+            self._check_alike(cursor, seed, order)
+        plan = Plan(
+            order,
+            self.share,
+            batch_size=self._batch_size,
+            drop_last=bool(getattr(self._sampler, "drop_last", False)),
+            start=cursor.position,
+        )
+        cursor.length, cursor.remainder = plan.end, plan.remainder
         self._base_generator.manual_seed(derive_seed(seed, _BASE_SEED))
-        self._keys.arm(order, seed, cursor.position)
+        self._keys.arm(plan, seed, self.share.size)
         for batch in iter(self._inner):
             if cursor.length is None:
-                cursor.length = order.length
+                cursor.length, cursor.remainder = plan.end, plan.remainder
             if self._in_workers:
                 drop_held_gaussian()
             yield batch
-        cursor.length = order.length
+        cursor.length, cursor.remainder = plan.end, plan.remainder
+
+    def _check_alike(self, cursor: Cursor, seed: int, order: Order) -> None:
+        facts = {
+            "the number of the pass": cursor.pass_number,
+            "the first batch": cursor.position,
+            "the seed": seed,
+            "the number of batches": order.length,
+            "the order of the samples": order.digest(),
+        }
+        check_alike(self._world, cursor.index, facts)
 
     def memory(self) -> list[dict[str, Any]]:
         """What the samplers remember now."""
@@ -109,56 +153,19 @@ class KeyedSource:
         """Bring the samplers to where `memory` was read."""
         self._memory.write(memory)
 
+    def bookmark(self) -> str | None:
+        """Nothing: a position says it all."""
+        return None
 
-class ReplayedSource:
-    """Batches of a loader that cannot seek: a position is reached by running up to it.
-
-    The loader runs under generators of its own, so its randomness is the same at every attempt as long as
-    the number of workers is.
-
-    Args:
-        loader: the user's.
-    """
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-
-    def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
-        """Yield the batches of one pass from the cursor's position on."""
-        start = cursor.position
-        randomness = PausedRandomness(seed)
-        replacement = Replacement(find_generators(self._loader.dataset), seed)
-        with randomness, replacement:
-            iterator = self._open(seed)
-            upcoming = next(iterator, _END)
-        if start:
-            _log.info("Replaying %d batches of an iterable dataset to reach the saved position.", start)
-        drawn = 0
-        while upcoming is not _END:
-            batch = upcoming
-            with randomness, replacement:
-                upcoming = next(iterator, _END)
-            drawn += 1
-            if upcoming is _END:
-                cursor.length = drawn
-            if drawn > start:
-                yield batch
-
-    def _open(self, seed: int) -> Iterator[Any]:
-        mine = self._loader.generator
-        if mine is not None:
-            self._loader.generator = torch.Generator().manual_seed(seed)
-        try:
-            return iter(self._loader)
-        finally:
-            self._loader.generator = mine
-
-    def memory(self) -> list[dict[str, Any]]:
-        """Nothing: iterable datasets have no sampler."""
-        return []
-
-    def remember(self, memory: list[dict[str, Any]]) -> None:
+    def go_to(self, bookmark: str | None) -> None:
         """Do nothing."""
+
+
+def announce_pass(dataset: Any, number: int) -> None:
+    """Tell a data set that wants to know which pass begins."""
+    announce: Callable[[int], object] | None = getattr(dataset, "set_epoch", None)
+    if callable(announce):
+        announce(number)
 
 
 def clone_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
@@ -193,18 +200,20 @@ class _KeyStream:
     """The inner loader's batch sampler: yields the keys of the pass it was armed for."""
 
     def __init__(self) -> None:
-        self._armed: tuple[Order, int, int] | None = None
+        self._armed: tuple[Plan, int, int] | None = None
 
-    def arm(self, order: Order, seed: int, position: int) -> None:
+    def arm(self, plan: Plan, seed: int, ranks: int) -> None:
         """Set what the next iteration yields."""
-        self._armed = (order, seed, position)
+        self._armed = (plan, seed, ranks)
 
     def __iter__(self) -> Iterator[Key]:
         if self._armed is None:
             return
-        order, seed, position = self._armed
-        for batch, indices in enumerate(order.start_at(position), start=position):
-            yield derive_seed(seed, batch), indices
+        plan, seed, ranks = self._armed
+        for portion in plan.portions():
+            # What a split unit draws depends on the cut; all else on the unit alone, on any number of ranks.
+            cut = () if portion.part is None or ranks == 1 else (portion.part, ranks)
+            yield derive_seed(seed, portion.unit, *cut), portion.indices
 
 
 class _KeyedDataset(Dataset[Any]):

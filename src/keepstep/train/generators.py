@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["KeptGenerator", "Replacement", "find_generators", "fresh_generator"]
+__all__ = ["KeptGenerator", "Replacement", "find_generators", "fresh_generator", "reseed"]
 
 _MAX_DEPTH = 5
 _MAX_ITEMS = 64
@@ -85,6 +85,20 @@ def fresh_generator(like: Any, seed: int) -> Any:
     if isinstance(like, numpy.random.RandomState):
         return numpy.random.RandomState(seed & 0xFFFFFFFF)
     return numpy.random.Generator(type(like.bit_generator)(seed))
+
+
+def reseed(generator: Any, seed: int) -> None:
+    """Bring a generator to where a fresh one of its kind starts; whoever holds it sees that."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, random.Random):
+        generator.seed(seed)
+    else:
+        fresh = fresh_generator(generator, seed)
+        if hasattr(generator, "bit_generator"):
+            generator.bit_generator.state = fresh.bit_generator.state
+        else:
+            generator.set_state(fresh.get_state(legacy=False))
 
 
 class Replacement:

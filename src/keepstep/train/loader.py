@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from keepstep.errors import UsageError
-from keepstep.train.batches import BatchSource, clone_loader
+from keepstep.train.batches import BatchSource, clone_loader, full_batch
 from keepstep.train.order import derive_seed
 from keepstep.train.placement import Placement
 from keepstep.train.progress import Cursor, Progress
+from keepstep.train.shares import ALL_OF_IT, Share
+from keepstep.train.sources import drops_last
 
 __all__ = ["PreparedLoader", "skip_first_batches"]
 
@@ -31,6 +34,7 @@ class PreparedLoader(DataLoader[Any]):
     Args:
         loader: what the user made.
         source: where its batches come from.
+        share: of this rank.
         placement: what happens to each batch.
         progress: of the run.
         seed: of the run's data.
@@ -44,6 +48,7 @@ class PreparedLoader(DataLoader[Any]):
         placement: Placement,
         progress: Progress,
         seed: int,
+        share: Share = ALL_OF_IT,
     ) -> None:
         # DataLoader.__init__ is left out on purpose: this object stands in front of one that exists, and is a
         # DataLoader only so that code which asks `isinstance` goes on working.
@@ -53,6 +58,7 @@ class PreparedLoader(DataLoader[Any]):
         self._source = source
         self._placement = placement
         self._progress = progress
+        self._share = share
         self._memory = source.memory()
 
     def __getattr__(self, name: str) -> Any:
@@ -61,7 +67,8 @@ class PreparedLoader(DataLoader[Any]):
         return getattr(self.prepared_from, name)
 
     def __len__(self) -> int:
-        return len(self.prepared_from)
+        """Batches in a whole pass on this rank."""
+        return self._share.batches(len(self.prepared_from), drops_last(self.prepared_from))
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self.pass_from(None)
@@ -70,7 +77,7 @@ class PreparedLoader(DataLoader[Any]):
         """Iterate once.
 
         Args:
-            first: batch to start at; None for 0, or for where an interrupted pass is continued.
+            first: this rank's batch to start at; None for 0, or for where an interrupted pass is continued.
         """
         iteration = self._iterate(first)
         entry = self.cursor.current
@@ -88,11 +95,12 @@ class PreparedLoader(DataLoader[Any]):
             self._source.remember(self._memory)
         else:
             self._memory = self._source.memory()
-        entry = progress.begin(cursor, first)
+        stride = self._share.stride
+        entry = progress.begin(cursor, None if first is None else first * stride)
         try:
             seed = derive_seed(self.seed, cursor.index, cursor.pass_number)
             for batch in self._source.batches(cursor, seed):
-                progress.advance(entry)
+                progress.advance(entry, stride)
                 yield place(batch)
         except GeneratorExit:
             progress.leave(entry)
@@ -112,19 +120,49 @@ class PreparedLoader(DataLoader[Any]):
 
     @property
     def position(self) -> int:
-        """Batches of the pass under way that were given out, those before a resume included.
+        """Batches of the pass under way that this rank was given, those before a resume included.
 
-        After a resume in the middle of a pass `enumerate(loader)` counts from 0; this goes on.
+        After a resume in the middle of a pass `enumerate(loader)` counts from 0; this goes on. If the number
+        of ranks has changed since, it says how many it would be had the whole pass run on the present one.
         """
-        return self.cursor.position if self.cursor.current is not None else 0
+        return -(-self.cursor.position // self._share.stride) if self.cursor.current is not None else 0
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """Whether this rank was given the last batch of the pass under way."""
+        return self.cursor.current is not None and self.cursor.at_end
+
+    @property
+    def remainder(self) -> int:
+        """Samples of the last step of the pass under way, over all ranks, that aren't there twice.
+
+        0 if that step is a full one, -1 if it isn't known yet.
+        """
+        return self.cursor.remainder if self.cursor.current is not None else -1
+
+    @property
+    def even_batches(self) -> bool:
+        """Whether all ranks get the same number of batches; what is set holds from the next pass on."""
+        return self._share.even
+
+    @even_batches.setter
+    def even_batches(self, value: bool) -> None:
+        self._share = self._source.share = replace(self._share, even=value)
 
     @property
     def total_batch_size(self) -> int | None:
         """Samples in a batch over all ranks; None when a batch sampler decides."""
-        size: int | None = getattr(
-            self.prepared_from.batch_sampler, "batch_size", self.prepared_from.batch_size
-        )
-        return size
+        size = full_batch(self.prepared_from)
+        return None if size is None else size * self._share.stride
+
+    @property
+    def total_dataset_length(self) -> int:
+        """Samples in the data set, over all ranks.
+
+        Raises:
+            TypeError: the data set has no length.
+        """
+        return len(self.prepared_from.dataset)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be the same in a run that resumes, and what the samplers remember."""
@@ -132,12 +170,14 @@ class PreparedLoader(DataLoader[Any]):
         return {
             "shape": _shape(self.prepared_from),
             "memory": self._memory if open_pass else self._source.memory(),
+            "bookmark": self._source.bookmark(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take on what the samplers remembered; the cursor is restored with the run's progress."""
         self._memory = state["memory"]
         self._source.remember(self._memory)
+        self._source.go_to(state.get("bookmark"))
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """Say what of a saved state doesn't fit this loader: one sentence for each value that changed."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,11 +50,15 @@ class Order(Protocol):
 
     @property
     def length(self) -> int | None:
-        """Number of batches, None while it isn't known."""
+        """Number of batches over all ranks, None while it isn't known."""
         ...
 
     def start_at(self, position: int) -> Iterator[Any]:
         """Yield the indices of batch `position`, position + 1, ... to the end."""
+        ...
+
+    def digest(self) -> str:
+        """Tell orders apart: two that differ have different ones, as far as they are known by now."""
         ...
 
 
@@ -76,6 +81,10 @@ class Chunked:
         for batch in range(position, self.length):
             yield list(self.indices[batch * self.batch_size : (batch + 1) * self.batch_size])
 
+    def digest(self) -> str:
+        """Of the indices, and of how they are cut."""
+        return f"{_digest(self.indices)}/{self.batch_size}/{self.drop_last}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
@@ -92,6 +101,10 @@ class Listed:
         """Yield items from `position` on."""
         for item in range(position, len(self.items)):
             yield self.items[item]
+
+    def digest(self) -> str:
+        """Of all items."""
+        return _digest(self.items)
 
 
 class Streamed:
@@ -127,6 +140,10 @@ class Streamed:
             if drawn > position:
                 yield item
         self.length = drawn
+
+    def digest(self) -> str:
+        """The same for all: nothing is drawn yet."""
+        return ""
 
 
 def draw_order(sampler: Any, *, seed: int, pass_number: int) -> Order:
@@ -189,3 +206,24 @@ def _is_sized(sampler: Any) -> bool:
         # A batch sampler around an unsized sampler has a __len__ that cannot answer.
         return False
     return True
+
+
+def _digest(items: Any) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    _absorb(items, found)
+    return found.hexdigest()
+
+
+def _absorb(items: Any, into: Any) -> None:
+    """Of what is neither a number nor text only the type counts: it may look different in each process."""
+    if isinstance(items, range | str | int | float):
+        into.update(f"{items!r};".encode())
+    elif isinstance(items, list | tuple):
+        try:
+            into.update(array("q", items))
+        except (TypeError, OverflowError):
+            for item in items:
+                _absorb(item, into)
+        into.update(f"{len(items)};".encode())
+    else:
+        into.update(f"{type(items).__qualname__};".encode())

@@ -11,15 +11,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from keepstep.errors import NotPreparedError
-from keepstep.train.batches import make_source
 from keepstep.train.compiling import compiled
 from keepstep.train.loader import PreparedLoader
 from keepstep.train.parallel import Parallel, without_wrappers
 from keepstep.train.placement import Placement
 from keepstep.train.plugins import TorchDynamoPlugin
+from keepstep.train.shares import Share
+from keepstep.train.sources import make_source
 from keepstep.train.state import TrainState
 from keepstep.train.step import PreparedOptimizer, PreparedScheduler
 from keepstep.tree import is_stateful
+from keepstep.world import OneRank
 
 __all__ = ["Preparer"]
 
@@ -151,7 +153,7 @@ class Preparer:
             self._state.seed = self._state.world.broadcast(torch.initial_seed())
         prepared = PreparedLoader(
             loader,
-            source=make_source(loader),
+            source=make_source(loader, share=Share(), world=OneRank()),
             placement=self._placement,
             progress=self._state.progress,
             seed=self._state.seed,

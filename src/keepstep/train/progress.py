@@ -35,8 +35,10 @@ class Cursor:
     Attributes:
         index: the loader's number, in the order of preparation.
         pass_number: of the pass that was begun last, from 0; -1 before the first.
-        position: batches given out in that pass.
-        length: batches in that pass, None while unknown.
+        position: units (see `shares.py`) of that pass given out, over all ranks together; with one process
+            that is batches. The same on every rank, so that another number of ranks can go on from there.
+        length: the position after this rank's last batch of that pass, None while unknown.
+        remainder: samples of the pass's last step that are no fillers; see `shares.Plan`.
         current: that pass while it is open, or restored and not yet continued.
     """
 
@@ -44,7 +46,13 @@ class Cursor:
     pass_number: int = -1
     position: int = 0
     length: int | None = None
+    remainder: int = -1
     current: OpenPass | None = None
+
+    @property
+    def at_end(self) -> bool:
+        """Whether this rank was given its last batch of the pass."""
+        return self.length is not None and self.position >= self.length
 
 
 @dataclass(eq=False)
@@ -106,11 +114,11 @@ class Progress:
         return True
 
     def begin(self, cursor: Cursor, first: int | None = None) -> OpenPass:
-        """Begin a pass, or go on with a restored one, at batch `cursor.position`.
+        """Begin a pass, or go on with a restored one, at unit `cursor.position`.
 
         Args:
             cursor: of the loader.
-            first: batch to start at, whatever was restored.
+            first: unit to start at, whatever was restored.
         """
         entry = cursor.current
         if entry is not None and entry.waiting:
@@ -122,17 +130,25 @@ class Progress:
             self._open.append(entry)
             cursor.pass_number += 1
             cursor.position = 0
-        cursor.current, cursor.length = entry, None
+        cursor.current, cursor.length, cursor.remainder = entry, None, -1
         if first is not None:
             cursor.position = first
         entry.handling = id(sys.exception())
         self._before_leaving = None
         return entry
 
-    def advance(self, entry: OpenPass) -> None:
-        """Note that a pass gives out its next batch."""
-        if entry.cursor.current is entry:
-            entry.cursor.position += 1
+    def advance(self, entry: OpenPass, units: int) -> None:
+        """Note that a pass gives out its next batch.
+
+        Args:
+            entry: the pass.
+            units: what a step of all ranks takes; the last one may be left with less.
+        """
+        cursor = entry.cursor
+        if cursor.current is entry:
+            cursor.position += units
+            if cursor.length is not None:
+                cursor.position = min(cursor.position, cursor.length)
             self._before_leaving = None
 
     def leave(self, entry: OpenPass) -> None:
@@ -177,11 +193,12 @@ class Progress:
 
     def at_last_batch(self) -> bool:
         """Whether the loader that began last among the open ones has given out its last batch."""
-        for entry in reversed(self._open):
-            if not entry.waiting:
-                length = entry.cursor.length
-                return length is not None and entry.cursor.position >= length
-        return False
+        cursor = self.innermost()
+        return cursor is not None and cursor.at_end
+
+    def innermost(self) -> Cursor | None:
+        """Of the loaders that are being iterated, the one that began last."""
+        return next((entry.cursor for entry in reversed(self._open) if not entry.waiting), None)
 
     # -- epochs ---------------------------------------------------------------------------------------
 

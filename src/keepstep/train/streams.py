@@ -1,0 +1,173 @@
+"""Batches of what has no positions: iterable data sets, and loaders with an iteration of their own.
+
+A stream is run from its start up to the position that is wanted (`ReplayedSource`). If it can say where it
+is, by `state_dict` and `load_state_dict`, it is asked and told instead (`StatefulSource`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from keepstep.train.batches import announce_pass
+from keepstep.train.generators import KeptGenerator, Replacement, find_generators, reseed
+from keepstep.train.order import derive_seed
+from keepstep.train.parcels import packed_text, unpacked_text
+from keepstep.train.progress import Cursor
+from keepstep.train.rng import PausedRandomness, isolated
+from keepstep.train.shares import ALL_OF_IT
+
+__all__ = ["ReplayedSource", "StatefulSource"]
+
+_log = logging.getLogger(__name__)
+_END = object()
+
+
+class ReplayedSource:
+    """Batches of a loader that cannot seek: a position is reached by running up to it.
+
+    The loader runs under generators of its own, so its randomness is the same at every attempt as long as
+    the number of workers is.
+
+    Args:
+        loader: the user's.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+        self.share = ALL_OF_IT
+
+    def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
+        """Yield the batches of one pass from the cursor's position on."""
+        start = cursor.position
+        announce_pass(self._loader.dataset, cursor.pass_number)
+        randomness = PausedRandomness(seed)
+        replacement = Replacement(find_generators(self._loader.dataset), seed)
+        with randomness, replacement:
+            iterator = _opened(self._loader, seed)
+            upcoming = next(iterator, _END)
+        if start:
+            _log.warning(
+                "Replaying %d batches to reach the saved position: this data can't be entered in the middle. "
+                "A dataset with state_dict and load_state_dict, in a loader with num_workers=0, can.",
+                start,
+            )
+        drawn = 0
+        while upcoming is not _END:
+            batch = upcoming
+            with randomness, replacement:
+                upcoming = next(iterator, _END)
+            drawn += 1
+            if upcoming is _END:
+                cursor.length = drawn
+            if drawn > start:
+                yield batch
+
+    def memory(self) -> list[dict[str, Any]]:
+        """Nothing: iterable datasets have no sampler."""
+        return []
+
+    def remember(self, memory: list[dict[str, Any]]) -> None:
+        """Do nothing."""
+
+    def bookmark(self) -> str | None:
+        """Nothing: only running it leads to a position."""
+        return None
+
+    def go_to(self, bookmark: str | None) -> None:
+        """Do nothing."""
+
+
+class StatefulSource:
+    """Batches of a stream that can say where it is.
+
+    It is asked after each batch, since the stream is always read one batch ahead. So that what it draws at
+    random doesn't depend on where it was entered, each batch is read under generators seeded for it alone.
+
+    Args:
+        loader: the user's.
+        stateful: what is asked: the data set, or a loader that has a state of its own.
+    """
+
+    def __init__(self, loader: DataLoader[Any], stateful: Any) -> None:
+        self._loader = loader
+        self._stateful = stateful
+        self.share = ALL_OF_IT
+        self._bookmark: str | None = None
+        self._wanted: dict[str, Any] | None = None
+
+    def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
+        """Yield the batches of one pass from the cursor's position on."""
+        kept = find_generators(self._loader.dataset)
+        replacement = Replacement(kept, seed)
+        announce_pass(self._loader.dataset, cursor.pass_number)
+        with isolated(seed), replacement:
+            reached = self._enter(cursor)
+            iterator = _opened(self._loader, seed)
+
+        def read(number: int) -> tuple[Any, str | None]:
+            unit_seed = derive_seed(seed, number)
+            with isolated(unit_seed), replacement:
+                _reseed_all(kept, unit_seed)
+                batch = next(iterator, _END)
+                return batch, None if batch is _END else self._mark(cursor, number + 1)
+
+        upcoming, mark = read(reached)
+        while upcoming is not _END:
+            batch, self._bookmark = upcoming, mark
+            reached += 1
+            upcoming, mark = read(reached)
+            if upcoming is _END:
+                cursor.length = reached
+            if reached > cursor.position:
+                yield batch
+
+    def _enter(self, cursor: Cursor) -> int:
+        """Bring the stream to the bookmark, if that helps; the position that it is at now."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is None or wanted["pass"] != cursor.pass_number or wanted["position"] > cursor.position:
+            return 0
+        self._stateful.load_state_dict(unpacked_text(wanted["state"]))
+        return int(wanted["position"])
+
+    def _mark(self, cursor: Cursor, position: int) -> str:
+        state = packed_text(self._stateful.state_dict())
+        return json.dumps({"pass": cursor.pass_number, "position": position, "state": state})
+
+    def memory(self) -> list[dict[str, Any]]:
+        """The state of the stream between passes."""
+        return [{"stream": packed_text(self._stateful.state_dict())}]
+
+    def remember(self, memory: list[dict[str, Any]]) -> None:
+        """Bring the stream to where `memory` was read."""
+        if memory and "stream" in memory[0]:
+            self._stateful.load_state_dict(unpacked_text(memory[0]["stream"]))
+
+    def bookmark(self) -> str | None:
+        """The state of the stream after the batch that was given out last."""
+        return self._bookmark
+
+    def go_to(self, bookmark: str | None) -> None:
+        """Enter the next pass by a bookmark."""
+        self._bookmark = bookmark
+        self._wanted = None if bookmark is None else json.loads(bookmark)
+
+
+def _opened(loader: DataLoader[Any], seed: int) -> Iterator[Any]:
+    mine = loader.generator
+    if mine is not None:
+        loader.generator = torch.Generator().manual_seed(seed)
+    try:
+        return iter(loader)
+    finally:
+        loader.generator = mine
+
+
+def _reseed_all(kept: list[KeptGenerator], seed: int) -> None:
+    for number, (holder, name) in enumerate(kept):
+        reseed(holder[name], seed + number)
