@@ -38,7 +38,7 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
 
     Args:
         device_placement: put models and batches onto `device`.
-        split_batches: with several ranks, split each batch over them instead of multiplying its size.
+        split_batches: with several ranks, split each batch over them instead of giving each a whole one.
         mixed_precision: "no", "bf16" or "fp16"; None reads KEEPSTEP_MIXED_PRECISION, else "no".
         gradient_accumulation_steps: micro-batches to an optimizer step.
         cpu: train on the CPU even if there is an accelerator.
@@ -54,6 +54,8 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
             `InitProcessGroupKwargs` and `ProfileKwargs`, at most one each.
         dynamo_backend: compile models with this backend of `torch.compile`.
         dynamo_plugin: more about compiling, instead of `dynamo_backend`.
+        dispatch_batches: see `DataLoaderConfiguration`.
+        even_batches: see `DataLoaderConfiguration`.
         checkpoint_policy: when `checkpoint()` saves and what is kept. None saves as often as costs at most
             1 % of the run's time, keeps the 3 newest of those, and all that `save_state()` wrote.
 
@@ -83,6 +85,8 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
         deepspeed_plugins: Any = None,
         parallelism_config: Any = None,
         *,
+        dispatch_batches: bool | None = None,
+        even_batches: bool = True,
         checkpoint_policy: CheckpointPolicy | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in Wishes.__dataclass_fields__}
@@ -93,7 +97,7 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
         self.process = parts.process
         self.device = parts.process.device
         self.project_configuration = parts.project
-        self.split_batches = parts.wishes.split_batches
+        self.split_batches = parts.loading.split_batches
         self._world = parts.process.world
         self._parallel = parts.parallel
         self._precision = parts.precision
@@ -111,7 +115,7 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
             precision=parts.precision,
             window=self._window,
             progress=progress,
-            seed=parts.data_seed,
+            seed=parts.loading.data_seed,
         )
         self._preparer = Preparer(
             self._state,
@@ -120,6 +124,7 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
             parallel=parts.parallel,
             compiling=parts.compiling,
             scheduler_steps=1 if self.split_batches else self._world.size,
+            loading=parts.loading,
             step_with_optimizer=parts.wishes.step_scheduler_with_optimizer,
         )
         self._saver = Saver(

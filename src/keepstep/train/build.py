@@ -51,6 +51,8 @@ class Wishes:
 
     device_placement: bool
     split_batches: bool
+    dispatch_batches: bool | None
+    even_batches: bool
     mixed_precision: str | None
     gradient_accumulation_steps: int
     cpu: bool
@@ -82,12 +84,12 @@ class Parts:
     profiling: ProfileKwargs
     precision: Precision
     placement: Placement
+    loading: DataLoaderConfiguration
     accumulation: GradientAccumulationPlugin
     project: ProjectConfiguration
     policy: CheckpointPolicy
     retention: Retention
     pin_explicit_saves: bool
-    data_seed: int | None
 
 
 def build_parts(wishes: Wishes) -> Parts:
@@ -104,7 +106,7 @@ def build_parts(wishes: Wishes) -> Parts:
         )
     _refuse_what_there_is_not(wishes)
     environment = read_environment()
-    loading = wishes.dataloader_config or DataLoaderConfiguration()
+    loading = _loading(wishes)
     project = _project(wishes.project_dir, wishes.project_config)
     accumulation = _accumulation(wishes, environment)
     compiling = _compiling(wishes, environment)
@@ -123,6 +125,7 @@ def build_parts(wishes: Wishes) -> Parts:
         profiling=handlers.profiling,
         precision=precision,
         placement=_placement(process.device, wishes.device_placement, loading),
+        loading=loading,
         accumulation=accumulation,
         project=project,
         policy=policy or CheckpointPolicy(),
@@ -130,7 +133,6 @@ def build_parts(wishes: Wishes) -> Parts:
         # With no word on what to keep, what the user saves by hand stays, as in Accelerate; what is saved
         # automatically must not fill the disk.
         pin_explicit_saves=project.total_limit is None and policy is None,
-        data_seed=loading.data_seed,
     )
 
 
@@ -187,6 +189,23 @@ def _placement(device: torch.device, wanted: bool, loading: DataLoaderConfigurat
     if not wanted or device.type == "cpu":
         return LeaveInPlace()
     return MoveTo(device, non_blocking=loading.non_blocking)
+
+
+def _loading(wishes: Wishes) -> DataLoaderConfiguration:
+    """The Accelerator's own arguments and the configuration say the same, or one of them nothing."""
+    default = DataLoaderConfiguration()
+    config = wishes.dataloader_config or default
+    given = {name: getattr(wishes, name) for name in ("split_batches", "dispatch_batches", "even_batches")}
+    for name, value in given.items():
+        usual, configured = getattr(default, name), getattr(config, name)
+        if value not in (usual, configured) and configured != usual:
+            raise UsageError(
+                f"Accelerator({name}={value!r}) and DataLoaderConfiguration({name}={configured!r}) differ. "
+                "Leave one of them out."
+            )
+        if value != usual:
+            config = replace(config, **{name: value})
+    return config
 
 
 def _accumulation(wishes: Wishes, environment: Environment) -> GradientAccumulationPlugin:

@@ -215,15 +215,41 @@ class DataLoaderConfiguration:
     """How loaders are prepared.
 
     Args:
-        split_batches: with several ranks, split each batch over them instead of multiplying its size.
+        split_batches: with several ranks, split each batch over them instead of giving each a whole one.
+        dispatch_batches: with several ranks, rank 0 alone reads and hands each its share; False: every rank
+            reads by itself. None: the former for iterable data sets, and for loaders with an iteration of
+            their own; the latter for all others.
+        even_batches: with several ranks, all get the same number of batches of the same size; what is missing
+            at the end of a pass is filled with samples that were there before.
+        use_seedable_sampler: without effect: every order is a function of the seed and the pass, whatever the
+            sampler.
         data_seed: what the order of the data and all randomness in loading it derive from; None takes
             `torch.initial_seed()` at the time the first loader is prepared.
         non_blocking: let copies to the device overlap with computation.
+        use_stateful_dataloader: without effect: every loader goes on where it was.
+
+    Raises:
+        UsageError: a value is impossible.
     """
 
     split_batches: bool = False
+    dispatch_batches: bool | None = None
+    even_batches: bool = True
+    use_seedable_sampler: bool = False
     data_seed: int | None = None
     non_blocking: bool = False
+    use_stateful_dataloader: bool = False
+
+    def __post_init__(self) -> None:
+        flags = ("split_batches", "even_batches", "use_seedable_sampler", "non_blocking")
+        for field in (*flags, "use_stateful_dataloader"):
+            _require(isinstance(getattr(self, field), bool), self, field, "True or False")
+        _require(
+            self.dispatch_batches in (None, True, False), self, "dispatch_batches", "True, False or None"
+        )
+        seed = self.data_seed
+        fine = seed is None or (isinstance(seed, int) and not isinstance(seed, bool))
+        _require(fine, self, "data_seed", "an integer, or None")
 
 
 @dataclass(frozen=True, kw_only=True)

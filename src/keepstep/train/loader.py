@@ -54,6 +54,7 @@ class PreparedLoader(DataLoader[Any]):
         # DataLoader only so that code which asks `isinstance` goes on working.
         self.prepared_from = loader
         self.cursor: Cursor = progress.new_cursor()
+        self.cursor.loader = weakref.ref(self)
         self.seed = seed
         self._source = source
         self._placement = placement

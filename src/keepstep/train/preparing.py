@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from keepstep.errors import NotPreparedError
 from keepstep.train.compiling import compiled
+from keepstep.train.config import DataLoaderConfiguration
 from keepstep.train.loader import PreparedLoader
 from keepstep.train.parallel import Parallel, without_wrappers
 from keepstep.train.placement import Placement
@@ -21,7 +22,6 @@ from keepstep.train.sources import make_source
 from keepstep.train.state import TrainState
 from keepstep.train.step import PreparedOptimizer, PreparedScheduler
 from keepstep.tree import is_stateful
-from keepstep.world import OneRank
 
 __all__ = ["Preparer"]
 
@@ -37,6 +37,7 @@ class Preparer:
         placement: what happens to batches.
         parallel: how ranks share a model.
         compiling: how models are compiled.
+        loading: how loaders are prepared.
         step_with_optimizer: schedulers step only when their optimizers do.
         scheduler_steps: of a scheduler to each of an optimizer: as many as there are ranks, as their batches
             come beside one another, or 1.
@@ -50,6 +51,7 @@ class Preparer:
         placement: Placement,
         parallel: Parallel,
         compiling: TorchDynamoPlugin,
+        loading: DataLoaderConfiguration,
         step_with_optimizer: bool,
         scheduler_steps: int,
     ) -> None:
@@ -58,6 +60,7 @@ class Preparer:
         self._placement = placement
         self._parallel = parallel
         self._compiling = compiling
+        self._loading = loading
         self._step_with_optimizer = step_with_optimizer
         self._scheduler_steps = scheduler_steps
         self._wrapped: dict[int, torch.nn.Module] = {}
@@ -151,9 +154,14 @@ class Preparer:
         if self._state.seed is None:
             # Not earlier: scripts seed before or after they make the Accelerator; not each rank its own.
             self._state.seed = self._state.world.broadcast(torch.initial_seed())
+        world, loading = self._state.world, self._loading
+        share = Share(
+            rank=world.rank, size=world.size, split=loading.split_batches, even=loading.even_batches
+        )
         prepared = PreparedLoader(
             loader,
-            source=make_source(loader, share=Share(), world=OneRank()),
+            source=make_source(loader, share=share, world=world, dispatch=loading.dispatch_batches),
+            share=share,
             placement=self._placement,
             progress=self._state.progress,
             seed=self._state.seed,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class Cursor:
         length: the position after this rank's last batch of that pass, None while unknown.
         remainder: samples of the pass's last step that are no fillers; see `shares.Plan`.
         current: that pass while it is open, or restored and not yet continued.
+        loader: the loader itself, as long as it lives.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Cursor:
     length: int | None = None
     remainder: int = -1
     current: OpenPass | None = None
+    loader: Callable[[], Any] = lambda: None
 
     @property
     def at_end(self) -> bool:

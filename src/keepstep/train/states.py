@@ -106,6 +106,26 @@ class GradientState:
         """Whether the loader that began last among the open ones has given out its last batch."""
         return self._progress.at_last_batch()
 
+    @property
+    def in_dataloader(self) -> bool:
+        """Whether a loader is being iterated."""
+        return self._progress.innermost() is not None
+
+    @property
+    def active_dataloader(self) -> Any:
+        """The prepared loader that began last among those that are being iterated; None without one."""
+        cursor = self._progress.innermost()
+        return None if cursor is None else cursor.loader()
+
+    @property
+    def remainder(self) -> int:
+        """Samples in the last step of the loader that began last which aren't there twice, over all ranks.
+
+        0 if that step is a full one, -1 if it isn't known, or if no loader is being iterated.
+        """
+        cursor = self._progress.innermost()
+        return -1 if cursor is None else cursor.remainder
+
     def __repr__(self) -> str:
         return (
             f"Sync Gradients: {self.sync_gradients}\n"
