@@ -121,7 +121,7 @@ def _taken(batch: Any, rows: int, picks: range) -> Any:
     return _changed(
         batch,
         rows,
-        lambda value: value[numbers] if _is_array(value) else type(value)(value[n] for n in numbers),
+        lambda value: value[numbers] if _is_array(value) else [value[number] for number in numbers],
     )
 
 
@@ -131,7 +131,7 @@ def _changed(value: Any, rows: int, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return _rebuilt(value, {key: _changed(item, rows, change) for key, item in value.items()})
     if isinstance(value, list | tuple):
-        if type(value) in (list, tuple) and len(value) == rows and not _holds_arrays(value):
+        if type(value) is list and len(value) == rows and not _holds_arrays(value):
             return change(value)  # one text or number to a sample
         return _rebuilt(value, [_changed(item, rows, change) for item in value])
     return value
@@ -162,8 +162,8 @@ def _together(values: list[Any], sizes: list[int]) -> Any:
         return _rebuilt(first, {key: _together([value[key] for value in values], sizes) for key in first})
     if isinstance(first, list | tuple):
         alike = all(len(value) == size for value, size in zip(values, sizes, strict=True))
-        if type(first) in (list, tuple) and alike and not _holds_arrays(first):
-            return type(first)(item for value in values for item in value)
+        if type(first) is list and alike and not _holds_arrays(first):
+            return [item for value in values for item in value]
         if any(len(value) != len(first) for value in values):
             raise CannotCutError("batches of one step have different lengths")
         return _rebuilt(first, [_together(list(items), sizes) for items in zip(*values, strict=True)])
