@@ -17,7 +17,8 @@ from benchmarks.methods import dcp_state_dict, remove
 from benchmarks.report import Bar, at_least, at_most, note, show_table
 from benchmarks.settings import Settings
 from benchmarks.workload import TrainingState
-from keepstep.checkpoint.store import Staging, Store
+from keepstep.checkpoint.in_flight import Staging
+from keepstep.checkpoint.store import Store
 
 __all__ = ["run"]
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from keepstep.checkpoint import dcp as dcp
     from keepstep.checkpoint.engine import save_directory as save_directory
     from keepstep.checkpoint.keeping.retention import Retention as Retention
+    from keepstep.checkpoint.pending import PendingSave as PendingSave
     from keepstep.checkpoint.store import Store as Store
     from keepstep.checkpoint.version import Checkpoint as Checkpoint
-    from keepstep.checkpoint.version import PendingSave as PendingSave
     from keepstep.train.accelerator import Accelerator as Accelerator
     from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
     from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
@@ -33,7 +33,7 @@ _HOME_OF_NAME = {
     "CheckpointPolicy": "keepstep.train.config",
     "DistributedType": "keepstep.train.process",
     "PartialState": "keepstep.train.process",
-    "PendingSave": "keepstep.checkpoint.version",
+    "PendingSave": "keepstep.checkpoint.pending",
     "ProjectConfiguration": "keepstep.train.config",
     "Retention": "keepstep.checkpoint.keeping.retention",
     "Store": "keepstep.checkpoint.store",

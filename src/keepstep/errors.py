@@ -26,6 +26,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     ├── RestoreError               an object's own load_state_dict, or a codec, raised
     ├── MirrorError                a committed checkpoint could not be copied to the mirror
     ├── BackgroundSaveError        a save in the background failed; raised at the next call
+    ├── StillSavingError           a save takes longer than it was waited for (also a TimeoutError)
     ├── RankError                  something that all ranks do together came to nothing
     │   ├── RankMissingError       ranks did not come within the time-out
     │   ├── RankFailedError        another rank raised
@@ -66,6 +67,7 @@ __all__ = [
     "SchemaVersionError",
     "StateError",
     "StateStructureError",
+    "StillSavingError",
     "StoreBusyError",
     "StoreError",
     "StoreReadOnlyError",
@@ -253,6 +255,10 @@ class RestoreError(KeepstepError):
 
 class BackgroundSaveError(KeepstepError):
     """A save in the background failed; the cause is chained. Older checkpoints are whole."""
+
+
+class StillSavingError(KeepstepError, TimeoutError):
+    """A save in the background takes longer than it was waited for; it goes on."""
 
 
 class RankError(KeepstepError):

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from keepstep import Store
+from keepstep.checkpoint.pending import report_unseen_failures
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES
-from keepstep.checkpoint.store import _report_unseen_failures
 from keepstep.errors import BackgroundSaveError, StoreBusyError, StoreError
 from keepstep.files import PAGE_BYTES, LocalFiles, SegmentFile
 
@@ -60,7 +60,7 @@ def in_child(work: Callable[[], None]) -> int:
         code = 1
         try:
             work()
-            _report_unseen_failures()
+            report_unseen_failures()
             code = 0
         except StoreBusyError:
             code = 3

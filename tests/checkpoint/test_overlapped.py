@@ -138,7 +138,7 @@ def test_a_failed_copy_lets_the_caller_go_on(tmp_path: Path, monkeypatch: pytest
 def test_small_states_are_copied_at_once_and_large_ones_behind(
     tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("keepstep.checkpoint.store.AWAITED_UP_TO_BYTES", 100_000)
+    monkeypatch.setattr("keepstep.checkpoint.in_flight.AWAITED_UP_TO_BYTES", 100_000)
     large = Store(tmp_path / "large").save_in_background({"w": torch.ones(50_000)}, staging="auto")
     assert not large.done()
     held.opened.set()

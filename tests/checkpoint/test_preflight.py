@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,11 +141,11 @@ def test_a_place_that_does_not_say_is_believed(tmp_path: Path) -> None:
 
 
 def test_a_save_makes_room_before_it_writes(tmp_path: Path) -> None:
-    store = filled(tmp_path)
+    filled(tmp_path)
     one = (tmp_path / "checkpoint_0" / "model.safetensors").stat().st_size
-    store.retention = Retention(keep_last=2)
-    store._backend = disk = Disk(tmp_path, 4 * one)
-    store._upkeep = Upkeep(disk)
+    store = Store(tmp_path, retention=Retention(keep_last=2))
+    disk = Disk(tmp_path, 4 * one)
+    store._saves._parts = replace(store._saves._parts, backend=disk, upkeep=Upkeep(disk))
     seen = []
     reserve = disk.reserve
 

@@ -68,7 +68,7 @@ def another_process_reads(directory: Path) -> Iterator[None]:
 
 def test_what_another_process_reads_goes_when_it_is_done(tmp_path: Path) -> None:
     store = filled(tmp_path, 3)
-    store.retention = Retention(keep_last=1)
+    store = Store(store.path, retention=Retention(keep_last=1))
     with another_process_reads(tmp_path / "checkpoint_0"):
         assert store.prune() == ["checkpoint_1"]
         with pytest.raises(CheckpointBusyError, match="checkpoint_0 is being read"):
@@ -80,7 +80,7 @@ def test_what_another_process_reads_goes_when_it_is_done(tmp_path: Path) -> None
 
 def test_what_this_process_reads_stays_through_a_save(tmp_path: Path) -> None:
     store = filled(tmp_path, 2)
-    store.retention = Retention(keep_last=1)
+    store = Store(store.path, retention=Retention(keep_last=1))
     with reading(tmp_path / "checkpoint_0"), reading(tmp_path / "checkpoint_0"):
         store.save(state())
     assert names(store) == ["checkpoint_0", "checkpoint_2"]
@@ -130,7 +130,7 @@ def test_a_directory_without_write_permission_is_read(tmp_path: Path) -> None:
 def test_a_damaged_newest_one_stands_in_for_nobody(tmp_path: Path) -> None:
     store = filled(tmp_path, 3)
     (tmp_path / "checkpoint_2" / "model.safetensors").unlink()
-    store.retention = Retention(keep_last=1)
+    store = Store(store.path, retention=Retention(keep_last=1))
     assert store.prune() == ["checkpoint_0"]
     assert names(store) == ["checkpoint_1", "checkpoint_2"]
     latest = store.latest()
@@ -146,7 +146,7 @@ def test_nothing_is_deleted_for_a_commit_that_does_not_read_back(
         check_committed(directory, manifest)  # type: ignore[arg-type]
 
     store = filled(tmp_path, 2)
-    store.retention = Retention(keep_last=1)
+    store = Store(store.path, retention=Retention(keep_last=1))
     monkeypatch.setattr("keepstep.checkpoint.upkeep.check_committed", cut)
     store.save(state())
     assert names(store) == ["checkpoint_0", "checkpoint_1", "checkpoint_2"]
@@ -167,9 +167,9 @@ def test_linked_files_count_once_on_disk(tmp_path: Path) -> None:
     share(store, "checkpoint_0", "checkpoint_1")
     share(store, "checkpoint_0", "checkpoint_2")
     one, segment = store.list()[0].bytes, (tmp_path / "checkpoint_0" / "model.safetensors").stat().st_size
-    store.retention = Retention(byte_budget=3 * one - 2 * segment)
+    store = Store(store.path, retention=Retention(byte_budget=3 * one - 2 * segment))
     assert store.prune() == []
-    store.retention = Retention(byte_budget=3 * one - 2 * segment - 1)
+    store = Store(store.path, retention=Retention(byte_budget=3 * one - 2 * segment - 1))
     assert store.prune() == ["checkpoint_0"]
 
 
@@ -204,7 +204,7 @@ def test_a_disk_that_refuses_is_told_and_what_is_gone_already_is_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = filled(tmp_path, 3)
-    store.retention = Retention(keep_last=1)
+    store = Store(store.path, retention=Retention(keep_last=1))
     entries, _ = survey(tmp_path)
     store.delete("checkpoint_0")
     assert not pruning.drop(tmp_path, entries[0])

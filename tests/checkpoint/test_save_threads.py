@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.checkpoint.equality import assert_same
 
-from keepstep.checkpoint import store as store_module
+from keepstep.checkpoint import in_flight
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
 from keepstep.checkpoint.store import Store
 
@@ -67,7 +67,7 @@ def test_a_failed_copy_keeps_no_block(tmp_path: Path, monkeypatch: pytest.Monkey
         copied[0] = 0
         with pytest.raises(MemoryError):
             store.save_in_background({"w": w})
-    pool = store._engine.pool
+    pool = store._saves._parts.engine.pool
     assert len(pool._free) * BLOCK_BYTES == pool.allocated_bytes
 
 
@@ -81,7 +81,7 @@ def test_ctrl_c_just_after_the_work_was_handed_in_harms_no_commit(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "PendingSave", interrupted)
+        patched.setattr(in_flight, "PendingSave", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.save_in_background(state, staging=staging)
     assert not threads_left()

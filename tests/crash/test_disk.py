@@ -24,8 +24,9 @@ from tests.checkpoint.test_parse import rewrite
 from tests.crash.harness import leftovers
 from tests.crash.tally import Tally
 
+from keepstep.checkpoint.in_flight import Staging
 from keepstep.checkpoint.keeping.retention import Retention
-from keepstep.checkpoint.store import Staging, Store
+from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
     BackgroundSaveError,

@@ -22,8 +22,9 @@ from tests.crash.harness import (
 )
 from tests.crash.tally import Tally
 
+from keepstep.checkpoint.in_flight import Staging
 from keepstep.checkpoint.keeping.retention import Retention
-from keepstep.checkpoint.store import Staging, Store
+from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import BackgroundSaveError, StoreError
 

@@ -41,18 +41,18 @@ class Run:
         """Commits wait until the event is set."""
         store, gate = self.accelerator._saver._store, threading.Event()
         assert store is not None
-        commit = store._committed
+        commit = store._saves._committed
 
         def wait_and_commit(*arguments: Any) -> Any:
             gate.wait(30)
             return commit(*arguments)
 
-        store._committed = wait_and_commit  # type: ignore[method-assign]
+        store._saves._committed = wait_and_commit  # type: ignore[method-assign]
         try:
             yield gate
         finally:
             gate.set()
-            store._committed = commit  # type: ignore[method-assign]
+            store._saves._committed = commit  # type: ignore[method-assign]
 
 
 def test_skips_and_waits_are_counted_as_the_policy_says(tmp_path: Path) -> None:
@@ -90,11 +90,11 @@ def test_saves_by_hand_and_failures_are_counted(tmp_path: Path) -> None:
     def fail(*_: Any) -> None:
         raise OSError(5, "the disk is on fire")
 
-    commit, store._committed = store._committed, fail  # type: ignore[method-assign,assignment]
+    commit, store._saves._committed = store._saves._committed, fail  # type: ignore[method-assign,assignment]
     run.step()
     while store.busy:
         pass
-    store._committed = commit  # type: ignore[method-assign]
+    store._saves._committed = commit  # type: ignore[method-assign]
     run.step()
     run.accelerator.wait_for_checkpoint()
     assert run.accelerator.checkpoint_counts == CheckpointCounts(saved=3, failed=1)

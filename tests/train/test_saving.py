@@ -158,12 +158,12 @@ def test_a_failure_in_the_background_comes_out(tmp_path: Path) -> None:
         run.step()
         store = run.accelerator._saver._store
         assert store is not None
-        commit, store._committed = store._committed, fail  # type: ignore[method-assign,assignment]
+        commit, store._saves._committed = store._saves._committed, fail  # type: ignore[method-assign,assignment]
         pending = run.accelerator.checkpoint()
         assert pending is not None
         while not pending.done():
             time.sleep(0.001)
-        store._committed = commit  # type: ignore[method-assign]
+        store._saves._committed = commit  # type: ignore[method-assign]
         with pytest.raises(BackgroundSaveError, match="on fire"):
             getattr(run.accelerator, ask)()
         run.step()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.local import LocalWorkspace
@@ -20,39 +21,46 @@ from keepstep.errors import UsageError
 from keepstep.files import Files, LocalFiles
 from keepstep.world import OneRank, World
 
-__all__ = ["Engine", "make_engine", "save_directory"]
+__all__ = ["Engine", "Order", "make_engine", "save_directory"]
+
+_MEMORY_BYTES: Final = 64 << 20
+"""For staging a directory of its own, which is not kept for another save."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What is to be saved.
+
+    Attributes:
+        state: nested as `Store.save` takes it.
+        description: what the user says of it.
+        lineage: which run writes it, and after which checkpoint.
+        own: what is this rank's own; None: nothing.
+    """
+
+    state: Any
+    description: Description
+    lineage: Lineage
+    own: Any = None
 
 
 class Engine:
     """Reusable memory of a writer, and what it knows of the save before."""
 
-    def __init__(self, files: Files | None, memory_budget_bytes: int) -> None:
-        self.files: Files = files if files is not None else LocalFiles()
-        self.memory_budget_bytes = memory_budget_bytes
+    def __init__(self, memory_budget_bytes: int) -> None:
         self.pool = BlockPool(memory_budget_bytes)
         self.planner = Planner()
 
-    def anew(self) -> Engine:
-        """One like it, for a fork: a child has none of its parent's threads."""
-        return Engine(self.files, self.memory_budget_bytes)
-
-    def save(
-        self,
-        reserve: Callable[[], Workspace],
-        state: Any,
-        description: Description,
-        lineage: Lineage,
-        own: Any = None,
-    ) -> Save:
+    def save(self, reserve: Callable[[], Workspace], order: Order) -> Save:
         """A save that has decided what goes where."""
         return Save(
             workspace=reserve(),
             planner=self.planner,
-            state=state,
-            description=description,
-            lineage=lineage,
+            state=order.state,
+            description=order.description,
+            lineage=order.lineage,
             pool=self.pool,
-            own=own,
+            own=order.own,
         )
 
 
@@ -66,38 +74,29 @@ class SharedEngine(Engine):
         topic: what they meet over.
     """
 
-    def __init__(self, files: Files | None, memory_budget_bytes: int, world: World, topic: str) -> None:
-        super().__init__(files, memory_budget_bytes)
+    def __init__(self, files: Files, memory_budget_bytes: int, world: World, topic: str) -> None:
+        super().__init__(memory_budget_bytes)
+        self._files = files
         self._world = world
         self._topic = topic
         self._last = LastPlan()
 
-    def anew(self) -> Engine:
-        return SharedEngine(self.files, self.memory_budget_bytes, self._world, self._topic)
-
-    def save(
-        self,
-        reserve: Callable[[], Workspace],
-        state: Any,
-        description: Description,
-        lineage: Lineage,
-        own: Any = None,
-    ) -> Save:
+    def save(self, reserve: Callable[[], Workspace], order: Order) -> Save:
         return SharedSave(
             world=self._world,
             topic=self._topic,
-            files=self.files,
+            files=self._files,
             reserve=reserve,
             last=self._last,
-            state=state,
-            own=own,
-            description=description,
-            lineage=lineage,
+            state=order.state,
+            own=order.own,
+            description=order.description,
+            lineage=order.lineage,
             pool=self.pool,
         )
 
 
-def make_engine(files: Files | None, memory_budget_bytes: int, world: World, place: str) -> Engine:
+def make_engine(files: Files, memory_budget_bytes: int, world: World, place: str) -> Engine:
     """The engine that fits the number of ranks.
 
     Args:
@@ -108,7 +107,7 @@ def make_engine(files: Files | None, memory_budget_bytes: int, world: World, pla
     """
     if world.size > 1:
         return SharedEngine(files, memory_budget_bytes, world, f"saving to {place}")
-    return Engine(files, memory_budget_bytes)
+    return Engine(memory_budget_bytes)
 
 
 def save_directory(
@@ -142,13 +141,12 @@ def save_directory(
     description = describe(
         step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
     )
-    engine, lineage = (
-        make_engine(files, 64 << 20, world or OneRank(), str(final)),
-        Lineage(run=secrets.token_hex(8)),
-    )
+    files = files if files is not None else LocalFiles()
+    engine = make_engine(files, _MEMORY_BYTES, world or OneRank(), str(final))
+    lineage = Lineage(run=secrets.token_hex(8))
+    order = Order(state=state, description=description, lineage=lineage, own=per_rank)
 
     def reserve() -> Workspace:
-        return LocalWorkspace(engine.files, final, may_replace=True)
+        return LocalWorkspace(files, final, may_replace=True)
 
-    manifest = engine.save(reserve, state, description, lineage, per_rank).write()
-    return Checkpoint(Path(directory), manifest)
+    return Checkpoint(Path(directory), engine.save(reserve, order).write())

@@ -16,17 +16,40 @@ from keepstep.checkpoint.keeping.verify import verify_checkpoint
 from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.place.local import LocalWorkspace
-from keepstep.errors import BucketError, DamagedCheckpointError, NoValidCheckpointError, StoreError
+from keepstep.errors import (
+    BucketError,
+    DamagedCheckpointError,
+    NoValidCheckpointError,
+    StoreBusyError,
+    StoreError,
+    StoreReadOnlyError,
+)
 from keepstep.files import Files
 
-__all__ = ["pull_newest"]
+__all__ = ["pull_if_newer"]
 
 _BLOCK_BYTES: Final = 8 << 20
 
 log = logging.getLogger(__name__)
 
 
-def pull_newest(bucket: BucketBackend, local: LocalBackend, files: Files) -> Path | None:
+def pull_if_newer(bucket: BucketBackend, local: LocalBackend, files: Files) -> Path | None:
+    """Bring the newest checkpoint of a mirror to a directory, if that has none as new and the mirror answers.
+
+    Raises:
+        StoreError: nothing is here, and the mirror can't be read; or it is newer and can't be brought.
+        NoValidCheckpointError: nothing is here, and all that the mirror holds is damaged.
+    """
+    try:
+        return _pull_newest(bucket, local, files)
+    except (BucketError, StoreBusyError, StoreReadOnlyError) as error:
+        if not catalog.scan(local):
+            raise
+        log.warning("no newer checkpoint could be taken from the mirror: %s", error)
+        return None
+
+
+def _pull_newest(bucket: BucketBackend, local: LocalBackend, files: Files) -> Path | None:
     """Bring the newest sound checkpoint of a mirror to a directory, if that has none as new.
 
     It is read into an unfinished directory, every byte is verified, and one rename publishes it. A damaged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 
 from keepstep.checkpoint.format.parse import read_manifest
@@ -19,7 +20,9 @@ from keepstep.errors import (
 )
 from keepstep.world import World
 
-__all__ = ["restore_newest"]
+__all__ = ["newest_whole", "restore_newest"]
+
+log = logging.getLogger(__name__)
 
 _ALL_DAMAGED = (
     "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
@@ -35,6 +38,23 @@ _UNSEEN = (
     "Nothing was set aside. Mount the same directory on every machine, or wait until all of them show it"
 )
 _GONE = ""
+
+
+def newest_whole(root: catalog.Root) -> Checkpoint | None:
+    """The newest checkpoint whose manifest is sound and whose files are all there and whole in size.
+
+    Damaged ones are named in a warning and passed over.
+    """
+    gone = False
+    for entry in reversed(catalog.scan(root)):
+        damage = catalog.damage_of(entry)
+        if damage is None and entry.manifest is not None:
+            return Checkpoint(entry.path, entry.manifest)
+        if not place_exists(entry.path):
+            gone = True
+            continue
+        log.warning("passing over the damaged checkpoint %s: %s", entry.path, damage)
+    return newest_whole(root) if gone else None  # who deletes an older one has saved a newer one
 
 
 def restore_newest(

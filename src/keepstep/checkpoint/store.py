@@ -1,15 +1,10 @@
-"""The face of the engine: `Store`, `Checkpoint`, `PendingSave`."""
+"""The face of the engine: `Store`, all checkpoints of one run."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import errno
-import logging
 import os
 import secrets
-import threading
-import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,59 +12,28 @@ from typing import Any, Literal
 
 import torch
 
-from keepstep.checkpoint.engine import Engine, make_engine
-from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
+from keepstep.checkpoint.in_flight import Saves, Staging
 from keepstep.checkpoint.keeping import catalog
-from keepstep.checkpoint.keeping.pruning import Which, prune
+from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
-from keepstep.checkpoint.mirror import Mirror
-from keepstep.checkpoint.place.backend import Backend, Workspace
+from keepstep.checkpoint.parts import Blueprint
+from keepstep.checkpoint.pending import PendingSave, forget_unseen_failures
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
-from keepstep.checkpoint.place.registry import is_address, open_bucket
-from keepstep.checkpoint.pulling import pull_newest
-from keepstep.checkpoint.recovery import restore_newest
-from keepstep.checkpoint.saving.crew import Crew
-from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
-from keepstep.checkpoint.upkeep import Bystander, Upkeep
-from keepstep.checkpoint.version import Checkpoint, PendingSave, unseen_failures
-from keepstep.errors import (
-    BackgroundSaveError,
-    BucketError,
-    CheckpointNotFoundError,
-    NoValidCheckpointError,
-    StoreBusyError,
-    StoreError,
-    StoreReadOnlyError,
-    UsageError,
-)
-from keepstep.files import Files
+from keepstep.checkpoint.place.registry import is_address
+from keepstep.checkpoint.pulling import pull_if_newer
+from keepstep.checkpoint.recovery import newest_whole, restore_newest
+from keepstep.checkpoint.saving.save import Lineage, describe
+from keepstep.checkpoint.version import Checkpoint
+from keepstep.errors import NoValidCheckpointError, UsageError
+from keepstep.files import Files, LocalFiles
 from keepstep.world import OneRank, World
 
-__all__ = [
-    "AWAITED_UP_TO_BYTES",
-    "AWAITED_UP_TO_BYTES_ON_DEVICES",
-    "DEFAULT_MEMORY_BUDGET_BYTES",
-    "Staging",
-    "Store",
-]
+__all__ = ["DEFAULT_MEMORY_BUDGET_BYTES", "Store"]
 
 DEFAULT_MEMORY_BUDGET_BYTES = 2 << 30
-
-AWAITED_UP_TO_BYTES = 256 << 20
-"""States on the host of at most this size are copied at once by default, which blocks for some 30 ms a
-130 MB: the training's own cores copy, and a copy behind the training takes more from it than it hides."""
-
-AWAITED_UP_TO_BYTES_ON_DEVICES = 16 << 20
-"""The same where an accelerator trains and the host's cores are idle."""
-
-Staging = Literal["auto", "awaited", "overlapped"]
-"""Whether the training waits until a state is copied, or goes on; see `Store.save_in_background`."""
-
-log = logging.getLogger(__name__)
-
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
@@ -121,72 +85,38 @@ class Store:
         files: Files | None = None,
         world: World | None = None,
     ) -> None:
-        self._world: World = world if world is not None else OneRank()
-        if self._world.size > 1 and is_address(path):
-            raise UsageError(f"{path} is a bucket; {self._world.size} ranks can save to a directory only")
-        # A program may change its directory between two saves.
-        self._root = path if is_address(path) else Path(path).absolute()
-        self._storage_options = storage_options
-        if mirror is not None and not (isinstance(self._root, Path) and is_address(mirror)):
-            raise UsageError(f"mirror is {mirror!r} of {path}; expected the bucket for copies of a directory")
-        self._mirror_address, self._mirror_pending = mirror, mirror_pending
-        self._mirror_retention = mirror_retention
-        for name, given in (("retention", retention), ("mirror_retention", mirror_retention)):
-            if given is not None and not isinstance(given, Retention):
-                raise UsageError(f"{name} is {given!r:.100}; expected a Retention, as Retention(keep_last=3)")
-        self.retention = retention if retention is not None else Retention()
-        self._lineage = Lineage(run=secrets.token_hex(8))
-        self._spare_other_runs = spare_other_runs
-        self._scrub = {"scrub_interval_s": scrub_interval_s, "scrub_bytes_per_s": scrub_bytes_per_s}
-        self._start(make_engine(files, memory_budget_bytes, self._world, str(self._root)))
+        self._blueprint = Blueprint(
+            # A program may change its directory between two saves.
+            root=os.fspath(path) if is_address(path) else Path(path).absolute(),
+            storage_options=storage_options,
+            mirror=mirror,
+            mirror_retention=mirror_retention,
+            mirror_pending=mirror_pending,
+            retention=retention if retention is not None else Retention(),
+            spare_other_runs=spare_other_runs,
+            memory_budget_bytes=memory_budget_bytes,
+            scrub_interval_s=scrub_interval_s,
+            scrub_bytes_per_s=scrub_bytes_per_s,
+            files=files if files is not None else LocalFiles(),
+            world=world if world is not None else OneRank(),
+        )
+        self._start(Lineage(run=secrets.token_hex(8)))
         _stores.add(self)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, lineage: Lineage) -> None:
         """Everything that belongs to this process; a fork starts anew, without its parent's threads."""
-        self._engine = engine
-        self._one_save = threading.RLock()
-        self._in_flight: PendingSave | None = None
-        self._backend = self._open_backend(engine.files)
-        self.mirror = self._open_mirror(engine.files)
-        self._upkeep = (Bystander if self._world.rank else Upkeep)(self._backend, **self._scrub)
-        weakref.finalize(self, self._upkeep.stop)
-        if self.mirror is not None:
-            weakref.finalize(self, self.mirror.stop)
-
-    def _open_backend(self, files: Files) -> Backend:
-        if isinstance(self._root, Path):
-            return LocalBackend(files, self._root)
-        return open_bucket(os.fspath(self._root), self._storage_options)
-
-    def _open_mirror(self, files: Files) -> Mirror | None:
-        backend = self._backend
-        if self._mirror_address is None or self._world.rank or not isinstance(backend, LocalBackend):
-            return None
-        return Mirror(
-            self.path,
-            open_bucket(self._mirror_address, self._storage_options),
-            files=files,
-            retention=self._mirror_retention if self._mirror_retention is not None else self.retention,
-            most_pending=self._mirror_pending,
-            reached=backend.raise_floor,
-        )
+        parts = self._blueprint.make()
+        self._saves = Saves(parts, lineage, self._blueprint)
+        self._backend, self._upkeep, self.mirror = parts.backend, parts.upkeep, parts.mirror
+        weakref.finalize(self, parts.upkeep.stop)
+        if parts.mirror is not None:
+            weakref.finalize(self, parts.mirror.stop)
 
     def _pull(self) -> Path | None:
-        """Take the newest checkpoint from the mirror, if it is newer than all here.
-
-        Raises:
-            StoreError: nothing is here, and the mirror can't be read; or it is newer and can't be brought.
-            NoValidCheckpointError: nothing is here, and all that the mirror holds is damaged.
-        """
+        """Take the newest checkpoint from the mirror, if it is newer than all here."""
         if self.mirror is None or not isinstance(self._backend, LocalBackend):
             return None
-        try:
-            return pull_newest(self.mirror.bucket, self._backend, self._engine.files)
-        except (BucketError, StoreBusyError, StoreReadOnlyError) as error:
-            if not catalog.scan(self._backend):
-                raise
-            log.warning("no newer checkpoint could be taken from the mirror: %s", error)
-            return None
+        return pull_if_newer(self.mirror.bucket, self._backend, self._blueprint.files)
 
     def _replace_damaged(self, place: Place, problem: str) -> bool:
         """Set a damaged checkpoint aside; whether the mirror's copy of it stands there now."""
@@ -204,14 +134,20 @@ class Store:
         Raises:
             UsageError: it is a bucket; `address` says which.
         """
-        if not isinstance(self._root, Path):
+        root = self._blueprint.root
+        if not isinstance(root, Path):
             raise UsageError(f"{self.address} is a bucket and has no path; see Store.address")
-        return self._root
+        return root
 
     @property
     def address(self) -> str:
         """Its directory or address, for people."""
         return str(self._backend)
+
+    @property
+    def retention(self) -> Retention:
+        """What it keeps."""
+        return self._blueprint.retention
 
     @property
     def next_number(self) -> int:
@@ -224,7 +160,7 @@ class Store:
     @property
     def run(self) -> str:
         """The id of the run that this store writes for: a new one, or that of what was loaded last."""
-        return self._lineage.run
+        return self._saves.lineage.run
 
     # ------------------------------------------------------------------------------------- saving
 
@@ -265,13 +201,7 @@ class Store:
         description = describe(
             step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
         )
-        with self._one_save:
-            self.wait()
-            save = self._begin(state, description, per_rank)
-            try:
-                return self._committed(save.workspace.final, save.write())
-            finally:
-                self._backend.release(save.workspace)
+        return self._saves.save(state, description, per_rank)
 
     def save_in_background(
         self,
@@ -313,49 +243,14 @@ class Store:
         description = describe(
             step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
         )
-        with self._one_save:
-            self.wait()
-            began = time.perf_counter()
-            save = self._begin(state, description, per_rank)
-            crew = Crew(1, "keepstep-commit")
-            staged = threading.Event()
-            try:
-                most = AWAITED_UP_TO_BYTES_ON_DEVICES if save.on_devices else AWAITED_UP_TO_BYTES
-                behind = staging == "overlapped" or (staging == "auto" and save.bytes > most)
-                if behind and save.hold(changing):
-                    crew.step_back()
-                    future = crew.submit(lambda: self._stage_and_finish(save, staged))
-                else:
-                    save.stage()
-                    staged.set()
-                    future = crew.submit(lambda: self._finish(save))
-                self._in_flight = PendingSave(
-                    future, staged=staged, seal=save.seal, blocked_s=time.perf_counter() - began
-                )
-            except BaseException:  # Ctrl-C, perhaps just after the work was handed in: it may be committing
-                crew.close()
-                crew.wait()
-                self._backend.release(save.workspace)
-                save.discard()
-                raise
-            finally:
-                crew.close()
-            return self._in_flight
-
-    def _stage_and_finish(self, save: Save, staged: threading.Event) -> Checkpoint:
-        try:
-            save.stage()
-        except BaseException:
-            self._backend.release(save.workspace)
-            raise
-        finally:
-            staged.set()
-        return self._finish(save)
+        return self._saves.save_in_background(
+            state, description, per_rank, staging=staging, changing=changing
+        )
 
     @property
     def busy(self) -> bool:
         """Whether a save is in flight in the background."""
-        return self._in_flight is not None and not self._in_flight.done()
+        return self._saves.busy
 
     def wait(self) -> None:
         """Wait for the save in flight, if any.
@@ -363,51 +258,7 @@ class Store:
         Raises:
             BackgroundSaveError: it, or an earlier one nobody asked about, failed.
         """
-        pending = self._in_flight
-        if pending is None:
-            return
-        try:
-            with contextlib.suppress(BackgroundSaveError) if pending.seen else contextlib.nullcontext():
-                pending.wait()
-        finally:
-            if pending.done() and self._in_flight is pending:  # not so if the waiting was interrupted
-                self._in_flight = None
-
-    def _finish(self, save: Save) -> Checkpoint:
-        try:
-            return self._committed(save.workspace.final, save.finish())
-        finally:
-            self._backend.release(save.workspace)
-
-    def _begin(self, state: Any, description: Description, own: Any) -> Save:
-        reserved: list[Workspace] = []
-
-        def reserve() -> Workspace:
-            self.claim()
-            if self._upkeep.found_damage():
-                self._engine.planner.forget()
-            reserved.append(self._backend.reserve())
-            return reserved[-1]
-
-        try:
-            save = self._engine.save(reserve, state, description, self._lineage, own)
-            try:
-                self._upkeep.before_save(save.bytes_of_all, self.retention, self._retained)
-            except BaseException:
-                save.discard()
-                raise
-            return save
-        except BaseException:
-            for workspace in reserved:
-                self._backend.release(workspace)
-            raise
-
-    def _committed(self, path: Place, manifest: Manifest) -> Checkpoint:
-        self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
-        if self.mirror is not None and isinstance(path, Path):
-            self.mirror.offer(path, manifest)
-        self._upkeep.after_commit(path, manifest, self.retention, self._retained)
-        return Checkpoint(path, manifest)
+        self._saves.wait()
 
     def claim(self) -> None:
         """Become the one process that writes here, and clear what dead ones left.
@@ -419,17 +270,7 @@ class Store:
             StoreBusyError: another process writes to this store.
             StoreReadOnlyError, StoreError: the directory can't be written to.
         """
-        self._upkeep.claim()
-        if self.mirror is not None and not self.mirror.started:
-            self._join_mirror(self.mirror)
-
-    def _join_mirror(self, mirror: Mirror) -> None:
-        try:
-            if isinstance(self._backend, LocalBackend):
-                self._backend.raise_floor(mirror.bucket.next_number())
-        except StoreError as error:
-            log.warning("the mirror can't be reached; training goes on without it for now: %s", error)
-        mirror.start()
+        self._saves.claim()
 
     def close(self) -> None:
         """Wait for the save in flight and the mirror, and stop the scrub, which stays off.
@@ -459,16 +300,7 @@ class Store:
         mirror has a newer one, it is brought here first.
         """
         self._pull()
-        gone = False
-        for entry in reversed(catalog.scan(self._backend)):
-            damage = catalog.damage_of(entry)
-            if damage is None and entry.manifest is not None:
-                return Checkpoint(entry.path, entry.manifest)
-            if not place_exists(entry.path):
-                gone = True
-                continue
-            log.warning("passing over the damaged checkpoint %s: %s", entry.path, damage)
-        return self.latest() if gone else None  # who deletes an older one has saved a newer one
+        return newest_whole(self._backend)
 
     def get(self, name: str) -> Checkpoint:
         """The checkpoint with this name ("checkpoint_12").
@@ -523,15 +355,14 @@ class Store:
         """
         self.wait()
         self._pull()
+        world = self._blueprint.world
 
         def restore(checkpoint: Checkpoint) -> None:
-            checkpoint.load_into(objects, per_rank=per_rank, rank=self._world.rank)
+            checkpoint.load_into(objects, per_rank=per_rank, rank=world.rank)
 
-        checkpoint = restore_newest(self._backend, restore, self._replace_damaged, self._world)
+        checkpoint = restore_newest(self._backend, restore, self._replace_damaged, world)
         if checkpoint is not None:
-            manifest = checkpoint.manifest
-            self._engine.planner.adopt(checkpoint.name, manifest.files, checkpoint.tensors)
-            self._lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
+            self._saves.follow(checkpoint)
         return checkpoint
 
     # ------------------------------------------------------------------------------------ pruning
@@ -544,18 +375,10 @@ class Store:
             CheckpointNotFoundError: it is not (or no longer) in this store.
             StoreError: the disk refuses.
         """
-        name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
-        entry = catalog.find(self._backend, name)
-        if not isinstance(checkpoint, str) and not self._backend.holds(checkpoint.place):
-            raise CheckpointNotFoundError(
-                errno.ENOENT, f"{checkpoint.place} is not in {self.address}; delete it through its own store"
-            )
-        try:
-            self._backend.delete(entry.path)
-        except StoreError as error:
-            if place_exists(entry.path) or not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            raise CheckpointNotFoundError(errno.ENOENT, f"{entry.path} was deleted meanwhile") from error
+        if isinstance(checkpoint, str):
+            self._upkeep.delete(checkpoint)
+        else:
+            self._upkeep.delete(checkpoint.name, checkpoint.place)
 
     def prune(self) -> Sequence[str]:
         """Delete what `retention` does not keep, but nothing that is being read. Called after each commit.
@@ -563,30 +386,15 @@ class Store:
         Returns:
             The names of the deleted checkpoints.
         """
-        return prune(self._backend, self.retention, self._retained)
-
-    @property
-    def _retained(self) -> Which:
-        """Which checkpoints `retention` is about."""
-        return (lambda manifest: manifest.run == self._lineage.run) if self._spare_other_runs else None
-
-
-@atexit.register
-def _report_unseen_failures() -> None:
-    """The last chance to say that a background save failed; Python has waited for the threads by now."""
-    for pending in list(unseen_failures):
-        try:
-            pending.wait()
-        except BackgroundSaveError as error:
-            log.critical("keepstep: %s", error)
+        return prune(self._backend, self.retention, self._saves.retained)
 
 
 def _start_anew_after_fork() -> None:
     """A child has none of its parent's threads and locks; the save in flight is its parent's business."""
     forget_places_after_fork()
-    unseen_failures.clear()
+    forget_unseen_failures()
     for store in list(_stores):
-        store._start(store._engine.anew())
+        store._start(store._saves.lineage)
 
 
 os.register_at_fork(after_in_child=_start_anew_after_fork)

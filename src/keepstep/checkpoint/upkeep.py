@@ -1,11 +1,13 @@
-"""What a store does beside saving and loading: room, retention, the scrub, quarantine. No torch."""
+"""What a store does beside saving and loading: room, deletion, the scrub, quarantine. No torch."""
 
 from __future__ import annotations
 
+import errno
 import logging
 
 from keepstep.checkpoint.format.manifest import Manifest
-from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.format.source import Place, place_exists
+from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.preflight import Preflight
 from keepstep.checkpoint.keeping.pruning import Which, check_committed, prune
 from keepstep.checkpoint.keeping.quarantine import set_aside
@@ -13,7 +15,7 @@ from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.scrub import SCRUB_BYTES_PER_S, Scrubber
 from keepstep.checkpoint.keeping.verify import Report
 from keepstep.checkpoint.place.backend import Backend
-from keepstep.errors import DamagedCheckpointError, StoreError, UsageError
+from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, StoreError, UsageError
 
 __all__ = ["Bystander", "Upkeep"]
 
@@ -64,6 +66,25 @@ class Upkeep:
             log.error("%s was committed, but can't be relied on; nothing older was deleted", error)
         except StoreError as error:  # the new checkpoint is whole; what could not go now goes next time
             log.warning("old checkpoints could not be deleted: %s", error)
+
+    def delete(self, name: str, place: Place | None = None) -> None:
+        """Delete the checkpoint of this name; see `Store.delete`.
+
+        Args:
+            name: of the checkpoint.
+            place: where the caller saw it; None: here.
+        """
+        entry = catalog.find(self._backend, name)
+        if place is not None and not self._backend.holds(place):
+            raise CheckpointNotFoundError(
+                errno.ENOENT, f"{place} is not in {self._backend}; delete it through its own store"
+            )
+        try:
+            self._backend.delete(entry.path)
+        except StoreError as error:
+            if place_exists(entry.path) or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise CheckpointNotFoundError(errno.ENOENT, f"{entry.path} was deleted meanwhile") from error
 
     def claim(self) -> None:
         """Become the one process that writes here; the scrub begins."""

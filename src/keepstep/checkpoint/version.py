@@ -1,13 +1,11 @@
-"""A committed checkpoint, and one on its way."""
+"""A committed checkpoint: what was said of it, and what it loads."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ from keepstep.checkpoint.loading.reader import Reader
 from keepstep.checkpoint.loading.restore import load_into, load_own, load_tree
 from keepstep.checkpoint.place.local import reading, replaced_path
 from keepstep.checkpoint.place.registry import is_address, open_bucket
-from keepstep.errors import BackgroundSaveError, CheckpointNotFoundError, UsageError
+from keepstep.errors import CheckpointNotFoundError, UsageError
 
-__all__ = ["Checkpoint", "PendingSave", "unseen_failures"]
+__all__ = ["Checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -224,79 +222,3 @@ def _patterns(only: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if only is None:
         return None
     return (only,) if isinstance(only, str) else tuple(only)
-
-
-class PendingSave:
-    """A save in the background.
-
-    Attributes:
-        blocked_s: how long the caller was blocked when it began, in seconds.
-    """
-
-    def __init__(
-        self,
-        future: Future[Checkpoint],
-        *,
-        staged: threading.Event,
-        seal: Callable[[], None],
-        blocked_s: float,
-    ) -> None:
-        self._future = future
-        self._staged = staged
-        self._seal = seal
-        self.blocked_s = blocked_s
-        self.seen = False
-        self._pid = os.getpid()
-        future.add_done_callback(self._done)
-
-    def _done(self, future: Future[Checkpoint]) -> None:
-        if isinstance(future.exception(), Exception) and not self.seen:
-            unseen_failures.add(self)
-
-    def wait_staged(self) -> None:
-        """Wait until the state has been copied, and may change; returns at once if it was copied at once.
-
-        Call it on the thread that is going to change the state.
-        """
-        if not self.inherited:
-            self._staged.wait()
-            self._seal()
-
-    def done(self) -> bool:
-        """Whether it is committed, or has failed."""
-        return self.inherited or self._future.done()
-
-    @property
-    def inherited(self) -> bool:
-        """Whether the process that this one was forked from saves it; how that ends can't be told here."""
-        return self._pid != os.getpid()
-
-    @property
-    def failed(self) -> bool:
-        """Whether it is over and nothing was committed; `wait` says why."""
-        return not self.inherited and self._future.done() and self._future.exception() is not None
-
-    def wait(self) -> Checkpoint:
-        """Wait until it is committed.
-
-        Raises:
-            BackgroundSaveError: it failed; the cause is chained. Or this process was forked meanwhile.
-        """
-        if self.inherited:
-            raise BackgroundSaveError(
-                f"this save was begun by process {self._pid}, from which this one was forked: it is finished "
-                "there, and can't be waited for here"
-            )
-        try:
-            checkpoint = self._future.result()
-        except Exception as error:
-            self.seen = True
-            unseen_failures.discard(self)
-            raise BackgroundSaveError(
-                f"a checkpoint could not be saved in the background: {error}"
-            ) from error
-        return checkpoint
-
-
-unseen_failures: set[PendingSave] = set()
-"""Saves that failed and that nobody has asked about, whether or not their store is still there."""

@@ -9,9 +9,10 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from keepstep.checkpoint.in_flight import Staging
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES
-from keepstep.checkpoint.store import DEFAULT_MEMORY_BUDGET_BYTES, Staging
+from keepstep.checkpoint.store import DEFAULT_MEMORY_BUDGET_BYTES
 from keepstep.errors import UsageError
 
 __all__ = [

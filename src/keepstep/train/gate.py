@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from keepstep.checkpoint.version import PendingSave
+from keepstep.checkpoint.pending import PendingSave
 
 __all__ = ["StagingGate"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from keepstep.checkpoint.version import PendingSave
+from keepstep.checkpoint.pending import PendingSave
 from keepstep.train.config import CheckpointPolicy
 from keepstep.train.counts import CheckpointCounts
 from keepstep.train.frequency import CostMeter, Spacing, space

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from keepstep.checkpoint.engine import save_directory
-from keepstep.checkpoint.store import Staging, Store
-from keepstep.checkpoint.version import Checkpoint, PendingSave
+from keepstep.checkpoint.in_flight import Staging
+from keepstep.checkpoint.pending import PendingSave
+from keepstep.checkpoint.store import Store
+from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keepstep.checkpoint.version import Checkpoint, PendingSave
+from keepstep.checkpoint.pending import PendingSave
+from keepstep.checkpoint.version import Checkpoint
 from keepstep.train.counts import CheckpointCounts
 from keepstep.train.facade.base import Facade
 

@@ -1,0 +1,212 @@
+"""Saves into one store, one in flight at a time: begun, copied, finished behind the training, committed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from keepstep.checkpoint.engine import Order
+from keepstep.checkpoint.format.manifest import Manifest
+from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.keeping.pruning import Which
+from keepstep.checkpoint.mirror import Mirror
+from keepstep.checkpoint.parts import Blueprint, Parts
+from keepstep.checkpoint.pending import PendingSave
+from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.place.directory import LocalBackend
+from keepstep.checkpoint.saving.crew import Crew
+from keepstep.checkpoint.saving.save import Description, Lineage, Save
+from keepstep.checkpoint.version import Checkpoint
+from keepstep.errors import BackgroundSaveError, StoreError
+
+__all__ = ["Saves", "Staging"]
+
+AWAITED_UP_TO_BYTES: Final = 256 << 20
+"""States on the host of at most this size are copied at once by default, which blocks for some 30 ms a
+130 MB: the training's own cores copy, and a copy behind the training takes more from it than it hides."""
+
+AWAITED_UP_TO_BYTES_ON_DEVICES: Final = 16 << 20
+"""The same where an accelerator trains and the host's cores are idle."""
+
+Staging = Literal["auto", "awaited", "overlapped"]
+"""Whether the training waits until a state is copied, or goes on; see `Store.save_in_background`."""
+
+log = logging.getLogger(__name__)
+
+
+class Saves:
+    """The saves of one process into one store.
+
+    Args:
+        parts: of the store.
+        lineage: which run writes, and after which checkpoint; kept up with what is saved and loaded.
+        rules: the arguments of the store.
+    """
+
+    def __init__(self, parts: Parts, lineage: Lineage, rules: Blueprint) -> None:
+        self._parts = parts
+        self._rules = rules
+        self.lineage = lineage
+        self._one_save = threading.RLock()
+        self._in_flight: PendingSave | None = None
+
+    @property
+    def retained(self) -> Which:
+        """Which checkpoints the retention is about."""
+        return (lambda manifest: manifest.run == self.lineage.run) if self._rules.spare_other_runs else None
+
+    def follow(self, loaded: Checkpoint) -> None:
+        """Go on with the run of a checkpoint that was loaded; the next save may take over its files."""
+        manifest = loaded.manifest
+        self._parts.engine.planner.adopt(loaded.name, manifest.files, loaded.tensors)
+        self.lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
+
+    # ------------------------------------------------------------------------------- saving
+
+    def save(self, state: Any, description: Description, own: Any) -> Checkpoint:
+        """Save; durable and committed on return. See `Store.save`."""
+        with self._one_save:
+            self.wait()
+            save = self._begin(state, description, own)
+            try:
+                return self._committed(save.workspace.final, save.write())
+            finally:
+                self._parts.backend.release(save.workspace)
+
+    def save_in_background(
+        self,
+        state: Any,
+        description: Description,
+        own: Any,
+        *,
+        staging: Staging,
+        changing: Iterable[torch.Tensor],
+    ) -> PendingSave:
+        """Begin a save that goes on in the background. See `Store.save_in_background`."""
+        with self._one_save:
+            self.wait()
+            began = time.perf_counter()
+            save = self._begin(state, description, own)
+            crew = Crew(1, "keepstep-commit")
+            staged = threading.Event()
+            try:
+                if _may_copy_behind(save, staging) and save.hold(changing):
+                    crew.step_back()
+                    future = crew.submit(lambda: self._stage_and_finish(save, staged))
+                else:
+                    save.stage()
+                    staged.set()
+                    future = crew.submit(lambda: self._finish(save))
+                self._in_flight = PendingSave(
+                    future,
+                    place=save.workspace.final,
+                    staged=staged,
+                    seal=save.seal,
+                    blocked_s=time.perf_counter() - began,
+                )
+            except BaseException:  # Ctrl-C, perhaps just after the work was handed in: it may be committing
+                crew.close()
+                crew.wait()
+                self._parts.backend.release(save.workspace)
+                save.discard()
+                raise
+            finally:
+                crew.close()
+            return self._in_flight
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight in the background."""
+        return self._in_flight is not None and not self._in_flight.done()
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if any.
+
+        Raises:
+            BackgroundSaveError: it, or an earlier one nobody asked about, failed.
+        """
+        pending = self._in_flight
+        if pending is None:
+            return
+        try:
+            with contextlib.suppress(BackgroundSaveError) if pending.seen else contextlib.nullcontext():
+                pending.wait()
+        finally:
+            if pending.done() and self._in_flight is pending:  # not so if the waiting was interrupted
+                self._in_flight = None
+
+    def claim(self) -> None:
+        """Become the one process that writes; see `Store.claim`."""
+        self._parts.upkeep.claim()
+        if self._parts.mirror is not None and not self._parts.mirror.started:
+            self._join_mirror(self._parts.mirror)
+
+    # ------------------------------------------------------------------- from begin to commit
+
+    def _begin(self, state: Any, description: Description, own: Any) -> Save:
+        parts, reserved = self._parts, list[Workspace]()
+
+        def reserve() -> Workspace:
+            self.claim()
+            if parts.upkeep.found_damage():
+                parts.engine.planner.forget()
+            reserved.append(parts.backend.reserve())
+            return reserved[-1]
+
+        try:
+            order = Order(state=state, description=description, lineage=self.lineage, own=own)
+            save = parts.engine.save(reserve, order)
+            try:
+                parts.upkeep.before_save(save.bytes_of_all, self._rules.retention, self.retained)
+            except BaseException:
+                save.discard()
+                raise
+            return save
+        except BaseException:
+            for workspace in reserved:
+                parts.backend.release(workspace)
+            raise
+
+    def _stage_and_finish(self, save: Save, staged: threading.Event) -> Checkpoint:
+        try:
+            save.stage()
+        except BaseException:
+            self._parts.backend.release(save.workspace)
+            raise
+        finally:
+            staged.set()
+        return self._finish(save)
+
+    def _finish(self, save: Save) -> Checkpoint:
+        try:
+            return self._committed(save.workspace.final, save.finish())
+        finally:
+            self._parts.backend.release(save.workspace)
+
+    def _committed(self, place: Place, manifest: Manifest) -> Checkpoint:
+        self.lineage = Lineage(run=manifest.run, attempt=manifest.attempt, parent=manifest.id)
+        if self._parts.mirror is not None and isinstance(place, Path):
+            self._parts.mirror.offer(place, manifest)
+        self._parts.upkeep.after_commit(place, manifest, self._rules.retention, self.retained)
+        return Checkpoint(place, manifest)
+
+    def _join_mirror(self, mirror: Mirror) -> None:
+        try:
+            if isinstance(self._parts.backend, LocalBackend):
+                self._parts.backend.raise_floor(mirror.bucket.next_number())
+        except StoreError as error:
+            log.warning("the mirror can't be reached; training goes on without it for now: %s", error)
+        mirror.start()
+
+
+def _may_copy_behind(save: Save, staging: Staging) -> bool:
+    """Whether the training is to go on while the state is copied."""
+    most = AWAITED_UP_TO_BYTES_ON_DEVICES if save.on_devices else AWAITED_UP_TO_BYTES
+    return staging == "overlapped" or (staging == "auto" and save.bytes > most)

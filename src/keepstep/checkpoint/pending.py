@@ -1,0 +1,133 @@
+"""A save that goes on in the background, and the failures of such saves that nobody asked about."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.version import Checkpoint
+from keepstep.errors import BackgroundSaveError, StillSavingError
+
+__all__ = ["PendingSave", "forget_unseen_failures", "report_unseen_failures"]
+
+log = logging.getLogger(__name__)
+
+_unseen: set[PendingSave] = set()
+"""Saves that failed and that nobody has asked about, whether or not their store is still there."""
+
+
+class PendingSave:
+    """A save in the background.
+
+    Attributes:
+        place: where the checkpoint will lie once it is committed; `str()` shows it.
+        blocked_s: how long the caller was blocked when it began, in seconds.
+    """
+
+    def __init__(
+        self,
+        future: Future[Checkpoint],
+        *,
+        place: Place,
+        staged: threading.Event,
+        seal: Callable[[], None],
+        blocked_s: float,
+    ) -> None:
+        self._future = future
+        self._staged = staged
+        self._seal = seal
+        self.place = place
+        self.blocked_s = blocked_s
+        self.seen = False
+        self._pid = os.getpid()
+        future.add_done_callback(self._done)
+
+    def __repr__(self) -> str:
+        return f"<PendingSave {self.place}: {self._how_far}>"
+
+    @property
+    def _how_far(self) -> str:
+        if self.inherited:
+            return f"saved by process {self._pid}"
+        if self.failed:
+            return f"failed ({self._future.exception()!r:.200})"
+        if self._future.done():
+            return "committed"
+        return "copied, being written" if self._staged.is_set() else "being copied"
+
+    def _done(self, future: Future[Checkpoint]) -> None:
+        if isinstance(future.exception(), Exception) and not self.seen:
+            _unseen.add(self)
+
+    def wait_staged(self) -> None:
+        """Wait until the state has been copied, and may change; returns at once if it was copied at once.
+
+        Call it on the thread that is going to change the state.
+        """
+        if not self.inherited:
+            self._staged.wait()
+            self._seal()
+
+    def done(self) -> bool:
+        """Whether it is committed, or has failed."""
+        return self.inherited or self._future.done()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether the process that this one was forked from saves it; how that ends can't be told here."""
+        return self._pid != os.getpid()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over and nothing was committed; `wait` says why."""
+        return not self.inherited and self._future.done() and self._future.exception() is not None
+
+    def wait(self, timeout_s: float | None = None) -> Checkpoint:
+        """Wait until it is committed.
+
+        Args:
+            timeout_s: at most so long, in seconds; None: as long as it takes.
+
+        Raises:
+            StillSavingError: it is not over by then, and goes on.
+            BackgroundSaveError: it failed; the cause is chained. Or this process was forked meanwhile.
+        """
+        if self.inherited:
+            raise BackgroundSaveError(
+                f"this save was begun by process {self._pid}, from which this one was forked: it is finished "
+                "there, and can't be waited for here"
+            )
+        if not wait([self._future], timeout_s).done:
+            raise StillSavingError(
+                f"{self.place} is not committed after {timeout_s} s: it is {self._how_far}. It goes on; wait "
+                "again, or ask done()"
+            )
+        try:
+            checkpoint = self._future.result()
+        except Exception as error:
+            self.seen = True
+            _unseen.discard(self)
+            raise BackgroundSaveError(
+                f"a checkpoint could not be saved in the background: {error}"
+            ) from error
+        return checkpoint
+
+
+@atexit.register
+def report_unseen_failures() -> None:
+    """The last chance to say that a background save failed; Python has waited for the threads by now."""
+    for pending in list(_unseen):
+        try:
+            pending.wait()
+        except BackgroundSaveError as error:
+            log.critical("keepstep: %s", error)
+
+
+def forget_unseen_failures() -> None:
+    """A child's parent reports its own."""
+    _unseen.clear()
