@@ -225,12 +225,12 @@ def test_a_directory_lock_is_exclusive_and_let_go(tmp_path: Path) -> None:
 
 
 def _try_lock(path: str) -> str:
-    return StoreLock.acquire(Path(path), "the child") or ""
+    return (StoreLock.acquire(Path(path), b"the child") or b"").decode()
 
 
 def test_a_store_lock_keeps_other_processes_out(tmp_path: Path) -> None:
-    assert StoreLock.acquire(tmp_path / "lock", "the parent") is None
-    assert StoreLock.acquire(tmp_path / "lock", "the parent") is None, "one process shares it"
+    assert StoreLock.acquire(tmp_path / "lock", b"the parent") is None
+    assert StoreLock.acquire(tmp_path / "lock", b"the parent") is None, "one process shares it"
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(1) as pool:
             assert pool.apply(_try_lock, (str(tmp_path / "lock"),)) == "the parent"
@@ -243,7 +243,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr("keepstep.files.fcntl.lockf", refuse)
-    assert StoreLock.acquire(tmp_path / "lock", "me") is None
+    assert StoreLock.acquire(tmp_path / "lock", b"me") is None
     monkeypatch.setattr("keepstep.files.fcntl.flock", refuse)
     lock = DirectoryLock(tmp_path)
     assert not lock.supported

@@ -279,7 +279,7 @@ class StoreLock:
     _guard = threading.Lock()
 
     @classmethod
-    def acquire(cls, path: Path, owner: str) -> str | None:
+    def acquire(cls, path: Path, owner: bytes) -> bytes | None:
         """Take the lock for this process, for good.
 
         Returns:
@@ -293,15 +293,15 @@ class StoreLock:
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                holder = os.pread(fd, PAGE_BYTES, 0).decode("utf-8", "replace").strip()
+                holder = os.pread(fd, PAGE_BYTES, 0)
                 os.close(fd)
                 if error.errno in {errno.EACCES, errno.EAGAIN}:
-                    return holder or "an unknown process"
+                    return holder
                 if error.errno in _NOT_SUPPORTED | {errno.ENOLCK}:
                     return None  # a file system without locks: the rename still refuses a taken name
                 raise
             os.ftruncate(fd, 0)
-            os.pwrite(fd, owner.encode(), 0)
+            os.pwrite(fd, owner, 0)
             cls._held[path] = (os.getpid(), fd)
             return None
 

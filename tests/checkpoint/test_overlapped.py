@@ -13,7 +13,7 @@ from tests.checkpoint.equality import assert_same
 
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
 from keepstep.checkpoint.store import Store
-from keepstep.errors import BackgroundSaveError, StateChangedError
+from keepstep.errors import BackgroundSaveError, StateChangedError, StillSavingError
 
 
 class Held:
@@ -156,3 +156,25 @@ def test_what_changes_is_not_copied_twice_over_if_it_is_large(
     pending = Store(tmp_path).save_in_background({"w": w}, staging="overlapped", changing=[w])
     w.zero_()
     assert_same(pending.wait().load(), {"w": torch.ones(1000)})
+
+
+def test_a_pending_save_says_how_far_it_is_and_is_not_waited_for_without_end(
+    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    pending = store.save_in_background({"w": torch.ones(3)}, staging="overlapped")
+    assert repr(pending) == f"<PendingSave {tmp_path / 'checkpoint_0'}: being copied>"
+    with pytest.raises(
+        StillSavingError, match=r"_0 is not committed after 0\.05 s: it is being copied"
+    ):
+        pending.wait(timeout_s=0.05)
+    with pytest.raises(TimeoutError):
+        pending.wait(0)
+    held.opened.set()
+    assert pending.wait(60).path == pending.place
+    assert repr(pending).endswith("checkpoint_0: committed>")
+    monkeypatch.setattr(store._saves, "_committed", lambda *_: 1 / 0)
+    failed = store.save_in_background({"w": torch.ones(3)})
+    with pytest.raises(BackgroundSaveError, match="division by zero"):
+        failed.wait(60)
+    assert "checkpoint_1: failed (ZeroDivisionError" in repr(failed)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepstep import Retention, Store
-from keepstep.errors import NoValidCheckpointError, UsageError
+from keepstep import Checkpoint, Retention, Store
+from keepstep.errors import NoValidCheckpointError, StoreError, UsageError
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -166,3 +167,33 @@ def test_no_scrub_unless_asked_for(tmp_path: Path) -> None:
         Store(tmp_path, scrub_interval_s=0)
     with pytest.raises(UsageError, match="scrub_bytes_per_s is -1"):
         Store(tmp_path, scrub_bytes_per_s=-1, retention=Retention())
+
+
+def test_who_has_nothing_left_is_told_where_it_lies_and_how_parts_are_rescued(tmp_path: Path) -> None:
+    filled(tmp_path, 7)
+    for number in range(7):
+        flip("other.safetensors")(tmp_path / f"checkpoint_{number}")
+    for _ in range(2):  # as they are found, and as they were found before
+        with pytest.raises(NoValidCheckpointError) as caught:
+            Store(tmp_path).load_latest_into(state(9))
+        told = str(caught.value)
+        hint = re.search(r'Checkpoint\.open\("([^"]+)"\)\.load\(only="model"\)', told)
+        assert hint is not None
+        assert hint[1] == str(tmp_path / ".keepstep" / "damaged" / "checkpoint_6")
+        assert torch.equal(Checkpoint.open(hint[1]).load(only="model")["model"], state(6)["model"])
+    assert "\n  checkpoint_0, ..., checkpoint_6 (7 checkpoints): set aside earlier\n" in told
+
+
+def test_a_damaged_checkpoint_that_could_not_be_moved_is_named_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(tmp_path, 1)
+    flip("other.safetensors")(tmp_path / "checkpoint_0")
+
+    def refuse(place: object) -> Path:
+        raise StoreError("read-only")
+
+    monkeypatch.setattr(store._backend, "set_aside", refuse)
+    with pytest.raises(NoValidCheckpointError) as caught:
+        store.load_latest_into(state(9))
+    assert f'Checkpoint.open("{tmp_path / "checkpoint_0"}")' in str(caught.value)

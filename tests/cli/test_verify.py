@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -91,10 +92,41 @@ def test_leftovers_are_mentioned_and_are_no_damage(store: Path) -> None:
 
 
 def test_a_store_of_leftovers_alone_says_so(tmp_path: Path) -> None:
-    (tmp_path / ".keepstep" / "damaged" / "checkpoint_0").mkdir(parents=True)
+    (tmp_path / "checkpoint_0.tmp-aaaaaaaaaaaa").mkdir()
     done = verify(tmp_path)
     assert done.exit_code == 2
-    assert "only 1 leftover(s) of earlier ones: checkpoint_0" in done.stderr
+    assert "only 1 leftover(s) of earlier ones: checkpoint_0.tmp" in done.stderr
+
+
+def test_a_store_whose_checkpoints_were_all_set_aside_is_damage(store: Path) -> None:
+    (store / ".keepstep" / "damaged").mkdir(parents=True)
+    for number in range(3):
+        (store / f"checkpoint_{number}").rename(store / ".keepstep" / "damaged" / f"checkpoint_{number}")
+    for path in (store, store.parent):
+        done = verify(path)
+        assert done.exit_code == 1
+        assert "all 3 were set aside as damaged, in .keepstep/damaged" in done.stderr
+        assert "# .keepstep/damaged/checkpoint_2" in done.stdout
+    assert verify(store, "2").exit_code == 2
+    told = verify(store, "--json")
+    assert told.exit_code == 1
+    assert json.loads(told.stdout)["count"] == 0
+    assert verify(store / ".keepstep" / "damaged" / "checkpoint_1").exit_code == 0
+
+
+def test_a_file_that_checkpoints_share_is_read_once(store: Path) -> None:
+    (store / "checkpoint_2" / "model.safetensors").unlink()
+    os.link(store / "checkpoint_1" / "model.safetensors", store / "checkpoint_2" / "model.safetensors")
+    alone = json.loads(verify(store, "2", "--json").stdout)["checkpoints"][0]["bytes_read"]
+    found = json.loads(verify(store, "--json").stdout)["checkpoints"]
+    size = (store / "checkpoint_1" / "model.safetensors").stat().st_size
+    assert [one["bytes_read"] for one in found] == [alone, alone, alone - size]
+    flip(store / "checkpoint_1" / "model.safetensors", -1)
+    assert [one["sound"] for one in json.loads(verify(store, "--json").stdout)["checkpoints"]] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_json(store: Path) -> None:
@@ -116,7 +148,7 @@ def test_json(store: Path) -> None:
 
 
 def test_what_is_pruned_meanwhile_is_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prune_first(directory: Path, *, quick: bool, progress: object) -> Report:
+    def prune_first(directory: Path, **_: object) -> Report:
         if directory.name == "checkpoint_0":
             shutil.rmtree(directory)
             return Report(path=directory, problems=("manifest.json is missing",), bytes=0)

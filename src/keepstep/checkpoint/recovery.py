@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
@@ -26,8 +27,17 @@ log = logging.getLogger(__name__)
 
 _ALL_DAMAGED = (
     "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
-    "one of them from a copy, or give the run a new directory to start over"
+    "one of them from a copy, or give the run a new directory to start over{rescue}"
 )
+_RESCUE = (
+    '. Parts that are whole can still be loaded, as Checkpoint.open("{place}").load(only="model"); '
+    "`keepstep verify {place}` says which files are not"
+)
+_RESCUE_IN_BUCKET = (
+    ". Nothing but the manifests was moved, to {folder}: to load parts that are whole, copy one back to "
+    '{root}/{name}/manifest.json, then Checkpoint.open("{root}/{name}").load(only="model")'
+)
+_SET_ASIDE = "set aside earlier"
 _REFUSED = (
     "{path} can't be read: {reason}. It may well be whole, so it was not set aside and no older checkpoint "
     "was taken. Give this process what it lacks and start it again"
@@ -83,7 +93,7 @@ def restore_newest(
     """
     if world.size > 1:
         return _restore_together(root, restore, set_aside, world)
-    damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
+    damaged = dict.fromkeys(catalog.names_set_aside(root), _SET_ASIDE)
     passed: set[int] = set()
     replaced: set[int] = set()
     while entries := [entry for entry in catalog.scan(root) if entry.number not in passed]:
@@ -98,15 +108,43 @@ def restore_newest(
             if place_exists(entry.path):
                 if is_refusal(error):
                     raise StoreError(_REFUSED.format(path=entry.path, reason=error.message)) from error
-                damaged.append(f"{entry.name}: {error.message}")
+                damaged[entry.name] = error.message
                 if set_aside(entry.path, error.message) and entry.number not in replaced:
                     replaced.add(entry.number)
                     passed.discard(entry.number)
             continue
         return checkpoint
     if damaged:
-        raise NoValidCheckpointError(_ALL_DAMAGED.format(path=root, damaged="\n  ".join(damaged)))
+        raise _all_damaged(root, damaged)
     return None
+
+
+def _all_damaged(root: catalog.Root, damaged: Mapping[str, str]) -> NoValidCheckpointError:
+    """Names by reason, where they lie, and what can be done with what is left.
+
+    Args:
+        root: of the store.
+        damaged: what is wrong with each checkpoint, by name.
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in damaged.items():
+        names.setdefault(reason, []).append(name)
+    lines = [f"{_listed(group)}: {reason}" for reason, group in names.items()]
+    aside = {place.name: place for _, place in catalog.backend_of(root).set_aside_before()}
+    newest = max(damaged, key=lambda name: int(name.rpartition("_")[2]))
+    if newest not in aside:
+        rescue = _RESCUE.format(place=f"{root}/{newest}")
+    elif isinstance(aside[newest], Path):
+        rescue = _RESCUE.format(place=aside[newest])
+    else:
+        folder = str(aside[newest]).rpartition("/")[0]
+        rescue = _RESCUE_IN_BUCKET.format(folder=folder, root=root, name=newest)
+    return NoValidCheckpointError(_ALL_DAMAGED.format(path=root, damaged="\n  ".join(lines), rescue=rescue))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All of a few names; of many the first and the last."""
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, ..., {names[-1]} ({len(names)} checkpoints)"
 
 
 def _restore_together(
@@ -116,7 +154,7 @@ def _restore_together(
     world: World,
 ) -> Checkpoint | None:
     """Rank 0 picks, all try; if one finds damage, all take the next."""
-    damaged = [f"{name}: set aside earlier" for name in catalog.names_set_aside(root)]
+    damaged = dict.fromkeys(catalog.names_set_aside(root), _SET_ASIDE)
     passed: set[int] = set()
     replaced: set[int] = set()
     while True:
@@ -137,14 +175,14 @@ def _restore_together(
             return checkpoint
         if not found:
             continue  # dropped meanwhile by the process that writes; it has a newer one
-        damaged.append(f"{checkpoint_name(number)}: {'; '.join(found)}")
+        damaged[checkpoint_name(number)] = "; ".join(found)
         if world.rank == 0:
             entry = _entry(root, number)
             if entry is not None and set_aside(entry.path, "; ".join(found)) and number not in replaced:
                 replaced.add(number)
                 passed.discard(number)
     if damaged:
-        raise NoValidCheckpointError(_ALL_DAMAGED.format(path=root, damaged="\n  ".join(damaged)))
+        raise _all_damaged(root, damaged)
     return None
 
 

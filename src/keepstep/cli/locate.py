@@ -17,12 +17,22 @@ from keepstep.checkpoint.keeping.catalog import (
     Entry,
     damage_of,
     is_checkpoint,
+    names_set_aside,
     scan,
 )
 from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
 
-__all__ = ["Found", "Leftover", "PlaceParameter", "choose", "health_of", "leftovers", "locate"]
+__all__ = [
+    "Found",
+    "Leftover",
+    "PlaceParameter",
+    "all_set_aside",
+    "choose",
+    "health_of",
+    "leftovers",
+    "locate",
+]
 
 _PROJECT_CHECKPOINTS = "checkpoints"
 _NUMBERED = re.compile(r"checkpoint_(\d{1,18})\Z", re.ASCII)
@@ -35,7 +45,7 @@ class Found:
 
     Attributes:
         root: the store, or the one checkpoint; a string if it is the address of a bucket.
-        entries: the checkpoints, oldest first; at least one.
+        entries: the checkpoints, oldest first; at least one, unless those set aside were asked for as well.
         is_store: False if PATH named one checkpoint.
     """
 
@@ -79,15 +89,19 @@ class PlaceParameter(click.ParamType[Path | str]):
         return value if isinstance(value, str) and is_address(value) else Path(value)
 
 
-def locate(path: Path | str) -> Found:
+def locate(path: Path | str, *, or_set_aside: bool = False) -> Found:
     """Find the checkpoints that `path` stands for.
+
+    Args:
+        path: a store, a project, or one checkpoint.
+        or_set_aside: a store whose checkpoints were all set aside as damaged is found as well, without any.
 
     Raises:
         CheckpointNotFoundError: there is nothing, or no checkpoint there.
         StoreError, OSError: it can't be read.
     """
     if isinstance(path, str):
-        return _locate_in_bucket(path.rstrip("/"))
+        return _locate_in_bucket(path.rstrip("/"), or_set_aside)
     try:
         path.stat()
     except FileNotFoundError:
@@ -105,6 +119,9 @@ def locate(path: Path | str) -> Found:
     for candidate in candidates:
         if entries := scan(candidate):
             return Found(root=candidate, entries=entries, is_store=True)
+    for candidate in candidates if or_set_aside else ():
+        if names_set_aside(candidate):
+            return Found(root=candidate, entries=[], is_store=True)
     aside = [left for candidate in candidates for left in leftovers(candidate)]
     listed = ", ".join(left.path.name for left in aside[:_SHOWN_NAMES])
     damaged = sum(left.kind == "damaged" for left in aside)
@@ -117,16 +134,26 @@ def locate(path: Path | str) -> Found:
     )
 
 
-def _locate_in_bucket(address: str) -> Found:
+def _locate_in_bucket(address: str, or_set_aside: bool) -> Found:
     store, _, name = address.rpartition("/")
     if _NUMBERED.match(name) and (source := open_bucket(store).at(name)).exists():
         return Found(root=address, entries=[_single(source)], is_store=False)
     for candidate in (address, f"{address}/{_PROJECT_CHECKPOINTS}"):
-        if entries := scan(open_bucket(candidate)):
+        bucket = open_bucket(candidate)
+        if (entries := scan(bucket)) or (or_set_aside and names_set_aside(bucket)):
             return Found(root=candidate, entries=entries, is_store=True)
     raise CheckpointNotFoundError(
         f"there is no checkpoint at {address}; a store holds checkpoint_0/, checkpoint_1/ ..., a project has "
         f"them in {_PROJECT_CHECKPOINTS}/"
+    )
+
+
+def all_set_aside(found: Found) -> str:
+    """What to say of a store that was `found` without a checkpoint."""
+    count = len(names_set_aside(open_bucket(found.root) if isinstance(found.root, str) else found.root))
+    return (
+        f"no checkpoint is left in {found.root}: all {count} were set aside as damaged, in "
+        f"{INTERNAL_NAME}/damaged. Restore one from a copy"
     )
 
 
@@ -155,7 +182,7 @@ def choose(found: Found, names: Sequence[str]) -> list[Entry]:
         if entry is None:
             newest = ", ".join(list(by_name)[-_SHOWN_NAMES:])
             raise CheckpointNotFoundError(
-                f"there is no checkpoint {name!r} in {found.root}; the newest are: {newest}"
+                f"there is no checkpoint {name!r} in {found.root}; the newest are: {newest or 'none'}"
             )
         chosen.append(entry)
     return chosen

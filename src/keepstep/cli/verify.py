@@ -14,9 +14,9 @@ import click
 
 from keepstep.checkpoint.format.source import place_exists, source_of
 from keepstep.checkpoint.keeping.catalog import Entry
-from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
+from keepstep.checkpoint.keeping.verify import FileState, Report, verify_checkpoint
 from keepstep.cli.columns import wrapped
-from keepstep.cli.locate import Leftover, PlaceParameter, choose, leftovers, locate
+from keepstep.cli.locate import Leftover, PlaceParameter, all_set_aside, choose, leftovers, locate
 from keepstep.cli.output import Cell, Output, open_bar, open_output, write_json
 from keepstep.cli.phrasing import counted, human_bytes
 
@@ -51,7 +51,7 @@ class _Outcome:
     short_help="Read checkpoints whole and say whether every byte is what was committed.",
     epilog="\b\nExit codes:\n"
     "  0  all sound\n"
-    "  1  something is damaged\n"
+    "  1  something is damaged, or all checkpoints were set aside as damaged\n"
     "  2  wrong usage, nothing found, or not readable",
 )
 @click.argument("path", type=PlaceParameter(), default=".")
@@ -62,10 +62,11 @@ def command(path: Path | str, names: Sequence[str], quick: bool, as_json: bool) 
     """Read checkpoints whole and say whether every byte is what was committed.
 
     PATH is a store, a project directory that holds checkpoints/, or one checkpoint; default: the current
-    directory. NAMEs pick checkpoints of a store (checkpoint_12, or 12); default: all of them. What else lies
-    in a store (unfinished saves, checkpoints set aside as damaged) is mentioned and changes no exit code.
+    directory. NAMEs pick checkpoints of a store (checkpoint_12, or 12); default: all of them. A file that
+    several of them share is read once. What else lies in a store (unfinished saves, checkpoints set aside as
+    damaged) is mentioned, and changes no exit code unless no checkpoint is left beside it.
     """
-    found = locate(path)
+    found = locate(path, or_set_aside=True)
     entries = choose(found, names) if names else found.entries
     output = open_output()
     line = _lines_for(entries, output)
@@ -76,7 +77,9 @@ def command(path: Path | str, names: Sequence[str], quick: bool, as_json: bool) 
     else:
         for text in _summary(outcome, others, found.root, output):
             click.echo(text)
-    if outcome.damaged:
+        if not entries:
+            click.echo(f"keepstep: {all_set_aside(found)}", err=True)
+    if outcome.damaged or not entries:
         click.get_current_context().exit(_DAMAGED)
 
 
@@ -87,6 +90,7 @@ def _verify(
     began = time.monotonic()
     sizes = [entry.manifest.bytes if entry.manifest else 0 for entry in entries]
     reports = []
+    known: set[FileState] = set()
     bar = None if quick else open_bar(sum(sizes), sys.stdout if lines else sys.stderr)
     with bar or contextlib.nullcontext():
         write: Callable[[str], None] = bar.write if bar else click.echo
@@ -94,7 +98,7 @@ def _verify(
             if bar is not None:
                 bar.show(entry.name)
             report = verify_checkpoint(
-                entry.path, quick=quick, progress=bar.advance if bar else lambda _: None
+                entry.path, quick=quick, progress=bar.advance if bar else lambda _: None, known=known
             )
             if not report.sound and not place_exists(entry.path):
                 continue  # a training run pruned it while we looked: no damage
@@ -128,7 +132,7 @@ def _document(root: Path | str, quick: bool, outcome: _Outcome, others: Sequence
 
 def _lines_for(entries: Sequence[Entry], output: Output) -> Callable[[Report], Iterator[str]]:
     """How a report reads: one line, and on a terminal a line below for each problem."""
-    longest = max(len(Cell(entry.name).text) for entry in entries)
+    longest = max((len(Cell(entry.name).text) for entry in entries), default=0)
 
     def lines(report: Report) -> Iterator[str]:
         name = Cell(source_of(report.path).name, "bold")

@@ -119,17 +119,14 @@ class BucketBackend:
         holder = self._writer()
         if holder is not None and holder.lives_here and not holder.is_here:
             raise StoreBusyError(
-                f"{self} is being written to by the process {holder.pid} on {holder.host}. One process at a "
-                "time may write to a store: stop that one, or give this run another address"
+                f"{self} is being written to by {holder}. One process at a time may write to a store: stop "
+                "that one, or give this run another address"
             )
         if holder is not None and not holder.is_here and not holder.is_dead:
             log.warning(
-                "taking %s over from process %d on %s; should that one still run, it can't commit any more",
-                self,
-                holder.pid,
-                holder.host,
+                "taking %s over from %s; should that one still run, it can't commit any more", self, holder
             )
-        self._objects.put(_WRITER, this_process().dump(at=_now().isoformat()))
+        self._objects.put(_WRITER, this_process().dump())
 
     def _writer(self) -> Claimant | None:
         try:
@@ -187,7 +184,7 @@ class BucketBackend:
         )
 
     def _claim(self, **more: object) -> bytes:
-        return this_process().dump(at=_now().isoformat(), token=secrets.token_hex(8), **more)
+        return this_process().dump(token=secrets.token_hex(8), **more)
 
     def release(self, workspace: object) -> None:
         if isinstance(workspace, BucketWorkspace):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,18 @@ class Claimant:
         boot: changes when the host starts anew; "" if unknown.
         pid: its number.
         started: when it began, in the kernel's ticks; 0 if unknown.
+        at: when it claimed, ISO 8601, UTC; "" if unknown. For people: it tells no two processes apart.
     """
 
     host: str
     boot: str
     pid: int
     started: int
+    at: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        since = f", since {self.at[:19].replace('T', ' ')} UTC" if self.at else ""
+        return f"process {self.pid} on {self.host}{since}"
 
     @property
     def is_here(self) -> bool:
@@ -54,7 +61,11 @@ class Claimant:
 def this_process() -> Claimant:
     """The process that asks."""
     return Claimant(
-        host=socket.gethostname(), boot=_boot(), pid=os.getpid(), started=_started(os.getpid()) or 0
+        host=socket.gethostname(),
+        boot=_boot(),
+        pid=os.getpid(),
+        started=_started(os.getpid()) or 0,
+        at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     )
 
 
@@ -63,7 +74,11 @@ def parse_claim(data: bytes) -> tuple[Claimant | None, dict[str, Any]]:
     try:
         said = json.loads(data)
         who = Claimant(
-            host=str(said["host"]), boot=str(said["boot"]), pid=int(said["pid"]), started=int(said["started"])
+            host=str(said["host"]),
+            boot=str(said["boot"]),
+            pid=int(said["pid"]),
+            started=int(said["started"]),
+            at=str(said.get("at", "")),
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return None, {}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
-import socket
 import threading
 from pathlib import Path
 
 from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, Workspace, checkpoint_name
+from keepstep.checkpoint.place.claimant import parse_claim, this_process
 from keepstep.checkpoint.place.local import LocalWorkspace, delete_checkpoint, empty_trash, explained, sweep
 from keepstep.errors import CheckpointNotFoundError, StoreBusyError
 from keepstep.files import Files, StoreLock, free_bytes
@@ -110,9 +109,9 @@ class LocalBackend:
     def _take_lock(self) -> None:
         internal = self._lock.parent
         self._files.make_directory(internal)
-        me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        holder = StoreLock.acquire(self._lock, me)
-        if holder is not None:
+        held_by = StoreLock.acquire(self._lock, this_process().dump())
+        if held_by is not None:
+            holder = parse_claim(held_by)[0] or "another process"
             raise StoreBusyError(
                 f"{self.path} is being written to by {holder}. One process at a time may write to a store: "
                 "stop that one, or give this run another directory"

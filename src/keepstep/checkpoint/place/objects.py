@@ -25,6 +25,7 @@ from keepstep.checkpoint.place.profile import (
     has_credentials,
     secrets_in_environment,
 )
+from keepstep.checkpoint.place.refusals import in_words, says_no_bucket
 from keepstep.errors import BucketError, UsageError
 
 __all__ = ["DEFAULTS", "Found", "Objects"]
@@ -250,7 +251,9 @@ class Objects:
         self._check_fork()
         try:
             yield
-        except NotFoundError:
+        except NotFoundError as error:
+            if says_no_bucket(said := _hidden(str(error), self._secrets)):
+                raise BucketError(in_words(self.address, f"{doing} {key}", said)) from None
             raise FileNotFoundError(
                 errno.ENOENT, os.strerror(errno.ENOENT), f"{self.address}/{key}"
             ) from None
@@ -260,11 +263,7 @@ class Objects:
             if refused:
                 raise self.refuses_create(key) from None
             # Not chained: the text of the cause may show a signature.
-            raise BucketError(
-                f"{self.address}: could not {doing} {key}: {said}. Older checkpoints are whole. Check the "
-                "address, the credentials and the network, or give it more time (storage_options timeout_s, "
-                "max_retries, retry_timeout_s)"
-            ) from None
+            raise BucketError(in_words(self.address, f"{doing} {key}", said)) from None
 
     def _check_fork(self) -> None:
         """Obstore's threads are not there after a fork: a request would wait for ever."""
@@ -288,4 +287,4 @@ def _hidden(text: str, secrets: Iterable[str]) -> str:
         if len(secret) > 3:
             text = text.replace(secret, "***")
     lines = _QUERY.sub("?***", text).split("\n\n")[0].replace("\n", " ").strip()
-    return lines if len(lines) <= 400 else f"{lines[:400]}..."
+    return lines if len(lines) <= 1000 else f"{lines[:1000]}..."

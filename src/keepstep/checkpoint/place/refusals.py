@@ -1,0 +1,116 @@
+"""What the server of a bucket said, in words: what it refuses, and what to do. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["in_words", "says_no_bucket"]
+
+_STATUS: Final = re.compile(r"status code: (\d{3})\b")
+_CODE: Final = re.compile(r"<Code>([^<]{1,100})</Code>|\"(?:code|reason)\": ?\"([^\"]{1,100})\"")
+_MESSAGE: Final = re.compile(r"<Message>([^<]{1,300})</Message>|\"message\": ?\"([^\"]{1,300})\"")
+_NO_BUCKET: Final = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist")
+_NO_CREDENTIALS: Final = (
+    "169.254.169.254",  # where a machine of a cloud asks for credentials when it was given none
+    "169.254.170.2",
+    "metadata.google.internal",
+    "computeMetadata",
+    "/latest/api/token",
+    "/latest/meta-data",
+    "token request",
+    "NoAuthenticationInformation",
+    "CredentialsError",
+)
+_UNKNOWN_CREDENTIALS: Final = (
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "AuthenticationFailed",
+    "InvalidAuthenticationInfo",
+)
+_OTHER_REGION: Final = ("PermanentRedirect", "AuthorizationHeaderMalformed", "without LOCATION")
+_UNANSWERED: Final = "error sending request"
+
+
+def says_no_bucket(said: str) -> bool:
+    """Whether it is the bucket that is missing, and not an object in it."""
+    return any(sign in said for sign in _NO_BUCKET)
+
+
+def in_words(address: str, doing: str, said: str) -> str:
+    """The message of a refusal.
+
+    Args:
+        address: what was asked for, as "s3://bucket/run".
+        doing: what was under way, as "list *".
+        said: the client's text, without secrets.
+    """
+    bucket = "://".join([address.partition("://")[0], address.partition("://")[2].partition("/")[0]])
+    what, to_do = _judged(said, bucket)
+    return f"{address}: could not {doing}: {what}. Older checkpoints are whole. {to_do}"
+
+
+def _judged(said: str, bucket: str) -> tuple[str, str]:
+    """What happened, and what to do."""
+    found = _STATUS.search(said)
+    status = found[1] if found else ""
+    reason = _first(_CODE, said) or (f"HTTP {status}" if status else "")
+    if says_no_bucket(said):
+        return (
+            f"there is no bucket {bucket} ({reason or 'not found'})",
+            "keepstep makes no buckets: make it, or correct the address",
+        )
+    if any(sign in said for sign in _NO_CREDENTIALS):
+        return (
+            f"no credentials for {bucket} were found, and this machine was asked for some in vain",
+            (
+                "Set them in the environment (as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in a profile, or "
+                "in storage_options; see docs/object-stores.md"
+            ),
+        )
+    if status == "401" or any(sign in said for sign in _UNKNOWN_CREDENTIALS):
+        return (
+            f"the server does not accept the credentials for {bucket} ({reason})",
+            "Check the key and the secret (or the profile), that they have not expired, and the endpoint",
+        )
+    if any(sign in said for sign in _OTHER_REGION):
+        return (
+            f"{bucket} lies in another region than was asked ({reason or 'redirected'})",
+            'Give the right one: storage_options={"region": ...}, or AWS_REGION',
+        )
+    if status == "403":
+        return (
+            f"permission denied on {bucket} ({reason})",
+            "Let these credentials list, read, write and delete there, or use others",
+        )
+    if _UNANSWERED in said:
+        return (
+            f"the server can't be reached: {_plain(said)}",
+            (
+                "Check the endpoint and the network, or give it more time (storage_options timeout_s, "
+                "max_retries, retry_timeout_s)"
+            ),
+        )
+    return (
+        _plain(said),
+        (
+            "Check the address, the credentials and the network, or give it more time (storage_options "
+            "timeout_s, max_retries, retry_timeout_s)"
+        ),
+    )
+
+
+def _first(pattern: re.Pattern[str], said: str) -> str:
+    found = pattern.search(said)
+    return next((group for group in found.groups() if group), "") if found else ""
+
+
+def _plain(said: str) -> str:
+    """The text without the document that the server sent along."""
+    code, message = _first(_CODE, said), _first(_MESSAGE, said)
+    cut = re.split(r"<\?xml|<Error|<html|\{\s*\"", said, maxsplit=1)[0].rstrip(" :")
+    told = f"{code}: {message}" if code and message else code or message
+    return f"{cut} ({told.rstrip('.')})" if told else cut
