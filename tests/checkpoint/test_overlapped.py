@@ -164,9 +164,7 @@ def test_a_pending_save_says_how_far_it_is_and_is_not_waited_for_without_end(
     store = Store(tmp_path)
     pending = store.save_in_background({"w": torch.ones(3)}, staging="overlapped")
     assert repr(pending) == f"<PendingSave {tmp_path / 'checkpoint_0'}: being copied>"
-    with pytest.raises(
-        StillSavingError, match=r"_0 is not committed after 0\.05 s: it is being copied"
-    ):
+    with pytest.raises(StillSavingError, match=r"_0 is not committed after 0\.05 s: it is being copied"):
         pending.wait(timeout_s=0.05)
     with pytest.raises(TimeoutError):
         pending.wait(0)

@@ -18,7 +18,7 @@ from keepstep.checkpoint.in_flight import Saves, Staging
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention
-from keepstep.checkpoint.keeping.verify import FileState, Report, verify_checkpoint
+from keepstep.checkpoint.keeping.verify import Report
 from keepstep.checkpoint.parts import Blueprint
 from keepstep.checkpoint.pending import PendingSave, forget_unseen_failures
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
@@ -328,13 +328,7 @@ class Store:
 
         If one is damaged, the next save links to none of them.
         """
-        known: set[FileState] = set()
-        reports = [
-            verify_checkpoint(entry.path, quick=quick, known=known) for entry in catalog.scan(self._backend)
-        ]
-        if any(not report.sound for report in reports):
-            self._upkeep.note_damage()
-        return reports
+        return self._upkeep.verify(quick=quick)
 
     # ----------------------------------------------------------------------------------- resuming
 

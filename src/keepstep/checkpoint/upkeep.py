@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Sequence
 
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.source import Place, place_exists
@@ -13,7 +14,7 @@ from keepstep.checkpoint.keeping.pruning import Which, check_committed, prune
 from keepstep.checkpoint.keeping.quarantine import set_aside
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.scrub import SCRUB_BYTES_PER_S, Scrubber
-from keepstep.checkpoint.keeping.verify import Report
+from keepstep.checkpoint.keeping.verify import FileState, Report, verify_checkpoint
 from keepstep.checkpoint.place.backend import Backend
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, StoreError, UsageError
 
@@ -102,6 +103,16 @@ class Upkeep:
         """End the scrub."""
         if self._scrubber is not None:
             self._scrubber.stop()
+
+    def verify(self, *, quick: bool) -> Sequence[Report]:
+        """Verify every checkpoint, oldest first; a file that several share is read once."""
+        known: set[FileState] = set()
+        reports = [
+            verify_checkpoint(entry.path, quick=quick, known=known) for entry in catalog.scan(self._backend)
+        ]
+        if any(not report.sound for report in reports):
+            self.note_damage()
+        return reports
 
     def note_damage(self) -> None:
         """A file here is damaged: the next save is to link to none."""

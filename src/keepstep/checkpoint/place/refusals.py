@@ -67,8 +67,8 @@ def _judged(said: str, bucket: str) -> tuple[str, str]:
         return (
             f"no credentials for {bucket} were found, and this machine was asked for some in vain",
             (
-                "Set them in the environment (as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in a profile, or "
-                "in storage_options; see docs/object-stores.md"
+                "Set them in the environment (as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in a profile, "
+                "or in storage_options; see docs/object-stores.md"
             ),
         )
     if status == "401" or any(sign in said for sign in _UNKNOWN_CREDENTIALS):
