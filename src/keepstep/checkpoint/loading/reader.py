@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -230,3 +230,13 @@ def _tensor_in(maps: Mapping[str, mmap.mmap], entry: TensorEntry) -> torch.Tenso
         return torch.empty(entry.shape, dtype=dtype)
     flat = torch.frombuffer(maps[entry.file or ""], dtype=dtype, count=count, offset=entry.offset)
     return flat.reshape(entry.shape)
+
+
+def over_untrusted(reader: Reader, work: Callable[[], Any]) -> Any:
+    """Run code over the untrusted tree; what it can't read is a damaged manifest."""
+    try:
+        return work()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if type(error) in {ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError}:
+            raise ManifestError(reader.place, f"state.json: {error}") from error
+        raise

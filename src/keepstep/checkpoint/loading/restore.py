@@ -24,9 +24,11 @@ import torch
 
 from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.format.boxes import Box
-from keepstep.checkpoint.loading.fit import Fit, Handed, call_load, over_untrusted, state_of
+from keepstep.checkpoint.loading.fit import Fit
+from keepstep.checkpoint.loading.live import call_load, state_of
 from keepstep.checkpoint.loading.passes import Target, bytes_of
-from keepstep.checkpoint.loading.reader import Reader
+from keepstep.checkpoint.loading.plan import Handed, Plan
+from keepstep.checkpoint.loading.reader import Reader, over_untrusted
 from keepstep.checkpoint.loading.sharing import Place, elements_of_box, without_views
 from keepstep.errors import DamagedCheckpointError, RestoreError
 from keepstep.tree import address_of, inside_object, select, shard_of, tensors_in, unflatten
@@ -54,19 +56,20 @@ def load_into(
 ) -> None:
     """Restore live objects; see the module's docstring and `Checkpoint.load_into`."""
     tree = reader.tree if only is None else over_untrusted(reader, lambda: select(reader.tree, only))
-    fit = Fit(reader)
+    plan = Plan(reader)
+    fit = Fit(plan)
     try:
         over_untrusted(reader, lambda: fit.walk(inside_object(tree), objects, (), None))
         if own is not None and (node := own_node(reader, rank)) is not None:
             over_untrusted(reader, lambda: fit.walk(inside_object(node), own, (f"rank-{rank:05d}",), None))
-        fit.raise_if_any()
-        finishing = over_untrusted(reader, fit.settle)
+        plan.raise_if_it_differs()
+        finishing = over_untrusted(reader, plan.settle)
     finally:
-        fit.settling.clear()  # they hold the plan that holds them; nothing live waits for the collector
-    hand_over = _HandOver(reader, fit.handed_over)
+        plan.settling.clear()  # they hold the plan that holds them; nothing live waits for the collector
+    hand_over = _HandOver(reader, plan.handed_over)
     hand_over.run()
     try:
-        _read_in_place(reader, fit.places, already=hand_over.done)
+        _read_in_place(reader, plan.places, already=hand_over.done)
         for finish in finishing:
             finish()
     except BaseException as error:
