@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, here and in every process that a test starts: several processes share the cores,
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from tests.crash.tally import Tally, summary, tally_of
+from tests.holding import Held
 
 torch.set_num_threads(1)
 # Two processes on two cores stall now and then: a slow example is no failure, an irreproducible one is.
@@ -38,6 +40,14 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh directory that is also the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """Holds back the copies of saves while it is closed."""
+    held = Held(monkeypatch)
+    yield held
+    held.opened.set()
 
 
 @pytest.fixture

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tests.checkpoint.equality import assert_same
+from tests.holding import Held
 
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
 from keepstep.checkpoint.store import Store
 from keepstep.errors import BackgroundSaveError, StateChangedError, StillSavingError
 
 
-class Held:
-    """Lets no copy begin until it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.opened = threading.Event()
-        real = TensorBytes.copy_into
-
-        def copy_into(source: TensorBytes, *args: object) -> None:
-            assert self.opened.wait(60)
-            real(source, *args)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(TensorBytes, "copy_into", copy_into)
-
-
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    held = Held(monkeypatch)
-    yield held
-    held.opened.set()
+def held(held: Held) -> Held:
+    """Closed from the beginning."""
+    held.opened.clear()
+    return held
 
 
 def test_the_caller_goes_on_before_anything_is_copied(tmp_path: Path, held: Held) -> None:
     store = Store(tmp_path)
     pending = store.save_in_background({"w": torch.arange(5.0)}, staging="overlapped")
     assert not pending.done()
-    staged = threading.Thread(target=pending.wait_staged)
-    staged.start()
-    staged.join(0.05)
-    assert staged.is_alive(), "wait_staged returned although nothing had been copied"
-    held.opened.set()
-    staged.join(60)
+    held.holds_up(pending.wait_staged)
     assert_same(pending.wait().load(), {"w": torch.arange(5.0)})
 
 

@@ -6,16 +6,14 @@ import contextlib
 import copy
 import logging
 import pickle
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.checkpoint.equality import assert_same
+from tests.holding import Held
 
-from keepstep.checkpoint.saving.staging import TensorBytes
 from keepstep.checkpoint.store import Store
 from keepstep.errors import BackgroundSaveError
 from keepstep.train.accelerator import Accelerator
@@ -35,28 +33,6 @@ class Net(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
-
-
-class Held:
-    """Copies wait until it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.opened = threading.Event()
-        self.opened.set()
-        real = TensorBytes.copy_into
-
-        def copy_into(source: TensorBytes, *args: Any) -> None:
-            assert self.opened.wait(60)
-            real(source, *args)
-
-        monkeypatch.setattr(TensorBytes, "copy_into", copy_into)
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    held = Held(monkeypatch)
-    yield held
-    held.opened.set()
 
 
 def make(path: Path, policy: CheckpointPolicy = OVERLAPPED, **options: Any) -> tuple[Any, ...]:
@@ -107,12 +83,7 @@ def test_the_optimizer_waits_for_the_copy_and_nothing_else_does(tmp_path: Path, 
     accelerator.checkpoint()
     expected = state_of(model, optimizer)
     accelerator.backward(model(torch.randn(16, 8)).square().mean())  # batch statistics and gradients change
-    stepping = threading.Thread(target=optimizer.step)
-    stepping.start()
-    stepping.join(0.1)
-    assert stepping.is_alive(), "the optimizer did not wait"
-    held.opened.set()
-    stepping.join(60)
+    held.holds_up(optimizer.step)
     accelerator.wait_for_checkpoint()
     assert_holds(tmp_path, expected)
 
@@ -131,12 +102,7 @@ def test_an_optimizer_that_was_not_prepared_waits_too(tmp_path: Path, held: Held
     held.opened.clear()
     accelerator.checkpoint()
     expected = state_of(model, optimizer)
-    stepping = threading.Thread(target=raw.step)
-    stepping.start()
-    stepping.join(0.1)
-    assert stepping.is_alive(), "the optimizer did not wait"
-    held.opened.set()
-    stepping.join(60)
+    held.holds_up(raw.step)
     accelerator.wait_for_checkpoint()
     assert_holds(tmp_path, expected)
 
@@ -168,12 +134,7 @@ def test_switching_to_evaluation_waits_for_the_copy(tmp_path: Path, held: Held) 
     held.opened.clear()
     accelerator.checkpoint()
     expected = state_of(model, optimizer)
-    switch = threading.Thread(target=switching.eval)
-    switch.start()
-    switch.join(0.1)
-    assert switch.is_alive(), "the optimizer did not wait"
-    held.opened.set()
-    switch.join(60)
+    held.holds_up(switching.eval)
     accelerator.wait_for_checkpoint()
     assert_holds(tmp_path, expected)
 

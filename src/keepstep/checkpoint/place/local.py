@@ -342,34 +342,25 @@ def reading(directory: Path) -> Iterator[None]:
 
     Who finds the mark taken is late: the checkpoint is being deleted, and the read will say that it is gone.
     """
-    try:
-        mark = DirectoryLock(directory, shared=True)
-    except OSError:
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            held.callback(DirectoryLock(directory, shared=True).release)
         yield
-        return
-    try:
-        yield
-    finally:
-        mark.release()
 
 
 @contextlib.contextmanager
 def _unread(directory: Path) -> Iterator[None]:
     """Hold off readers while a checkpoint is taken out of sight."""
-    try:
-        mark = DirectoryLock(directory)
-    except BlockingIOError:
-        raise CheckpointBusyError(
-            f"{directory} is being read by another process or thread and was not deleted. Delete it when "
-            "they are done"
-        ) from None
-    except OSError:
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # without locks nobody can be held off
+            try:
+                held.callback(DirectoryLock(directory).release)
+            except BlockingIOError:
+                raise CheckpointBusyError(
+                    f"{directory} is being read by another process or thread and was not deleted. Delete it "
+                    "when they are done"
+                ) from None
         yield
-        return
-    try:
-        yield
-    finally:
-        mark.release()
 
 
 def _remove_ours(files: Files, directory: Path) -> None:
