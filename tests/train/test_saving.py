@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -169,6 +170,38 @@ def test_a_failure_in_the_background_comes_out(tmp_path: Path) -> None:
         run.step()
         assert run.accelerator.checkpoint() is not None
         run.accelerator.end_training()
+
+
+def test_a_failure_that_comes_back_is_told_in_full_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=1, on_error="warn"))
+    store = run.accelerator._saver._store
+    assert store is not None
+    commit, asked = store._saves._committed, itertools.count()
+
+    def fail(*_: Any) -> None:
+        raise OSError(5, f"attempt {next(asked)} ended in flames")
+
+    def step() -> None:
+        run.step()
+        pending = run.accelerator.checkpoint()
+        assert pending is not None
+        with contextlib.suppress(BackgroundSaveError):
+            pending.wait()
+
+    store._saves._committed = fail  # type: ignore[method-assign,assignment]
+    for _ in range(9):
+        step()
+    store._saves._committed = commit  # type: ignore[method-assign]
+    step()
+    step()
+    assert caplog.text.count("ended in flames") == 1
+    told = [record.getMessage() for record in caplog.records if record.name == "keepstep.train.saving"]
+    assert [text.partition(" in a row")[0] for text in told[1:]] == [
+        *(f"{count} checkpoints" for count in (2, 4, 8)),
+        "Checkpoints are saved again.",
+    ]
 
 
 def test_what_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:

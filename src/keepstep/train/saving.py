@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ __all__ = ["Saver"]
 
 _log = logging.getLogger(__name__)
 
+_NUMBERS = re.compile(r"[0-9]+")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _About:
@@ -41,6 +44,30 @@ class _About:
 
     metrics: Mapping[str, Any] | None = None
     tags: Sequence[str] = ()
+
+
+class _Complaints:
+    """Failed saves that the training goes on after: told in full once, then only how many it were."""
+
+    def __init__(self) -> None:
+        self._reason = ""
+        self._times = 0
+
+    def failed(self, error: Exception) -> None:
+        """Tell of a save that failed; for the same reason as before at the 2nd, 4th, 8th ... time only."""
+        reason = _NUMBERS.sub("", str(error))  # each names another checkpoint
+        self._times = self._times + 1 if reason == self._reason else 1
+        self._reason = reason
+        if self._times == 1:
+            _log.error("A checkpoint was not saved; the training goes on as the policy says: %s", error)
+        elif self._times.bit_count() == 1:
+            _log.error("%d checkpoints in a row were not saved, for the same reason", self._times)
+
+    def saved(self) -> None:
+        """Tell that saves succeed again."""
+        if self._times:
+            _log.warning("Checkpoints are saved again.")
+        self._reason, self._times = "", 0
 
 
 class Saver:
@@ -78,6 +105,7 @@ class Saver:
         many = state.world.size > 1 and policy.staging == "auto"
         self._staging: Staging = "awaited" if many else policy.staging
         self._about = _About()
+        self._complaints = _Complaints()
         self._looked_for_others = False
         self._step_saved_elsewhere = 0
         self._lost: _About | None = None
@@ -177,6 +205,8 @@ class Saver:
                 finished.wait()
             except BackgroundSaveError as error:
                 self._failed(error, self._about)
+            else:
+                self._complaints.saved()
 
     def _failed(self, error: StoreError | BackgroundSaveError, about: _About) -> None:
         if isinstance(error.__cause__, StateChangedError):
@@ -188,7 +218,7 @@ class Saver:
             return
         if self._policy.on_error == "raise":
             raise error
-        _log.error("A checkpoint was not saved; the training goes on as the policy says: %s", error)
+        self._complaints.failed(error)
 
     def save(
         self,
