@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from keepstep.errors import UsageError
 from keepstep.world import OneRank, World
 
 
@@ -12,7 +14,13 @@ def test_one_rank_answers_for_itself() -> None:
     world.barrier()
     assert world.gather(tree) is tree
     assert torch.equal(world.reduce(tree, "sum")["a"], torch.ones(2))
-    assert world.reduce(tree, "mean") is tree
+    reduced = world.reduce(tree, "mean")["a"]
+    assert torch.equal(reduced, tree["a"])
+    assert reduced is not tree["a"]  # or `total += ...` would change what was given
+    with pytest.raises(UsageError, match="reduction is 'median'; allowed: 'sum', 'mean', 'max', 'none'"):
+        world.reduce(tree, "median")  # type: ignore[arg-type]
+    assert world.broadcast_tensors(tree) is tree
+    assert world.exchange_bytes(b"x") == [b"x"]
     assert world.broadcast("x") == "x"
     assert world.agree(True)
     assert not world.agree(False)

@@ -30,8 +30,10 @@ Each message says what happened, the value, what is allowed and what to do next.
     ├── RankError                  something that all ranks do together came to nothing
     │   ├── RankMissingError       ranks did not come within the time-out
     │   ├── RankFailedError        another rank raised
+    │   ├── CollectiveMismatchError  ranks called different things, or gave them other shapes
     │   └── RanksDifferError       ranks hold states that are not of one model (also a StateError)
     └── UsageError                 a call or configuration that cannot work (also a ValueError)
+        ├── NotTensorError         something else where tensors are expected (also a TypeError)
         └── NotPreparedError       an object that has to go through prepare() first
 """
 
@@ -47,6 +49,7 @@ __all__ = [
     "BucketError",
     "CheckpointBusyError",
     "CheckpointNotFoundError",
+    "CollectiveMismatchError",
     "DamagedCheckpointError",
     "DigestError",
     "DirectoryNotOursError",
@@ -59,6 +62,7 @@ __all__ = [
     "NoSpaceError",
     "NoValidCheckpointError",
     "NotPreparedError",
+    "NotTensorError",
     "RankError",
     "RankFailedError",
     "RankMissingError",
@@ -305,6 +309,25 @@ def _failed(message: str, rank: int) -> RankFailedError:
     return RankFailedError(message, rank=rank)
 
 
+class CollectiveMismatchError(RankError):
+    """Ranks called different collectives at the same time, or the same one with tensors that don't match.
+
+    Attributes:
+        calls: what each rank called, by rank.
+    """
+
+    def __init__(self, message: str, *, calls: Sequence[str]) -> None:
+        self.calls = tuple(calls)
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _mismatch, (str(self), self.calls)
+
+
+def _mismatch(message: str, calls: Sequence[str]) -> CollectiveMismatchError:
+    return CollectiveMismatchError(message, calls=calls)
+
+
 class RanksDifferError(RankError, StateError):
     """Ranks hold states that are not of one model: other names, dtypes or shapes; nothing was written."""
 
@@ -315,6 +338,10 @@ class MirrorError(KeepstepError):
 
 class UsageError(KeepstepError, ValueError):
     """A call or a configuration that cannot work."""
+
+
+class NotTensorError(UsageError, TypeError):
+    """Something else was given where (dense) tensors are expected; the message names its place."""
 
 
 class NotPreparedError(UsageError):

@@ -44,21 +44,30 @@ def _steps_of_a_meeting(world: Ranks) -> None:
 
 def _tensors(world: Ranks) -> None:
     rank, size = world.rank, world.size
-    tree = {"rows": torch.full((rank + 1, 2), float(rank)), "flag": torch.tensor(rank == 0), "name": "x"}
+    tree = {"rows": torch.full((3, 2), float(rank)), "flag": torch.tensor(rank == 0)}
     gathered = world.gather(tree)
-    assert gathered["rows"].shape == (size * (size + 1) // 2, 2)
+    assert gathered["rows"][:, 0].tolist() == [float(r) for r in range(size) for _ in range(3)]
     assert gathered["flag"].tolist() == [r == 0 for r in range(size)]
-    assert gathered["name"] == "x"
     for dtype in (torch.bfloat16, torch.complex64, torch.int8):
-        assert world.gather(torch.full((2,), rank, dtype=dtype)).tolist() == [
-            r for r in range(size) for _ in "ab"
-        ]
+        for rows in (2, 20_000):  # within the roll call, and apart
+            gathered_rows = world.gather(torch.full((rows, 4), rank, dtype=dtype))
+            assert gathered_rows.dtype == dtype
+            assert gathered_rows[:, 3].tolist() == [r for r in range(size) for _ in range(rows)]
     assert world.gather(torch.empty(0, 3)).shape == (0, 3)
     values = torch.tensor([rank, 1])
     assert world.reduce([values], "sum")[0].tolist() == [sum(range(size)), size]
     assert world.reduce((values,), "mean")[0].tolist() == [sum(range(size)) / size, 1.0]
+    assert world.reduce(values, "max").tolist() == [size - 1, 1]
     assert values.tolist() == [rank, 1]
-    assert world.reduce(values, "none") is values
+    assert world.reduce(values, "none").tolist() == [rank, 1]
+    many = torch.full((20_000,), float(rank))
+    assert world.reduce(many, "sum").eq(sum(range(size))).all()
+    assert world.reduce(many, "max").eq(size - 1).all()
+    assert world.reduce(many.to(torch.int16), "sum").eq(sum(range(size))).all()  # gloo can't
+    weight = torch.nn.Parameter(torch.full((200, 200), float(rank)).T)
+    assert world.broadcast_tensors({"w": weight, "few": values}, size - 1)["w"] is weight
+    assert weight.eq(size - 1).all()
+    assert values.tolist() == [size - 1, 1]
 
 
 def _a_failing_rank_is_heard_at_once(world: Ranks) -> None:

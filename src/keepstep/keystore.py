@@ -1,0 +1,129 @@
+"""A key-value store whose loss is told in words, and whose silence ends."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+from keepstep.errors import RankMissingError
+
+__all__ = ["Connection", "KeyValueStore"]
+
+_T = TypeVar("_T")
+
+_ANSWER_S = 20.0
+"""How long a store may take to answer, at least: a tenth of the meeting's time-out if that is more."""
+
+
+class KeyValueStore(Protocol):
+    """What meetings ask of a store; `torch.distributed.Store` does all of it, raising RuntimeErrors."""
+
+    def set(self, key: str, value: Any, /) -> object:
+        """Set a value, str or bytes."""
+
+    def get(self, key: str, /) -> bytes:
+        """A value that is there."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a counter; its new value."""
+
+    def compare_set(self, key: str, expected: str, value: str, /) -> bytes:
+        """Set a value that is not there yet, if `expected` is empty."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all keys are there."""
+
+    def wait(self, keys: list[str], timeout: dt.timedelta, /) -> object:
+        """Wait until all keys are there."""
+
+    def delete_key(self, key: str, /) -> bool:
+        """Delete a key; whether it was there."""
+
+
+class Connection:
+    """A store whose loss is told in words, and whose silence ends.
+
+    A client waits for ever for a server that is stopped or cut off, also where it was given a time-out. So
+    it is asked on a thread of its own, which is left behind if no answer comes.
+    """
+
+    def __init__(self, store: KeyValueStore, topic: str) -> None:
+        self._store = store
+        self._topic = topic
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._asked: Future[Any] | None = None
+        self.timeout_s = 0.0
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._ask(lambda: self._store.set(key, value))
+
+    def set_once(self, key: str, value: str) -> None:
+        self._ask(lambda: self._store.compare_set(key, "", value))
+
+    def get(self, key: str) -> bytes:
+        return self._ask(lambda: self._store.get(key))
+
+    def add(self, key: str, amount: int) -> int:
+        return self._ask(lambda: self._store.add(key, amount))
+
+    def check(self, key: str) -> bool:
+        return self._ask(lambda: self._store.check([key]))
+
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(RankMissingError):  # the store went first, and all that was in it
+            self._ask(lambda: self._store.delete_key(key))
+
+    def wait(self, key: str, timeout_s: float) -> bool:
+        """Whether the key came within the time-out."""
+
+        def wait() -> bool:
+            try:
+                self._store.wait([key], dt.timedelta(seconds=timeout_s))
+            except RuntimeError:  # too late, or no connection, which the check will tell
+                return self._store.check([key])
+            return True
+
+        return self._ask(wait, timeout_s)
+
+    def _ask(self, work: Callable[[], _T], may_wait_s: float = 0.0) -> _T:
+        """Ask the store; no answer within the time-out is told as its loss."""
+        if self._asked is not None and not self._asked.done():
+            raise self._lost("it has not answered yet", 0.0)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="keepstep-meet", daemon=True)
+            self._thread.start()
+        answer: Future[_T] = Future()
+        self._asked = answer
+        self._work.put(lambda: _settle(answer, work))
+        limit_s = may_wait_s + max(_ANSWER_S, self.timeout_s / 10)
+        try:
+            return answer.result(limit_s)
+        except TimeoutError:
+            raise self._lost("it does not answer", limit_s) from None
+        except RuntimeError as error:
+            raise self._lost(str(error).splitlines()[0], 0.0) from error
+
+    def _serve(self) -> None:
+        while True:
+            self._work.get()()
+
+    def _lost(self, why: str, waited_s: float) -> RankMissingError:
+        return RankMissingError(
+            f"{self._topic}: the store over which ranks meet can't be reached ({why}). The process that "
+            "serves it, rank 0 or the launcher, is gone, stopped or cut off: start the run again",
+            ranks=[0],
+            waited_s=waited_s,
+        )
+
+
+def _settle(answer: Future[_T], work: Callable[[], _T]) -> None:
+    try:
+        answer.set_result(work())
+    except BaseException as error:  # noqa: BLE001  (it belongs to whoever asked)
+        answer.set_exception(error)
