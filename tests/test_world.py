@@ -20,7 +20,7 @@ def test_one_rank_answers_for_itself() -> None:
     with pytest.raises(UsageError, match="reduction is 'median'; allowed: 'sum', 'mean', 'max', 'none'"):
         world.reduce(tree, "median")  # type: ignore[arg-type]
     assert world.broadcast_tensors(tree) is tree
-    assert world.exchange_bytes(b"x") == [b"x"]
+    assert world.exchange_bytes(lambda: b"x", "exchange") == [b"x"]
     assert world.broadcast("x") == "x"
     assert world.agree(True)
     assert not world.agree(False)

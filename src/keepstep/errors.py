@@ -27,6 +27,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     ├── MirrorError                a committed checkpoint could not be copied to the mirror
     ├── BackgroundSaveError        a save in the background failed; raised at the next call
     ├── StillSavingError           a save takes longer than it was waited for (also a TimeoutError)
+    ├── NoBatchFitsError           memory runs out even with the smallest batch (also a RuntimeError)
     ├── RankError                  something that all ranks do together came to nothing
     │   ├── RankMissingError       ranks did not come within the time-out
     │   ├── RankFailedError        another rank raised
@@ -59,6 +60,7 @@ __all__ = [
     "MirrorError",
     "MismatchError",
     "MissingFileError",
+    "NoBatchFitsError",
     "NoSpaceError",
     "NoValidCheckpointError",
     "NotPreparedError",
@@ -263,6 +265,10 @@ class BackgroundSaveError(KeepstepError):
 
 class StillSavingError(KeepstepError, TimeoutError):
     """A save in the background takes longer than it was waited for; it goes on."""
+
+
+class NoBatchFitsError(KeepstepError, RuntimeError):
+    """Memory runs out even with the smallest batch."""
 
 
 class RankError(KeepstepError):

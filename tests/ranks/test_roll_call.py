@@ -184,5 +184,5 @@ def test_a_rank_that_dies_is_told_from_one_that_is_late() -> None:
         ranks.kill()
     for output in outputs:
         assert "RANKS (3,)" in output, outputs
-        assert "rank 3 ended, or lost its connection" in output
+        assert "rank 3 ended, or can't be reached any more" in output
         assert "No answer from rank 3" in output

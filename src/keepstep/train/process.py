@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from keepstep.errors import UsageError
+from keepstep.train.control import ProcessControl
 from keepstep.train.environment import Environment, Launched, read_environment
 from keepstep.world import DEFAULT_TIMEOUT_S, OneRank, World, join_ranks, joined_group
 
@@ -109,7 +110,7 @@ def _ordinal(local_rank: int, devices: int) -> int:
     return local_rank
 
 
-class PartialState:
+class PartialState(ProcessControl):
     """This process among those that run together.
 
     Args:
@@ -140,45 +141,6 @@ class PartialState:
     def distributed_type(self) -> DistributedType:
         """How ranks work together."""
         return DistributedType(self._world.kind)
-
-    @property
-    def use_distributed(self) -> bool:
-        """Whether there is more than one process."""
-        return self._world.size > 1
-
-    @property
-    def num_processes(self) -> int:
-        """How many ranks train together."""
-        return self._world.size
-
-    @property
-    def process_index(self) -> int:
-        """This rank's number."""
-        return self._world.rank
-
-    @property
-    def local_process_index(self) -> int:
-        """This rank's number on its machine."""
-        return self._world.local_rank
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this is rank 0."""
-        return self._world.rank == 0
-
-    @property
-    def is_local_main_process(self) -> bool:
-        """Whether this is the first rank on its machine."""
-        return self._world.local_rank == 0
-
-    @property
-    def is_last_process(self) -> bool:
-        """Whether this is the last rank."""
-        return self._world.rank == self._world.size - 1
-
-    def wait_for_everyone(self) -> None:
-        """Return once every rank has called this."""
-        self._world.barrier()
 
     def __repr__(self) -> str:
         return (

@@ -162,7 +162,7 @@ class Inquiry:
         seen = {rank: self._store.get(f"at/{rank}").decode() for rank in absent if self._has(f"at/{rank}")}
         silent = [rank for rank in absent if rank not in seen]
         missing = absent if timed_out else silent or absent
-        what = f"did not come within {waited_s:g} s" if timed_out else "ended, or lost its connection"
+        what = f"did not come within {waited_s:g} s" if timed_out else "ended, or can't be reached any more"
         lines = [f"{call}: {_ranks(missing)} {what}."]
         lines += [f"Rank {rank} is at {place}." for rank, place in list(seen.items())[:8]]
         if silent:

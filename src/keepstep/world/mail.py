@@ -43,8 +43,8 @@ class Mail:
         except RuntimeError as error:
             others = [source] if parcels is None else [r for r in range(len(parcels)) if r != self._rank]
             raise RankMissingError(
-                f"handing out data from rank {source} broke off on rank {self._rank}; a process has ended, or "
-                f"did not come within {self._timeout_s:g} s: {error}",
+                f"handing out data from rank {source} broke off on rank {self._rank}; a process has ended, "
+                f"or did not come within {self._timeout_s:g} s: {error}",
                 ranks=others,
                 waited_s=self._timeout_s,
             ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from keepstep.meetings import Alone, Meeting
@@ -41,7 +41,7 @@ class OneRank:
         """Return `tree`."""
         return tree
 
-    def broadcast(self, value: T, source: int = 0) -> T:
+    def broadcast(self, value: T, source: int = 0, purpose: str = "broadcast of plain data") -> T:
         """Return `value`."""
         return value
 
@@ -57,9 +57,9 @@ class OneRank:
         """Return the value of the one rank."""
         return [value]
 
-    def exchange_bytes(self, value: bytes, purpose: str = "exchange") -> list[bytes]:
+    def exchange_bytes(self, make: Callable[[], bytes], purpose: str) -> list[bytes]:
         """Return the bytes of the one rank."""
-        return [value]
+        return [make()]
 
     def meeting(
         self, topic: str, timeout_s: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -77,7 +77,7 @@ class World(Protocol):
         """Write rank `source`'s values into the tensors of `tree` on every rank; returns `tree`."""
         ...
 
-    def broadcast(self, value: T, source: int = 0) -> T:
+    def broadcast(self, value: T, source: int = 0, purpose: str = "broadcast of plain data") -> T:
         """Return rank `source`'s value on every rank; the value is plain data."""
         ...
 
@@ -111,8 +111,13 @@ class World(Protocol):
         """
         ...
 
-    def exchange_bytes(self, value: bytes, purpose: str = "exchange") -> list[bytes]:
-        """Every rank's bytes, by rank, on every rank; they may differ in length."""
+    def exchange_bytes(self, make: Callable[[], bytes], purpose: str) -> list[bytes]:
+        """Every rank's bytes, by rank, on every rank; they may differ in length.
+
+        Args:
+            make: gives this rank's; if it raises, the other ranks raise RankFailedError.
+            purpose: the call's name in messages; the same on every rank.
+        """
         ...
 
     def meeting(

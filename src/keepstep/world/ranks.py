@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -96,17 +96,13 @@ class Ranks:
         with place.meeting(self.timeout_s if timeout_s is None else timeout_s) as meeting:
             yield meeting
 
-    def _turn(self, purpose: str, data: bytes, timeout_s: float | None = None) -> list[bytes]:
-        return self._roll_call().turn(
-            purpose, lambda: ("", data), self.timeout_s if timeout_s is None else timeout_s
-        )
-
     def exchange(self, value: T, timeout_s: float | None = None, purpose: str = "exchange") -> list[T]:
-        data = json.dumps(value).encode()
-        return [json.loads(told) for told in self._turn(purpose, data, timeout_s)]
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        told = self._roll_call().turn(purpose, lambda: ("", json.dumps(value).encode()), limit_s)
+        return [json.loads(data) for data in told]
 
-    def exchange_bytes(self, value: bytes, purpose: str = "exchange") -> list[bytes]:
-        return self._turn(purpose, value)
+    def exchange_bytes(self, make: Callable[[], bytes], purpose: str) -> list[bytes]:
+        return self._roll_call().turn(purpose, lambda: ("", make()), self.timeout_s)
 
     def barrier(self, purpose: str = "wait_for_everyone", failure: BaseException | None = None) -> None:
         def prepare() -> tuple[str, bytes]:
@@ -117,13 +113,15 @@ class Ranks:
         with contextlib.suppress(NotDoneError):
             self._roll_call().turn(purpose, prepare, self.timeout_s)
 
-    def broadcast(self, value: T, source: int = 0) -> T:
-        data = json.dumps(value).encode() if self.rank == source else b""
-        told: T = json.loads(self._turn("broadcast of plain data", data)[source])
+    def broadcast(self, value: T, source: int = 0, purpose: str = "broadcast of plain data") -> T:
+        def make() -> bytes:
+            return json.dumps(value).encode() if self.rank == source else b""
+
+        told: T = json.loads(self.exchange_bytes(make, purpose)[source])
         return told
 
     def agree(self, flag: bool) -> bool:
-        return all(told == b"1" for told in self._turn("agree", b"1" if flag else b"0"))
+        return all(told == b"1" for told in self.exchange_bytes(lambda: b"1" if flag else b"0", "agree"))
 
     # ------------------------------------------------------------------------------------ tensors
 

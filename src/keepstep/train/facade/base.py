@@ -45,3 +45,4 @@ class Facade:
     _state: TrainState
     _preparer: Preparer
     _saver: Saver
+    _triggered: bool = False
