@@ -35,14 +35,15 @@ TORCH_FREE = [
     "keepstep.checkpoint.place.registry",
     "keepstep.checkpoint.upkeep",
     "keepstep.checkpoint.uploading",
+    "keepstep.cli.launch",
     "keepstep.cli.main",
 ]
 
 # ruff can lift its ban on names (TID251) for a whole file only, so here is who may use what.
 ALLOWED_IN = {
-    "torch.distributed": {"world/", "train/parallel.py", "checkpoint/dcp/"},
+    "torch.distributed": {"world/", "train/parallel.py", "checkpoint/dcp/", "launch/elastic.py"},
     # A profile is asked for in the environment of whoever looks at a bucket, the command line included.
-    "os.environ": {"train/environment.py", "checkpoint/place/profile.py"},
+    "os.environ": {"train/environment.py", "checkpoint/place/profile.py", "launch/environment.py"},
     "os.getenv": {"train/environment.py"},
     "os.putenv": set(),
     "pickle": {"checkpoint/convert/"},

@@ -17,11 +17,17 @@ from keepstep.errors import KeepstepError
 
 __all__ = ["main"]
 
-SUMMARIES: Final = {
-    "ls": "List the checkpoints of a store.",
-    "show": "Show everything that is known about one checkpoint.",
-    "verify": "Read checkpoints whole and say whether every byte is what was committed.",
+SECTIONS: Final = {
+    "Look at checkpoints": {
+        "ls": "List the checkpoints of a store.",
+        "show": "Show everything that is known about one checkpoint.",
+        "verify": "Read checkpoints whole and say whether every byte is what was committed.",
+    },
+    "Start training": {
+        "launch": "Start a training script, on one process or many.",
+    },
 }
+SUMMARIES: Final = {name: words for section in SECTIONS.values() for name, words in section.items()}
 """Name -> first line of its help; `keepstep --help` imports no command."""
 
 _INTERRUPTED = 130
@@ -38,12 +44,13 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in SUMMARIES:
             return None
-        command: click.Command = import_module(f"keepstep.cli.{cmd_name}").command
+        command: click.Command = import_module(f"keepstep.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         _never_fail_on_encoding()
@@ -90,13 +97,16 @@ def _fail(ctx: click.Context, message: str) -> None:
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="\b\nExit codes:\n"
     "  0  done; for verify: all sound\n"
-    "  1  verify: something is damaged, or all checkpoints were set aside as damaged\n"
-    "  2  wrong usage, nothing found, or not readable",
+    "  1  verify: something is damaged, or all checkpoints were set aside as damaged
+"
+    "  2  wrong usage, nothing found, or not readable
+"
+    "  N  launch: the script's own",
 )
 @click.version_option(__version__, message="keepstep %(version)s")
 def main() -> None:
-    """Look at checkpoints that keepstep saved. Nothing is ever changed.
+    """Start training, and look at the checkpoints that it saved.
 
-    PATH is a store (a directory of checkpoint_N), a project directory that holds checkpoints/, or one
-    checkpoint.
+    Looking changes nothing. PATH is a store (a directory of checkpoint_N), a project directory that holds
+    checkpoints/, or one checkpoint.
     """

@@ -1,0 +1,237 @@
+"""Many processes on one machine or several, by the elastic agent of torch.distributed.run.
+
+The agent is torch's own. What is added: what failed is told, and whether ranks are started again is decided
+by `keepstep.launch.restarts`; signals that end nothing are passed on; a second Ctrl-C waits for nobody; and
+each start of the ranks gets a key-value store of its own. (The agent hands them the same one again, where
+what the dead ranks wrote still lies: gloo then connects to addresses where nobody listens.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, Final
+
+from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from keepstep.launch.plan import LaunchPlan, Rendezvous
+from keepstep.launch.restarts import RankEnd, Restarts, exit_code_of, judge
+from keepstep.launch.single import PASSED_ON
+
+__all__ = ["run_group"]
+
+_RENDEZVOUS_TIMEOUT_S: Final = 900
+_LAST_WORDS_S: Final = 600
+"""How long ranks have after a signal that ends the run: a checkpoint may take minutes."""
+_STOP_S: Final = 30
+"""After so long torch kills the ranks that did not stop when another failed."""
+_PREFIX: Final = "[${role_name} ${rank}] "
+
+
+def run_group(
+    plan: LaunchPlan,
+    entrypoint: Callable[..., Any] | str,
+    arguments: Sequence[Any],
+    say: Callable[[str], None],
+    *,
+    prefix: str | None = None,
+) -> int:
+    """Run a plan's processes on this machine until all are done, again when they are to be restarted.
+
+    Args:
+        plan: what to run; the environment has been set, and so that ranks inherit it.
+        entrypoint: a program, or a function that forked ranks call.
+        arguments: what each rank is given.
+        say: tells the user what happens.
+        prefix: template in front of each line of output with `tee`; None for the role and rank.
+
+    Returns:
+        the exit code: 0, or that of the rank that failed first, 128 and the signal's number if it was killed.
+    """
+    assert plan.rendezvous is not None, "a single process needs no group"
+    with contextlib.ExitStack() as stack:
+        log_dir = plan.manner.log_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="keepstep-"))
+        stack.enter_context(_quiet_torch())
+        spec = _spec(plan, plan.rendezvous, entrypoint, arguments)
+        agent = _Agent(
+            spec,
+            DefaultLogsSpecs(log_dir=log_dir, tee=Std.from_str(plan.manner.tee or "0")),
+            prefix or _PREFIX,
+            restarts=plan.manner.restarts,
+            say=say,
+        )
+        stack.enter_context(_passing(agent))
+        return _result(agent, spec)
+
+
+def _result(agent: _Agent, spec: WorkerSpec) -> int:
+    try:
+        result = agent.run()
+    except SignalException as ended:
+        return 128 + int(ended.sigval)  # the meeting is left open, as other machines may still be in it
+    spec.rdzv_handler.shutdown()
+    if result is None or not result.is_failed():
+        return 0
+    return exit_code_of(agent.first_failure) if agent.first_failure else 1
+
+
+def _spec(
+    plan: LaunchPlan, meeting: Rendezvous, entrypoint: Callable[..., Any] | str, arguments: Sequence[Any]
+) -> WorkerSpec:
+    host, _, _ = meeting.endpoint.rpartition(":")
+    address = host if plan.machines == 1 else None
+    conf = {"timeout": _RENDEZVOUS_TIMEOUT_S, **meeting.conf}
+    parameters = RendezvousParameters(
+        backend=meeting.backend,
+        endpoint=meeting.endpoint,
+        run_id=meeting.run_id or uuid.uuid4().hex,
+        min_nodes=plan.machines,
+        max_nodes=plan.machines,
+        local_addr=address,
+        **conf,
+    )
+    fixed = meeting.backend == "static"
+    return WorkerSpec(
+        role=plan.manner.role,
+        local_world_size=plan.processes,
+        entrypoint=entrypoint,
+        args=tuple(arguments),
+        rdzv_handler=get_rendezvous_handler(parameters),
+        max_restarts=plan.manner.restarts.limit,
+        monitor_interval=plan.manner.monitor_interval_s,
+        master_addr=host if fixed else None,
+        master_port=int(meeting.endpoint.rpartition(":")[2]) if fixed else None,
+        local_addr=address,
+    )
+
+
+class _Agent(LocalElasticAgent):
+    """Torch's agent, with a say in whether ranks are started again."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: DefaultLogsSpecs,
+        prefix: str,
+        *,
+        restarts: Restarts,
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(
+            spec,
+            logs,
+            start_method="fork",
+            log_line_prefix_template=prefix,
+            shutdown_timeout=_LAST_WORDS_S,
+        )
+        self._restarts = restarts
+        self._say = say
+        self._began_s = time.monotonic()
+        self.first_failure = 0
+        self._store_of_ranks: TCPStore | None = None
+        self._starts = 0
+
+    def pids(self) -> list[int]:
+        """The processes of this machine's ranks."""
+        return list(self._pcontext.pids().values()) if self._pcontext else []
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
+        meeting: Any = worker_group.store
+        # The static backend shows the same keys at each rendezvous, the others fresh ones.
+        name = "keepstep/port"
+        if worker_group.spec.rdzv_handler.get_backend() == "static":
+            name += f"/{self._starts}"
+        self._starts += 1
+        if worker_group.group_rank == 0:
+            self._store_of_ranks = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            meeting.set(name, str(self._store_of_ranks.port))
+        worker_group.master_port = int(meeting.get(name))
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._began_s = time.monotonic()
+        workers: dict[int, Any] = super()._start_workers(worker_group)
+        return workers
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        looked_s = time.monotonic()
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.state not in {WorkerState.FAILED, WorkerState.UNHEALTHY}:
+            return result
+        stopped_by_us = {-signal.SIGTERM}
+        if time.monotonic() - looked_s >= _STOP_S:
+            stopped_by_us.add(-signal.SIGKILL)
+        ends = _own_ends(result.failures, stopped_by_us)
+        self.first_failure = ends[0].returncode if ends else 1
+        verdict = judge(
+            ends,
+            # An error here may be the loss of a rank on another machine, which nobody here can see.
+            killed=worker_group.group_world_size != 1 or any(end.returncode < 0 for end in ends),
+            lived_s=looked_s - self._began_s,
+            restarted=self._worker_group.spec.max_restarts - self._remaining_restarts,
+            restarts=self._restarts,
+        )
+        self._say(verdict.words)
+        if not verdict.restart:
+            self._remaining_restarts = 0
+        return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _STOP_S) -> None:
+        try:
+            super()._shutdown(death_sig, timeout)
+        except SignalException:
+            super()._shutdown(signal.SIGKILL, 1)
+            raise
+
+
+def _own_ends(failures: dict[int, ProcessFailure], stopped_by_us: set[int]) -> list[RankEnd]:
+    """The ranks that failed by themselves, killed ones first; torch reports those that it stopped as well."""
+    ends = [
+        RankEnd(rank=rank, pid=failure.pid, returncode=failure.exitcode) for rank, failure in failures.items()
+    ]
+    own = [end for end in ends if end.returncode not in stopped_by_us] or ends[:1]
+    return sorted(own, key=lambda end: end.returncode >= 0)
+
+
+@contextlib.contextmanager
+def _passing(agent: _Agent) -> Iterator[None]:
+    """Ranks get the signals that end nothing; those that end the run are torch's business."""
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        for pid in agent.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """What torch's agent logs of each rank that it stops is told by `say` in a line."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,40 @@
+"""Facts about this machine, looked up when they are asked for."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Mapping
+from importlib import import_module
+
+from keepstep.launch.environment import variables
+
+__all__ = ["ThisMachine"]
+
+
+class ThisMachine:
+    """What a launch asks of the machine that it runs on; see `keepstep.launch.plan.Machine`."""
+
+    @functools.cached_property
+    def gpus(self) -> int:
+        """Asks PyTorch, which takes seconds to import; no device is initialized."""
+        count: int = import_module("torch").cuda.device_count()
+        return count
+
+    @property
+    def cpus(self) -> int:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        return variables()
+
+    def is_free(self, port: int) -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                return False
+        return True

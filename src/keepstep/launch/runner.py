@@ -1,0 +1,42 @@
+"""Carries a plan out: a child, or torch's agent with its ranks."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from keepstep.launch.environment import added_to_environment
+from keepstep.launch.plan import LaunchPlan
+from keepstep.launch.single import run_single
+
+__all__ = ["run_plan"]
+
+
+def run_plan(plan: LaunchPlan, *, quiet: bool = False) -> int:
+    """Start what a plan says and wait for it.
+
+    Args:
+        plan: what to start.
+        quiet: say only what fails.
+
+    Returns:
+        the exit code: 0, or that of the process that failed first.
+
+    Raises:
+        UsageError: the program cannot be started.
+    """
+    if not quiet:
+        for note in (*plan.notes, f"Starting {plan.summary}."):
+            _say(note)
+    with added_to_environment(plan.environment):
+        if plan.rendezvous is None:
+            return run_single(plan, _say)
+        code: int = import_module("keepstep.launch.elastic").run_group(
+            plan, plan.command[0], plan.command[1:], _say
+        )
+        return code
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"keepstep launch: {text}\n")
+    sys.stderr.flush()
