@@ -17,10 +17,27 @@ from tests.cli.stores import write_checkpoint, write_store
 import keepstep
 from keepstep.cli.main import SUMMARIES, main
 
-COMMANDS = {
+LOOKING = {
     "ls": ["path", "--json", "--metric", "--sort", "--reverse", "--last", "--damaged"],
     "show": ["path", "name", "--tensors", "--json"],
     "verify": ["path", "names", "--quick", "--json"],
+}
+LAUNCH_OPTIONS = [
+    *("--config_file", "--cpu", "--multi_gpu", "--gpu_ids", "--num_processes", "--num_machines"),
+    *("--machine_rank", "--main_process_ip", "--main_process_port", "--same_network"),
+    *("--num_cpu_threads_per_process", "--mixed_precision", "--gradient_accumulation_steps"),
+    *("--dynamo_backend", "--dynamo_mode", "--dynamo_use_fullgraph", "--dynamo_use_dynamic"),
+    *("--dynamo_use_regional_compilation", "--debug", "--use_fsdp", "--fsdp_version"),
+    *("--fsdp_reshard_after_forward", "--fsdp_offload_params", "--fsdp_auto_wrap_policy"),
+    *("--fsdp_transformer_layer_cls_to_wrap", "--fsdp_min_num_params", "--fsdp_state_dict_type"),
+    *("--fsdp_cpu_ram_efficient_loading", "--fsdp_sync_module_states", "--fsdp_activation_checkpointing"),
+    *("--fsdp_sharding_strategy", "--fsdp_backward_prefetch", "--fsdp_forward_prefetch"),
+    *("--fsdp_use_orig_params", "--max_restarts", "--monitor_interval", "--rdzv_backend", "--rdzv_conf"),
+    *("--role", "--tee", "--log_dir", "--main_training_function", "--use_deepspeed", "--use_megatron_lm"),
+    "--tpu",
+]
+COMMANDS = LOOKING | {
+    "launch": [*LAUNCH_OPTIONS, "-m", "--no_python", "-q", "script", "arguments"],
 }
 LIST_SECONDS = 0.5
 
@@ -106,7 +123,7 @@ def test_a_thousand_checkpoints_are_listed_in_half_a_second(tmp_path: Path, opti
 # ------------------------------------------------------------------------------------------ failing
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", LOOKING)
 @pytest.mark.parametrize("case", ["missing", "file", "empty", "looping link", "dangling link"])
 def test_a_path_without_checkpoints_is_one_line_and_exit_code_2(
     workdir: Path, command: str, case: str
@@ -170,7 +187,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_a_checkpoint_directory_with_an_odd_name(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "a\x1b[31m\nb")
-    for command in COMMANDS:
+    for command in LOOKING:
         done = run(command, directory)
         assert done.returncode == 0
         assert r"a\x1b[31m\nb" in done.stdout

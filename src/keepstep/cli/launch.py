@@ -70,8 +70,8 @@ _WATCHING = (
     click.option(
         "--max_restarts",
         type=click.IntRange(0),
-        help=f"Start failed ranks again at most so often, whatever failed. Default: {DEFAULT_LIMIT}, when ranks "
-        "were killed or an error came later than the first minute.",
+        help=f"Start failed ranks again at most so often, whatever failed. Default: {DEFAULT_LIMIT}, when "
+        "ranks were killed or an error came later than the first minute.",
     ),
     click.option("--monitor_interval", type=float, default=0.1, help="Seconds between looks at the ranks."),
     click.option("--rdzv_backend", metavar="NAME", help='How machines meet: "static" or one of torchrun\'s.'),

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final
 
-from torch.distributed.distributed_c10d import TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -148,9 +148,9 @@ class _Agent(LocalElasticAgent):
         """The processes of this machine's ranks."""
         return list(self._pcontext.pids().values()) if self._pcontext else []
 
-    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+    def _rendezvous(self, worker_group: Any) -> None:
         super()._rendezvous(worker_group)
-        meeting: Any = worker_group.store
+        meeting = worker_group.store
         # The static backend shows the same keys at each rendezvous, the others fresh ones.
         name = "keepstep/port"
         if worker_group.spec.rdzv_handler.get_backend() == "static":
@@ -161,12 +161,12 @@ class _Agent(LocalElasticAgent):
             meeting.set(name, str(self._store_of_ranks.port))
         worker_group.master_port = int(meeting.get(name))
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+    def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         self._began_s = time.monotonic()
         workers: dict[int, Any] = super()._start_workers(worker_group)
         return workers
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def _monitor_workers(self, worker_group: Any) -> RunResult:
         looked_s = time.monotonic()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state not in {WorkerState.FAILED, WorkerState.UNHEALTHY}:

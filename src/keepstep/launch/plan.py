@@ -126,7 +126,7 @@ class LaunchPlan:
         processes: ranks on this machine.
         machines: machines.
         machine_rank: this one's number.
-        device: "cpu" or "gpu".
+        device: "cpu", "gpu", or "any" if a single process finds out by itself.
         rendezvous: None for a single process, which needs none.
         manner: how they are watched.
         notes: what a user should know before it starts.
@@ -146,9 +146,9 @@ class LaunchPlan:
     def summary(self) -> str:
         """One line that tells what is started."""
         ranks = f"{self.processes} process{'' if self.processes == 1 else 'es'}"
-        place = "on the CPU" if self.device == "cpu" else "on GPU" if self.processes == 1 else "on GPUs"
-        many = f" of machine {self.machine_rank}, of {self.machines}" if self.machines > 1 else ""
-        return f"{ranks} {place}{many}"
+        place = {"cpu": " on the CPU", "gpu": " on GPUs", "any": ""}[self.device]
+        many = f", machine {self.machine_rank} of {self.machines} (from 0)" if self.machines > 1 else ""
+        return f"{ranks}{place}{many}"
 
 
 def override(settings: Settings, given: Mapping[str, Any]) -> Settings:
