@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -68,11 +68,10 @@ while True:
 
 
 @pytest.fixture(autouse=True)
-def no_configuration(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_configuration(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default file of whoever runs the tests is none of theirs."""
     monkeypatch.setenv("KEEPSTEP_HOME", str(workdir / "home"))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    yield
 
 
 def script(workdir: Path, text: str) -> str:
@@ -201,7 +200,16 @@ def test_two_machines_meet_and_a_rank_killed_on_one_starts_both_again(workdir: P
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     machines = [
         subprocess.Popen(
-            [*PROGRAM, "launch", *common, "--main_process_port", str(port), "--machine_rank", str(rank), name],
+            [
+                *PROGRAM,
+                "launch",
+                *common,
+                "--main_process_port",
+                str(port),
+                "--machine_rank",
+                str(rank),
+                name,
+            ],
             cwd=workdir,
             env=environment,
             stderr=subprocess.PIPE,
