@@ -97,10 +97,8 @@ def _fail(ctx: click.Context, message: str) -> None:
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="\b\nExit codes:\n"
     "  0  done; for verify: all sound\n"
-    "  1  verify: something is damaged, or all checkpoints were set aside as damaged
-"
-    "  2  wrong usage, nothing found, or not readable
-"
+    "  1  verify: something is damaged, or all checkpoints were set aside as damaged\n"
+    "  2  wrong usage, nothing found, or not readable\n"
     "  N  launch: the script's own",
 )
 @click.version_option(__version__, message="keepstep %(version)s")
