@@ -137,11 +137,23 @@ def test_ctrl_c_finishes_the_save_in_flight(tmp_path: Path, stage: str) -> None:
     assert_committed(tmp_path)
 
 
-@pytest.mark.soak
 def test_ctrl_c_while_waiting_for_the_save(tmp_path: Path) -> None:
     process = start(tmp_path, "committing", "store.wait()")
     process.send_signal(signal.SIGINT)
     returned, said = end(process)
+    assert returned == -signal.SIGINT, said
+    assert_committed(tmp_path)
+
+
+WAITS = {"for the copy": ("copying", "pending.wait_staged()"), "for the save": ("committing", "store.wait()")}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_ctrl_c_that_does_not_wake_who_waits(tmp_path: Path, wait: str) -> None:
+    """As one that comes just before the main thread falls asleep; here another thread takes the signal."""
+    stage, call = WAITS[wait]
+    ctrl_c = "threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()"
+    returned, said = end(start(tmp_path, stage, f"{ctrl_c}\n{call}"))
     assert returned == -signal.SIGINT, said
     assert_committed(tmp_path)
 

@@ -17,6 +17,7 @@ from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.keeping.pruning import Which
 from keepstep.checkpoint.mirror import Mirror
+from keepstep.checkpoint.outcome import Latch
 from keepstep.checkpoint.parts import Blueprint, Parts
 from keepstep.checkpoint.pending import PendingSave
 from keepstep.checkpoint.place.backend import Workspace
@@ -95,17 +96,17 @@ class Saves:
             began = time.perf_counter()
             save = self._begin(state, description, own)
             crew = Crew(1, "keepstep-commit")
-            staged = threading.Event()
+            staged = Latch()
             try:
                 if _may_copy_behind(save, staging) and save.hold(changing):
                     crew.step_back()
-                    future = crew.submit(lambda: self._stage_and_finish(save, staged))
+                    outcome = crew.submit(lambda: self._stage_and_finish(save, staged))
                 else:
                     save.stage()
-                    staged.set()
-                    future = crew.submit(lambda: self._finish(save))
+                    staged.open()
+                    outcome = crew.submit(lambda: self._finish(save))
                 self._in_flight = PendingSave(
-                    future,
+                    outcome,
                     place=save.workspace.final,
                     staged=staged,
                     seal=save.seal,
@@ -174,14 +175,14 @@ class Saves:
                 parts.backend.release(workspace)
             raise
 
-    def _stage_and_finish(self, save: Save, staged: threading.Event) -> Checkpoint:
+    def _stage_and_finish(self, save: Save, staged: Latch) -> Checkpoint:
         try:
             save.stage()
         except BaseException:
             self._parts.backend.release(save.workspace)
             raise
         finally:
-            staged.set()
+            staged.open()
         return self._finish(save)
 
     def _finish(self, save: Save) -> Checkpoint:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 
 from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.outcome import Latch, Outcome
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import BackgroundSaveError, StillSavingError
 
@@ -31,21 +30,21 @@ class PendingSave:
 
     def __init__(
         self,
-        future: Future[Checkpoint],
+        outcome: Outcome[Checkpoint],
         *,
         place: Place,
-        staged: threading.Event,
+        staged: Latch,
         seal: Callable[[], None],
         blocked_s: float,
     ) -> None:
-        self._future = future
+        self._outcome = outcome
         self._staged = staged
         self._seal = seal
         self.place = place
         self.blocked_s = blocked_s
         self.seen = False
         self._pid = os.getpid()
-        future.add_done_callback(self._done)
+        outcome.before_it_is_told(self._note)
 
     def __repr__(self) -> str:
         return f"<PendingSave {self.place}: {self._how_far}>"
@@ -55,13 +54,13 @@ class PendingSave:
         if self.inherited:
             return f"saved by process {self._pid}"
         if self.failed:
-            return f"failed ({self._future.exception()!r:.200})"
-        if self._future.done():
+            return f"failed ({self._outcome.error()!r:.200})"
+        if self._outcome.done():
             return "committed"
-        return "copied, being written" if self._staged.is_set() else "being copied"
+        return "copied, being written" if self._staged.is_open else "being copied"
 
-    def _done(self, future: Future[Checkpoint]) -> None:
-        if isinstance(future.exception(), Exception) and not self.seen:
+    def _note(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception):
             _unseen.add(self)
 
     def wait_staged(self) -> None:
@@ -75,7 +74,7 @@ class PendingSave:
 
     def done(self) -> bool:
         """Whether it is committed, or has failed."""
-        return self.inherited or self._future.done()
+        return self.inherited or self._outcome.done()
 
     @property
     def inherited(self) -> bool:
@@ -85,7 +84,7 @@ class PendingSave:
     @property
     def failed(self) -> bool:
         """Whether it is over and nothing was committed; `wait` says why."""
-        return not self.inherited and self._future.done() and self._future.exception() is not None
+        return not self.inherited and self._outcome.done() and self._outcome.error() is not None
 
     def wait(self, timeout_s: float | None = None) -> Checkpoint:
         """Wait until it is committed.
@@ -102,13 +101,13 @@ class PendingSave:
                 f"this save was begun by process {self._pid}, from which this one was forked: it is finished "
                 "there, and can't be waited for here"
             )
-        if not wait([self._future], timeout_s).done:
+        if not self._outcome.wait(timeout_s):
             raise StillSavingError(
                 f"{self.place} is not committed after {timeout_s} s: it is {self._how_far}. It goes on; wait "
                 "again, or ask done()"
             )
         try:
-            checkpoint = self._future.result()
+            checkpoint = self._outcome.result()
         except Exception as error:
             self.seen = True
             _unseen.discard(self)

@@ -30,7 +30,8 @@ class OrderedHasher:
     def __init__(self, aborted: threading.Event) -> None:
         self._aborted = aborted
         self._chains: dict[Hashable, _Chain] = {}
-        self._moved = threading.Condition()
+        self._lock = threading.Lock()  # entered itself: Ctrl-C may leave a condition locked
+        self._moved = threading.Condition(self._lock)
 
     def feed(self, key: Hashable, begin: int, size: int, data: memoryview) -> str | None:
         """Hash the part of `key` at `begin`; its digest once all `size` bytes were seen, else None.
@@ -41,14 +42,14 @@ class OrderedHasher:
         end = begin + len(data)
         if begin == 0 and end == size:
             return xxhash.xxh3_128_hexdigest(data)
-        with self._moved:
+        with self._lock:
             chain = self._chains.setdefault(key, _Chain())
             while chain.position != begin:
                 if self._aborted.is_set():
                     raise Aborted
                 self._moved.wait()
         chain.hasher.update(data)
-        with self._moved:
+        with self._lock:
             chain.position = end
             self._moved.notify_all()
             if end < size:
@@ -58,5 +59,5 @@ class OrderedHasher:
 
     def wake(self) -> None:
         """Let waiting threads see that they were aborted."""
-        with self._moved:
+        with self._lock:
             self._moved.notify_all()

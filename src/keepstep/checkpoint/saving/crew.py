@@ -7,8 +7,9 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
+
+from keepstep.checkpoint.outcome import LOOK_UP_S, Outcome
 
 __all__ = ["Crew"]
 
@@ -46,7 +47,7 @@ class Crew:
         """
         self._steps_back = True
 
-    def submit(self, work: Callable[[], _T]) -> Future[_T]:
+    def submit(self, work: Callable[[], _T]) -> Outcome[_T]:
         """Hand in work; it is begun in the order in which it came.
 
         Raises:
@@ -55,9 +56,9 @@ class Crew:
         with self._starting:
             if not self._threads:
                 self._start()
-        future: Future[_T] = Future()
-        self._work.put(lambda: _settle(future, work))
-        return future
+        outcome: Outcome[_T] = Outcome()
+        self._work.put(lambda: outcome.settle(work))
+        return outcome
 
     def _start(self) -> None:
         threads = [
@@ -86,7 +87,8 @@ class Crew:
     def wait(self) -> None:
         """Return once the threads have ended; `close` comes first."""
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(LOOK_UP_S)  # a signal may not wake us
 
     def _run(self) -> None:
         in_front = True
@@ -97,12 +99,3 @@ class Crew:
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
             work()
             del work  # what it refers to is not ours while we wait
-
-
-def _settle(future: Future[_T], work: Callable[[], _T]) -> None:
-    try:
-        result = work()
-    except BaseException as error:  # noqa: BLE001  (it belongs to whoever asks for the result)
-        future.set_exception(error)
-    else:
-        future.set_result(result)

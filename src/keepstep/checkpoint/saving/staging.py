@@ -16,6 +16,7 @@ import torch
 
 from keepstep.checkpoint.format.hashing import Aborted
 from keepstep.checkpoint.format.manifest import digest_of
+from keepstep.checkpoint.outcome import LOOK_UP_S
 from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.errors import UsageError
 
@@ -57,7 +58,8 @@ class BlockPool:
         self._made = 0
         self._pinned = False
         self._free: list[Block] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # entered itself: Ctrl-C may leave a condition locked
+        self._changed = threading.Condition(self._lock)
 
     @property
     def allocated_bytes(self) -> int:
@@ -66,7 +68,7 @@ class BlockPool:
 
     def pin(self) -> None:
         """From now on hand out memory that accelerators can write to by themselves."""
-        with self._changed:
+        with self._lock:
             if not self._pinned:
                 self._made -= len(self._free)
                 self._pinned = True
@@ -78,11 +80,11 @@ class BlockPool:
         Raises:
             Aborted: `aborted` was set; `wake` must be called after setting it.
         """
-        with self._changed:
+        with self._lock:
             while not self._free and self._made >= self._most:
                 if aborted.is_set():
                     raise Aborted
-                self._changed.wait()
+                self._changed.wait(LOOK_UP_S)
             if self._free:
                 return self._free.pop()
             block = Block(BLOCK_BYTES, pinned=self._pinned)
@@ -91,13 +93,13 @@ class BlockPool:
 
     def release(self, block: Block) -> None:
         """Give a block back."""
-        with self._changed:
+        with self._lock:
             self._free.append(block)
             self._changed.notify()
 
     def wake(self) -> None:
         """Let waiting threads see that their save was aborted."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import wait
 
+from keepstep.checkpoint.outcome import wait_for_all
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.staging import TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests
@@ -52,7 +52,7 @@ def is_unchanged(
     try:
         compare()
     finally:
-        wait(helping)
-    for future in helping:
-        future.result()
+        wait_for_all(helping)
+    for outcome in helping:
+        outcome.result()
     return not different.is_set()

@@ -17,7 +17,6 @@ import bisect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 
 from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
 from keepstep.checkpoint.format.manifest import FileEntry, combine_digests, digest_of
+from keepstep.checkpoint.outcome import Outcome, wait_for_all
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.layout import Layout, Placement, Segment
@@ -149,7 +149,7 @@ class SegmentWriter:
         self._next_block = threading.Lock()
         self._aborted = threading.Event()
         self._hasher = OrderedHasher(self._aborted)
-        self._running: list[Future[None]] = []
+        self._running: list[Outcome[None]] = []
         self.digests: dict[int, str] = {}
         """Digest of each stored tensor, by its index; complete after `write` or `drain`."""
 
@@ -180,22 +180,22 @@ class SegmentWriter:
         Two threads copy, this one and one of the crew: one alone does not get all that memory can give.
         """
         line = _Line(self._hand_over)
-        helping: list[Future[None]] = []
+        helping: list[Outcome[None]] = []
         try:
             self._link_unchanged()
             helping.append(self._crew.submit(lambda: self._guarded(self._copy_blocks, line)))
             self._guarded(self._copy_blocks, line)
-            for future in helping:
-                future.result()
+            for outcome in helping:
+                outcome.result()
         except Aborted:
             pass  # drain() raises what really happened
         except BaseException:
             self._stop_threads()
-            wait(helping)  # what it still hands on comes before the end of the crew
+            wait_for_all(helping)  # what it still hands on comes before the end of the crew
             self.abort()
             raise
         finally:
-            wait(helping)
+            wait_for_all(helping)
             for block in line.left():
                 self._pool.release(block)
         for source in self._sources:
@@ -210,7 +210,7 @@ class SegmentWriter:
         """Stop as soon as possible, wait for the threads, close the files without any promise."""
         self._stop_threads()
         self._crew.close()
-        wait(self._running)
+        wait_for_all(self._running)
         for segment in self._segments:
             if segment.file is not None:
                 segment.file.abandon()
@@ -259,13 +259,13 @@ class SegmentWriter:
 
     # ----------------------------------------------------------------------------------- threads
 
-    def _settle(self, futures: list[Future[None]]) -> None:
+    def _settle(self, outcomes: list[Outcome[None]]) -> None:
         try:
-            wait(futures)
-            errors = [error for future in futures if (error := future.exception()) is not None]
+            wait_for_all(outcomes)
+            errors = [error for outcome in outcomes if (error := outcome.error()) is not None]
         except BaseException:  # Ctrl-C while waiting
             self._stop_threads()
-            wait(futures)
+            wait_for_all(outcomes)
             self.abort()
             raise
         real = [error for error in errors if not isinstance(error, Aborted)]
