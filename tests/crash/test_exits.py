@@ -38,6 +38,10 @@ def wait_until_the_main_thread_has_ended():
 
 hold = wait_until_the_main_thread_has_ended
 
+def train():
+    while True:  # a signal that comes just before a long sleep would be heard after it
+        time.sleep(0.01)
+
 class Held(LocalFiles):
     def create_segment(self, path, size_bytes):
         if stage == "writing":
@@ -129,7 +133,7 @@ def test_the_save_in_flight_is_finished(tmp_path: Path, ending: str, stage: str)
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_finishes_the_save_in_flight(tmp_path: Path, stage: str) -> None:
-    process = start(tmp_path, stage, "time.sleep(100)")
+    process = start(tmp_path, stage, "train()")
     process.send_signal(signal.SIGINT)
     returned, said = end(process)
     assert returned == -signal.SIGINT, said
@@ -160,7 +164,7 @@ def test_ctrl_c_that_does_not_wake_who_waits(tmp_path: Path, wait: str) -> None:
 
 @pytest.mark.parametrize("stage", ["copying", "committing"])
 def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_torn(tmp_path: Path, stage: str) -> None:
-    process = start(tmp_path, stage, "hold = threading.Event().wait\ntime.sleep(100)")
+    process = start(tmp_path, stage, "hold = threading.Event().wait\ntrain()")
     for _ in range(50):
         process.send_signal(signal.SIGINT)
         try:
@@ -177,7 +181,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_torn(tmp_path: Path, st
 
 @pytest.mark.parametrize("stage", ["copying", "writing"])
 def test_sigterm_by_default_leaves_nothing_torn(tmp_path: Path, stage: str) -> None:
-    process = start(tmp_path, stage, "time.sleep(100)")
+    process = start(tmp_path, stage, "train()")
     process.send_signal(signal.SIGTERM)
     returned, _ = end(process)
     assert returned == -signal.SIGTERM

@@ -24,6 +24,7 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention, decide
+from keepstep.checkpoint.outcome import LOOK_UP_S
 from keepstep.checkpoint.place.backend import INTERNAL_NAME
 from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.uploading import upload_checkpoint
@@ -111,7 +112,8 @@ class Mirror:
         self._pid = os.getpid()
         self._runs: set[str] = set()
         self._linking = threading.Lock()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered itself: Ctrl-C may leave a condition locked
+        self._changed = threading.Condition(self._lock)
         self._jobs: list[_Job] = []
         self._running: _Job | None = None
         self._error: Exception | None = None
@@ -128,7 +130,7 @@ class Mirror:
     @property
     def progress(self) -> MirrorProgress:
         """How far it is."""
-        with self._changed:
+        with self._lock:
             return replace(self._progress, pending=len(self._jobs))
 
     @property
@@ -140,7 +142,7 @@ class Mirror:
 
     def start(self) -> None:
         """Take up what an earlier process left, and what the mirror lacks, at the first start."""
-        with self._changed:
+        with self._lock:
             self._stopping = False
             if self._thread is None:
                 self._catching_up = self._behind
@@ -160,7 +162,7 @@ class Mirror:
     def stop(self) -> None:
         """Have the thread end once nothing is left that could be uploaded; `start` starts it again."""
         if self._pid == os.getpid():  # a forked child has no thread, and the lock may be held for ever
-            with self._changed:
+            with self._lock:
                 self._stopping = True
                 self._changed.notify_all()
 
@@ -172,7 +174,7 @@ class Mirror:
         except (OSError, KeepstepError) as error:
             log.error("%s will not be mirrored: %s", directory, error)
             return
-        with self._changed:
+        with self._lock:
             for job in self._jobs:
                 job.failed = job.hopeless
             self._add(_Job(linked, manifest, directory.name))
@@ -213,9 +215,9 @@ class Mirror:
             MirrorError: one could not be uploaded; the cause is chained. It is tried again after the next
                 save, or by the next process. With `on_error="warn"` this is a warning.
         """
-        with self._changed:
+        with self._lock:
             while self._thread is not None and (self._is_busy or any(not job.failed for job in self._jobs)):
-                self._changed.wait()
+                self._changed.wait(LOOK_UP_S)
             error, self._error = self._error, None
         if error is None:
             return
@@ -235,7 +237,7 @@ class Mirror:
         """At the end of the process: wait, and log what fails. After a failure nothing more is tried."""
         if self._pid != os.getpid():
             return
-        with self._changed:
+        with self._lock:
             self._draining = True
             left = sum(not job.failed for job in self._jobs) + self._is_busy
         if left:
@@ -255,7 +257,7 @@ class Mirror:
                 self._settle(job, self._try(job))
         except BaseException as error:  # nobody may wait for a thread that is gone
             log.critical("the mirror %s stopped", self.bucket, exc_info=True)
-            with self._changed:
+            with self._lock:
                 self._error = MirrorError(f"the thread of the mirror {self.bucket} ended: {error!r}")
                 self._running, self._thread, self._catching_up = None, None, False
                 self._changed.notify_all()
@@ -264,7 +266,7 @@ class Mirror:
         """Wait for one; None once `stop` was called and none is left."""
         if self._behind and not self._draining:
             self._catch_up()
-        with self._changed:
+        with self._lock:
             self._catching_up = False
             self._changed.notify_all()
             while not any(not job.failed for job in self._jobs):
@@ -279,7 +281,7 @@ class Mirror:
             return job
 
     def _settle(self, job: _Job, error: Exception | None) -> None:
-        with self._changed:
+        with self._lock:
             self._running = None
             job.failed = error is not None
             if error is not None:
@@ -311,7 +313,7 @@ class Mirror:
             self._behind = False
         except (OSError, KeepstepError) as error:
             log.error("the mirror %s could not be brought up to date: %s", self.bucket, error)
-            with self._changed:
+            with self._lock:
                 self._note(error)
                 self._changed.notify_all()
 
@@ -345,7 +347,7 @@ class Mirror:
 
     def _offer_missing(self, directory: Path, manifest: Manifest, name: str, mirrored: set[str]) -> None:
         job = _Job(directory, manifest, name)
-        with self._changed:
+        with self._lock:
             known = [*self._jobs, *([self._running] if self._running else [])]
             if any(other.manifest.id == manifest.id for other in known):
                 return
@@ -382,7 +384,7 @@ class Mirror:
 
     def _advance(self, count: int) -> None:
         now_s = time.monotonic()
-        with self._changed:
+        with self._lock:
             done = self._progress.bytes_done + count
             self._progress = progress = replace(self._progress, bytes_done=done)
         if now_s - self._logged_at_s >= _LOG_EVERY_S:
