@@ -58,6 +58,14 @@ def crew() -> Iterator[Crew]:
     crew.wait()
 
 
+def test_a_wait_with_a_limit_ends() -> None:
+    outcome: Outcome[int] = Outcome()
+    for limit_s in (-1.0, 0.0, 0.01):
+        assert not outcome.wait(limit_s)
+    outcome.settle(lambda: 1)
+    assert outcome.wait(0.0)
+
+
 def test_results_and_errors_come_to_all_who_wait(crew: Crew) -> None:
     def fail() -> None:
         raise KeyError("why")

@@ -32,11 +32,11 @@ from keepstep.files import LocalFiles
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
 root, stage = sys.argv[1], sys.argv[2]
 
-def wait_until_the_main_thread_has_ended():
-    while threading.main_thread().is_alive():
-        time.sleep(0.005)
+held_for_good = False
 
-hold = wait_until_the_main_thread_has_ended
+def hold():
+    while held_for_good or threading.main_thread().is_alive():
+        time.sleep(0.005)
 
 def train():
     while True:  # a signal that comes just before a long sleep would be heard after it
@@ -164,7 +164,7 @@ def test_ctrl_c_that_does_not_wake_who_waits(tmp_path: Path, wait: str) -> None:
 
 @pytest.mark.parametrize("stage", ["copying", "committing"])
 def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_torn(tmp_path: Path, stage: str) -> None:
-    process = start(tmp_path, stage, "hold = threading.Event().wait\ntrain()")
+    process = start(tmp_path, stage, "held_for_good = True\ntrain()")
     for _ in range(50):
         process.send_signal(signal.SIGINT)
         try:
