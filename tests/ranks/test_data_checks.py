@@ -14,8 +14,15 @@ from tests.ranks.spawn import run_ranks
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler
 
 from keepstep import Accelerator, skip_first_batches
-from keepstep.errors import RankFailedError, RanksDifferError, UnsupportedTypeError, UsageError
+from keepstep.errors import (
+    RankFailedError,
+    RankMissingError,
+    RanksDifferError,
+    UnsupportedTypeError,
+    UsageError,
+)
 from keepstep.utils import DataLoaderConfiguration
+from keepstep.world import Ranks
 
 Options = dict[str, Any]
 WAYS: dict[str, tuple[bool, Options]] = {
@@ -66,6 +73,7 @@ def check(_: str, rank: int, size: int) -> None:
     _differing(rank)
     _failing(rank)
     _odd_ones(rank, size)
+    _parcels(rank, size)
 
 
 def _passes(rank: int, size: int) -> None:
@@ -322,6 +330,28 @@ def _odd_ones(rank: int, size: int) -> None:
     world = accelerator._world
     assert sum(world.exchange(sum(len(batch) for batch in loader))) == 21
     _announced(size)
+
+
+def _parcels(rank: int, size: int) -> None:
+    world = Ranks(timeout_s=2)
+    data = torch.arange(40, dtype=torch.uint8)
+    for source in (0, size - 1):
+        parcels = [(f"for {other}".encode(), data[: other * 10]) for other in range(size)]
+        words, received = world.scatter(parcels if rank == source else None, source)
+        assert words == f"for {rank}".encode()
+        assert torch.equal(received, data[: rank * 10])
+    # Who gets none doesn't come.
+    if rank == 0:
+        words, received = world.scatter([None, (b"one", data), *[None] * (size - 2)])
+        assert (words, len(received)) == (b"", 0)
+    elif rank == 1:
+        assert world.scatter(None)[0] == b"one"
+    world.barrier()
+    if rank:
+        with pytest.raises(RankMissingError, match="from rank 0 broke off") as caught:
+            world.scatter(None)
+        assert caught.value.ranks == (0,)
+    Ranks(timeout_s=60).barrier()
 
 
 class Told(Dataset[Any]):

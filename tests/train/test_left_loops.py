@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.train.runs import Interrupted, Noisy, Tape, assert_same, attempt, outcome, small_model
+from tests.train.runs import (
+    CountingSampler,
+    Interrupted,
+    Noisy,
+    Tape,
+    assert_same,
+    attempt,
+    outcome,
+    small_model,
+)
 from torch.utils.data import DataLoader
 
 from keepstep import Accelerator
@@ -46,6 +55,33 @@ def test_a_checkpoint_in_the_handler_of_an_exception_goes_on_in_the_epoch(tmp_pa
         result, after = attempt(script, project)
         assert before + after == entries
         assert_same(result, whole)
+
+
+def test_a_sampler_that_counts_is_in_the_left_pass_again(tmp_path: Path) -> None:
+    def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
+        sampler = CountingSampler(12)
+        loader = accelerator.prepare(DataLoader(Noisy(12), 4, sampler=sampler))
+        tape.resume()
+        try:
+            for _ in accelerator.epochs(2):
+                for _, indices in loader:
+                    tape.note(indices.tolist())
+                    if stop_at == tape.noted:
+                        raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            accelerator.save_state()
+            raise Interrupted from None
+        return {"times": sampler.times}
+
+    stop_at: int | None = None
+    whole, entries = attempt(script, tmp_path / "whole")
+    for number in (1, 4):
+        stop_at = number
+        _, before = attempt(script, tmp_path / f"stopped_{number}")
+        stop_at = None
+        result, after = attempt(script, tmp_path / f"stopped_{number}")
+        assert before + after == entries
+        assert result == whole
 
 
 def test_a_break_inside_of_a_handler_is_a_break(tmp_path: Path) -> None:

@@ -167,10 +167,10 @@ class PreparedLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has to be the same in a run that resumes, and what the samplers remember."""
-        open_pass = self.cursor.current is not None
+        goes_on = self._progress.goes_on(self.cursor)
         return {
             "shape": _shape(self.prepared_from),
-            "memory": self._memory if open_pass else self._source.memory(),
+            "memory": self._memory if goes_on else self._source.memory(),
             "bookmark": self._source.bookmark(),
         }
 

@@ -163,6 +163,10 @@ class Progress:
         self.end(entry)
         self._before_leaving = before
 
+    def goes_on(self, cursor: Cursor) -> bool:
+        """Whether a run that resumes from a checkpoint made now goes on with the loader's last pass."""
+        return any(saved["loader"] == cursor.index for saved in self.state_dict()["open"])
+
     def next_pass(self, cursor: Cursor, number: int) -> None:
         """Make the loader's next pass number `number`, from its first batch."""
         if cursor.current is not None:

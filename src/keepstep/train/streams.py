@@ -100,44 +100,65 @@ class StatefulSource:
         self.share = ALL_OF_IT
         self._bookmark: str | None = None
         self._wanted: dict[str, Any] | None = None
+        self._under_way = 0
 
     def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
         """Yield the batches of one pass from the cursor's position on."""
+        self._under_way += 1
+        this = self._under_way
+        try:
+            yield from self._read(cursor, seed)
+        except GeneratorExit:
+            if this == self._under_way:
+                self._step_back()
+            raise
+
+    def _read(self, cursor: Cursor, seed: int) -> Iterator[Any]:
         kept = find_generators(self._loader.dataset)
         replacement = Replacement(kept, seed)
         announce_pass(self._loader.dataset, cursor.pass_number)
         with isolated(seed), replacement:
             reached = self._enter(cursor)
+            if reached is None:
+                cursor.length = cursor.position
+                return
             iterator = _opened(self._loader, seed)
 
-        def read(number: int) -> tuple[Any, str | None]:
+        def read(number: int) -> tuple[Any, str]:
             unit_seed = derive_seed(seed, number)
             with isolated(unit_seed), replacement:
                 _reseed_all(kept, unit_seed)
                 batch = next(iterator, _END)
-                return batch, None if batch is _END else self._mark(cursor, number + 1)
+                return batch, self._mark(cursor, number, ended=batch is _END)
 
         upcoming, mark = read(reached)
         while upcoming is not _END:
-            batch, self._bookmark = upcoming, mark
+            batch, behind = upcoming, mark
             reached += 1
             upcoming, mark = read(reached)
             if upcoming is _END:
-                cursor.length = reached
+                # A stream that resets itself at its end may have done so with its last, short batch.
+                cursor.length, behind = reached, mark
             if reached > cursor.position:
+                self._bookmark = behind
                 yield batch
 
-    def _enter(self, cursor: Cursor) -> int:
-        """Bring the stream to the bookmark, if that helps; the position that it is at now."""
+    def _enter(self, cursor: Cursor) -> int | None:
+        """Bring the stream to the bookmark, if that helps; the position that it is at, None for its end."""
         wanted, self._wanted = self._wanted, None
         if wanted is None or wanted["pass"] != cursor.pass_number or wanted["position"] > cursor.position:
             return 0
         self._stateful.load_state_dict(unpacked_text(wanted["state"]))
-        return int(wanted["position"])
+        return None if wanted["ended"] else int(wanted["position"])
 
-    def _mark(self, cursor: Cursor, position: int) -> str:
-        state = packed_text(self._stateful.state_dict())
-        return json.dumps({"pass": cursor.pass_number, "position": position, "state": state})
+    def _mark(self, cursor: Cursor, read: int, *, ended: bool) -> str:
+        place = {"pass": cursor.pass_number, "position": read if ended else read + 1, "ended": ended}
+        return json.dumps({**place, "state": packed_text(self._stateful.state_dict())})
+
+    def _step_back(self) -> None:
+        """A stream goes on where its last batch ended, not where reading ahead has led it."""
+        if self._stateful is not self._loader and self._bookmark is not None:
+            self._stateful.load_state_dict(unpacked_text(json.loads(self._bookmark)["state"]))
 
     def memory(self) -> list[dict[str, Any]]:
         """The state of the stream between passes."""
