@@ -64,7 +64,7 @@ class Engine:
         )
 
 
-class SharedEngine(Engine):
+class _SharedEngine(Engine):
     """The engine of one of many ranks, which save together.
 
     Args:
@@ -106,7 +106,7 @@ def make_engine(files: Files, memory_budget_bytes: int, world: World, place: str
         place: what is saved to; the same on all ranks.
     """
     if world.size > 1:
-        return SharedEngine(files, memory_budget_bytes, world, f"saving to {place}")
+        return _SharedEngine(files, memory_budget_bytes, world, f"saving to {place}")
     return Engine(memory_budget_bytes)
 
 

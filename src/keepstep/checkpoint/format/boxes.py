@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["MAX_CUTS", "Box", "meeting", "problem_of_tiling", "run_in"]
+__all__ = ["Box", "meeting", "problem_of_tiling", "run_in"]
 
 MAX_CUTS = 64
 """How often a tensor may be cut anew within a part of it; a mesh of six dimensions needs far fewer."""

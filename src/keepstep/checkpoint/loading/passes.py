@@ -28,7 +28,6 @@ __all__ = [
     "bytes_of",
     "compare",
     "part_target",
-    "run_threads",
     "verify_stored",
 ]
 
@@ -120,7 +119,7 @@ class Pass:
 
     def run(self) -> None:
         """Read everything; raise at the first range that is not what was committed."""
-        run_threads(self._work, self._source.read_threads)
+        _run_threads(self._work, self._source.read_threads)
 
     def _work(self) -> None:
         try:
@@ -187,7 +186,7 @@ def verify_stored(source: Source, files: Mapping[str, OpenFile], stored: Mapping
                 hasher.update(part)
             compare(source.place, address, entry, hasher.hexdigest())
 
-    run_threads(work, source.read_threads)
+    _run_threads(work, source.read_threads)
 
 
 def _in_parts(goals: Sequence[Goal]) -> Iterator[_Part]:
@@ -233,7 +232,7 @@ def compare(place: Place, address: str, stored: TensorEntry | Chunk, actual: str
         )
 
 
-def run_threads(work: Any, count: int) -> None:
+def _run_threads(work: Any, count: int) -> None:
     """Run `work` in several threads; raise the first real error."""
     with ThreadPoolExecutor(count, thread_name_prefix="keepstep-read") as threads:
         futures = [threads.submit(work) for _ in range(count)]

@@ -44,7 +44,7 @@ from keepstep.errors import (
 )
 from keepstep.tree import DTYPES
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "over_untrusted"]
 
 
 class Reader:

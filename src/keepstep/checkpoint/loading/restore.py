@@ -60,7 +60,7 @@ def load_into(
     fit = Fit(plan)
     try:
         over_untrusted(reader, lambda: fit.walk(inside_object(tree), objects, (), None))
-        if own is not None and (node := own_node(reader, rank)) is not None:
+        if own is not None and (node := _own_node(reader, rank)) is not None:
             over_untrusted(reader, lambda: fit.walk(inside_object(node), own, (f"rank-{rank:05d}",), None))
         plan.raise_if_it_differs()
         finishing = over_untrusted(reader, plan.settle)
@@ -78,7 +78,7 @@ def load_into(
         raise
 
 
-def own_node(reader: Reader, rank: int) -> Any:
+def _own_node(reader: Reader, rank: int) -> Any:
     """What was a rank's own, encoded; None, and a warning, if there is nothing for this rank."""
     node = reader.ranks[rank] if rank < len(reader.ranks) else None
     if node is None:
@@ -93,7 +93,7 @@ def own_node(reader: Reader, rank: int) -> Any:
 
 def load_own(reader: Reader, rank: int) -> Any:
     """What was a rank's own, as new objects; None if there is nothing for this rank."""
-    node = own_node(reader, rank)
+    node = _own_node(reader, rank)
     tensors = reader.fresh(over_untrusted(reader, lambda: list(tensors_in(node))))
     return over_untrusted(reader, lambda: unflatten(node, tensors.__getitem__))
 

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
 from keepstep.errors import FileSizeError, ManifestError, MissingFileError
 
-__all__ = ["BucketSource", "FoundLike", "Listing", "ObjectsLike"]
+__all__ = ["BucketSource", "FoundLike", "Listing", "ObjectsLike", "missing"]
 
 _FRESH_S: Final = 5.0
 """For so long a listing counts as what is there now."""

@@ -33,7 +33,6 @@ from keepstep.files import DirectoryLock, Files, SegmentFile
 
 __all__ = [
     "LocalWorkspace",
-    "check_target",
     "delete_checkpoint",
     "empty_trash",
     "explained",
@@ -80,7 +79,7 @@ def explained(directory: Path, doing: str = "saving") -> Iterator[None]:
         raise StoreError(f"{doing} {directory} failed: {reason}. Other checkpoints are whole") from error
 
 
-def check_target(directory: Path) -> bool:
+def _check_target(directory: Path) -> bool:
     """See whether a checkpoint may be published at `directory`.
 
     Returns:
@@ -99,7 +98,7 @@ def check_target(directory: Path) -> bool:
         ) from None
     if not entries:
         return False
-    if is_ours(directory):
+    if _is_ours(directory):
         return True
     shown = ", ".join(sorted(entries)[:5])
     raise DirectoryNotOursError(
@@ -109,7 +108,7 @@ def check_target(directory: Path) -> bool:
     )
 
 
-def is_ours(directory: Path) -> bool:
+def _is_ours(directory: Path) -> bool:
     """Whether a directory holds a checkpoint of keepstep's."""
     try:
         read_manifest(directory)
@@ -129,7 +128,7 @@ class LocalWorkspace:
         self._lock: DirectoryLock | None = None
 
     def check(self) -> None:
-        check_target(self.final)
+        _check_target(self.final)
 
     def explained(self) -> contextlib.AbstractContextManager[None]:
         return explained(self.final)
@@ -174,7 +173,7 @@ class LocalWorkspace:
     def _finish_replacement(self) -> None:
         """End what a process began that died between the two renames, or just after them."""
         aside = replaced_path(self.final)
-        if not is_ours(aside):
+        if not _is_ours(aside):
             return
         if self.final.exists():
             self._remove_aside(aside)
@@ -184,7 +183,7 @@ class LocalWorkspace:
 
     def commit(self, manifest: bytes) -> None:
         """Publish. Everything named by the manifest is durable already."""
-        replaces = check_target(self.final)
+        replaces = _check_target(self.final)
         if replaces and not self._may_replace:
             raise StoreBusyError(
                 f"{self.final} was written by another process meanwhile. One process at a time may write to "
@@ -319,7 +318,7 @@ def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
         log.warning("%s is a link; what it points to, %s, is kept", directory, directory.resolve())
         files.remove_file(directory)
         return
-    if (directory / MANIFEST_NAME).exists() and not is_ours(directory):
+    if (directory / MANIFEST_NAME).exists() and not _is_ours(directory):
         raise StoreError(
             f"{directory} was not deleted: its manifest can't be read, so there is no telling which of its "
             "files keepstep wrote. Look at what is left, and remove the directory by hand"

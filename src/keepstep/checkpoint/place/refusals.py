@@ -18,7 +18,6 @@ _NO_CREDENTIALS: Final = (
     "computeMetadata",
     "/latest/api/token",
     "/latest/meta-data",
-    "token request",
     "NoAuthenticationInformation",
     "CredentialsError",
 )
