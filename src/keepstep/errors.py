@@ -24,6 +24,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     ├── NoValidCheckpointError     there are checkpoints, and every one of them is damaged
     ├── MismatchError              a sound checkpoint that does not fit the live objects
     ├── RestoreError               an object's own load_state_dict, or a codec, raised
+    ├── ForeignTypeError           another library's file that only running it could read (also a TypeError)
     ├── MirrorError                a committed checkpoint could not be copied to the mirror
     ├── BackgroundSaveError        a save in the background failed; raised at the next call
     ├── StillSavingError           a save takes longer than it was waited for (also a TimeoutError)
@@ -55,6 +56,7 @@ __all__ = [
     "DigestError",
     "DirectoryNotOursError",
     "FileSizeError",
+    "ForeignTypeError",
     "KeepstepError",
     "ManifestError",
     "MirrorError",
@@ -257,6 +259,10 @@ class MismatchError(KeepstepError, ValueError):
 
 class RestoreError(KeepstepError):
     """An object's own load_state_dict, or a codec, raised; the cause is chained."""
+
+
+class ForeignTypeError(KeepstepError, TypeError):
+    """A file of another library holds objects that could only be read by running code from it."""
 
 
 class BackgroundSaveError(KeepstepError):

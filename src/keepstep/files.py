@@ -18,6 +18,7 @@ import platform
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -68,6 +69,9 @@ class Files(Protocol):
 
     def write_file(self, path: Path, data: bytes) -> None:
         """Create or replace a small file and make its bytes durable (not its name)."""
+
+    def make_file(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Have `write` create or replace a file of any size, and make its bytes durable (not its name)."""
 
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
@@ -183,6 +187,10 @@ class LocalFiles:
         finally:
             os.close(fd)
 
+    def make_file(self, path: Path, write: Callable[[Path], object]) -> None:
+        write(path)
+        _sync_file(path)
+
     def sync_directory(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -207,11 +215,7 @@ class LocalFiles:
                 raise
             shutil.copy2(source, target, follow_symlinks=False)
             if not target.is_symlink():
-                fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                _sync_file(target)
 
     def remove_file(self, path: Path) -> None:
         os.unlink(path)
@@ -221,6 +225,14 @@ class LocalFiles:
 
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 _AT_FDCWD = -100

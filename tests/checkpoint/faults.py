@@ -127,6 +127,15 @@ class FaultyFiles:
             self._real.write_file(path, data)
             self._changed({path.parent}, path.unlink)
 
+    def make_file(self, path: Path, write: Callable[[Path], object]) -> None:
+        def half() -> None:
+            write(path)
+            _write(path, path.read_bytes()[: path.stat().st_size // 2])
+
+        with self._operation("make_file", path, half=half):
+            self._real.make_file(path, write)
+            self._changed({path.parent}, path.unlink)
+
     def sync_directory(self, path: Path) -> None:
         with self._operation("sync_directory", path):
             self._real.sync_directory(path)
@@ -134,9 +143,10 @@ class FaultyFiles:
 
     def rename(self, source: Path, target: Path) -> None:
         with self._operation("rename", source):
+            replaced = target.read_bytes() if self.power_cut and target.is_file() else None
             self._real.rename(source, target)
             self._moved(source, target)
-            self._changed({source.parent, target.parent}, lambda: target.rename(source))
+            self._changed({source.parent, target.parent}, lambda: _rename_back(source, target, replaced))
 
     def exchange(self, first: Path, second: Path) -> bool:
         if not self.can_exchange:
@@ -205,6 +215,12 @@ class _FaultySegment:
 
     def abandon(self) -> None:
         self._real.abandon()
+
+
+def _rename_back(source: Path, target: Path, replaced: bytes | None) -> None:
+    target.rename(source)
+    if replaced is not None:
+        target.write_bytes(replaced)
 
 
 def _write(path: Path, data: bytes) -> None:

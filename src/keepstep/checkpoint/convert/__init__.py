@@ -1,0 +1,1 @@
+"""Readers of what other libraries wrote. Nothing here writes, and nothing that is read is executed."""

@@ -1,0 +1,165 @@
+"""Weights that wait on the disk, or in a dict on the host, until a module runs.
+
+A folder of offloaded weights holds safetensors files and `index.json`, which says in which file each is. They
+are mapped, not read: a page comes in when it is touched, and goes when memory is short.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from keepstep.checkpoint.place.local import explained
+from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError
+from keepstep.files import Files, LocalFiles
+from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, dense
+from keepstep.models.weights import open_safetensors
+
+__all__ = [
+    "OffloadFolder",
+    "OffloadedWeightsLoader",
+    "extract_submodules_state_dict",
+    "offload_state_dict",
+]
+
+_INDEX = "index.json"
+
+
+class OffloadFolder:
+    """A folder of offloaded weights.
+
+    Args:
+        folder: made when something is added.
+        files: how the disk is changed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], files: Files | None = None) -> None:
+        self.path = Path(folder)
+        self._files: Files = files or LocalFiles()
+
+    def index(self) -> dict[str, dict[str, Any]]:
+        """What is where, by name; empty if there is no index.
+
+        Raises:
+            DamagedCheckpointError: the index can't be read.
+        """
+        try:
+            index: dict[str, dict[str, Any]] = json.loads((self.path / _INDEX).read_bytes())
+            return {str(name): dict(entry) for name, entry in index.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DamagedCheckpointError(self.path / _INDEX, f"it is no index ({error})") from error
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write weights, beside those that are there; one of the same name is replaced."""
+        if not tensors:
+            return
+        before = self.index()
+        name = f"offloaded-{secrets.token_hex(6)}.safetensors"
+        kept, aliases = apart_from_aliases(tensors)
+        added = {
+            key: {
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "safetensors_file": name,
+                "weight_name": aliases.get(key, key),
+            }
+            for key, tensor in tensors.items()
+        }
+        index = {**before, **added}
+        with explained(self.path, "offloading weights to"):
+            self._files.make_directory(self.path)
+            self._files.make_file(
+                self.path / name,
+                lambda path: save_file(dense(kept), path, {FORMAT_KEY: "pt", **aliases}),
+            )
+            unfinished = self.path / f".{name}.index.tmp"
+            self._files.write_file(unfinished, json.dumps(index, indent=2).encode())
+            self._files.rename(unfinished, self.path / _INDEX)
+            self._files.sync_directory(self.path)
+            for unused in _files_of(before) - _files_of(index):
+                self._files.remove_file(self.path / unused)
+
+
+def _files_of(index: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The files of ours that an index names."""
+    named = {str(entry.get("safetensors_file", "")) for entry in index.values()}
+    return {name for name in named if name.startswith("offloaded-") and Path(name).name == name}
+
+
+def offload_state_dict(save_dir: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Write weights to a folder, from where `OffloadedWeightsLoader` and `dispatch_model` take them.
+
+    Args:
+        save_dir: made if it is not there; other weights in it stay.
+        state_dict: names and values.
+    """
+    OffloadFolder(save_dir).add(state_dict)
+
+
+class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
+    """Weights by name, from a dict on the host or mapped from a folder; the dict comes first.
+
+    Args:
+        state_dict: what is on the host.
+        save_folder: of `offload_state_dict`.
+        index: what is in the folder, or in safetensors files anywhere
+            (`{name: {"safetensors_file": path, "weight_name": name}}`); None reads the folder's own.
+
+    Raises:
+        CheckpointNotFoundError: nothing was given, or the folder has no index.
+    """
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_folder: str | os.PathLike[str] | None = None,
+        index: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.state_dict = dict(state_dict or {})
+        self._folder = None if save_folder is None else Path(save_folder)
+        self.index = dict(index) if index is not None else {}
+        if index is None and save_folder is not None:
+            self.index = dict(OffloadFolder(save_folder).index())
+        if not self.state_dict and not self.index:
+            given = save_folder or "neither a state dict, nor a folder, nor an index was given"
+            raise CheckpointNotFoundError(f"there are no offloaded weights: {given}")
+        self._opened: dict[Path, dict[str, torch.Tensor]] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self.state_dict:
+            return self.state_dict[name]
+        entry = self.index[name]
+        path = (self._folder or Path()) / str(entry["safetensors_file"])
+        if path not in self._opened:
+            self._opened[path] = open_safetensors(path)[0]
+        tensor = self._opened[path][str(entry.get("weight_name", name))]
+        dtype = entry.get("dtype")
+        return tensor if dtype is None else tensor.to(getattr(torch, str(dtype)))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.state_dict
+        yield from (name for name in self.index if name not in self.state_dict)
+
+    def __len__(self) -> int:
+        return len(self.state_dict.keys() | self.index.keys())
+
+
+def extract_submodules_state_dict(
+    state_dict: Mapping[str, torch.Tensor], submodule_names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """The part of a state dict that lies in some modules (or is one of those names itself)."""
+    wanted = tuple(submodule_names)
+    return {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if any(module == "" or name == module or name.startswith(f"{module}.") for module in wanted)
+    }
