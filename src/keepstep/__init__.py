@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from keepstep.checkpoint.pending import PendingSave as PendingSave
     from keepstep.checkpoint.store import Store as Store
     from keepstep.checkpoint.version import Checkpoint as Checkpoint
+    from keepstep.models.device_map import infer_auto_device_map as infer_auto_device_map
+    from keepstep.models.dispatch import cpu_offload as cpu_offload
+    from keepstep.models.dispatch import cpu_offload_with_hook as cpu_offload_with_hook
+    from keepstep.models.dispatch import disk_offload as disk_offload
+    from keepstep.models.dispatch import dispatch_model as dispatch_model
+    from keepstep.models.dispatch import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
+    from keepstep.models.empty import init_empty_weights as init_empty_weights
+    from keepstep.models.empty import init_on_device as init_on_device
+    from keepstep.models.loading import load_checkpoint_in_model as load_checkpoint_in_model
+    from keepstep.models.objects import load as load
     from keepstep.train.accelerator import Accelerator as Accelerator
     from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
     from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
@@ -37,6 +47,16 @@ _HOME_OF_NAME = {
     "ProjectConfiguration": "keepstep.train.config",
     "Retention": "keepstep.checkpoint.keeping.retention",
     "Store": "keepstep.checkpoint.store",
+    "cpu_offload": "keepstep.models.dispatch",
+    "cpu_offload_with_hook": "keepstep.models.dispatch",
+    "disk_offload": "keepstep.models.dispatch",
+    "dispatch_model": "keepstep.models.dispatch",
+    "infer_auto_device_map": "keepstep.models.device_map",
+    "init_empty_weights": "keepstep.models.empty",
+    "init_on_device": "keepstep.models.empty",
+    "load": "keepstep.models.objects",
+    "load_checkpoint_and_dispatch": "keepstep.models.dispatch",
+    "load_checkpoint_in_model": "keepstep.models.loading",
     "register_codec": "keepstep.tree",
     "save_directory": "keepstep.checkpoint.engine",
     "skip_first_batches": "keepstep.train.loader",

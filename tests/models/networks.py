@@ -11,7 +11,7 @@ class Block(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.gain = nn.Parameter(torch.full((width,), 0.5))
-        self.register_buffer("shift", torch.linspace(0, 1, width))
+        self.register_buffer("shift", torch.arange(width) / width)
 
     def forward(self, x: torch.Tensor, *, scale: torch.Tensor | None = None) -> torch.Tensor:
         y = self.inner(x) * self.gain + self.shift + x
@@ -28,7 +28,7 @@ class Network(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.embedding.weight
-        self.register_buffer("positions", torch.linspace(-1, 1, width), persistent=False)
+        self.register_buffer("positions", torch.arange(width) - width / 2, persistent=False)
 
     def forward(self, tokens: torch.Tensor, *, scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         x = self.embedding(tokens) + self.positions

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.models.networks import Network, logits, network
 from torch import nn
 
 from keepstep.errors import UsageError
@@ -34,7 +35,6 @@ from keepstep.models.hooks import (
 from keepstep.models.naming import find_tied_parameters
 from keepstep.models.offload import OffloadedWeightsLoader, offload_state_dict
 from keepstep.models.states import full_state
-from tests.models.networks import Network, logits, network
 
 MAPS = {
     "all on the disk": {"": "disk"},
@@ -101,7 +101,9 @@ def test_offloaded_weights_are_not_kept_on_the_host(tmp_path: Path) -> None:
 
     def tensors_of(size: int) -> int:
         gc.collect()
-        return sum(1 for o in gc.get_objects() if type(o) is nn.Parameter and o.numel() == size and not o.is_meta)
+        return sum(
+            1 for o in gc.get_objects() if type(o) is nn.Parameter and o.numel() == size and not o.is_meta
+        )
 
     logits(model)
     assert tensors_of(64 * 128) == 0
@@ -211,7 +213,9 @@ def test_a_pipeline_of_models_on_one_device() -> None:
 
 def test_hooks_see_arguments_and_outputs_and_go_without_trace() -> None:
     class Doubling(ModelHook):
-        def pre_forward(self, module: nn.Module, *args: torch.Tensor, **kwargs: object) -> tuple[object, object]:
+        def pre_forward(
+            self, module: nn.Module, *args: torch.Tensor, **kwargs: object
+        ) -> tuple[object, object]:
             return tuple(2 * arg for arg in args), kwargs
 
     class Adding(ModelHook):

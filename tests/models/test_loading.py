@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.models.networks import Network, logits, network
 from torch import nn
 
 import keepstep
@@ -26,7 +27,6 @@ from keepstep.models.empty import init_empty_weights, init_on_device
 from keepstep.models.export import export_weights
 from keepstep.models.loading import load_checkpoint_in_model
 from keepstep.models.naming import find_tied_parameters, retie_parameters
-from tests.models.networks import Network, logits, network
 
 
 def same_state(first: nn.Module, second: nn.Module) -> bool:
@@ -122,9 +122,7 @@ def test_values_take_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
     path = as_one_file(network(1), tmp_path)
     for device_map in (None, {"": "cpu"}):
         model = network(2)
-        load_checkpoint_in_model(
-            model, path, device_map, dtype="bfloat16", keep_in_fp32_modules=["norm"]
-        )
+        load_checkpoint_in_model(model, path, device_map, dtype="bfloat16", keep_in_fp32_modules=["norm"])
         assert model.embedding.weight.dtype is torch.bfloat16
         assert model.norm.weight.dtype is torch.float32
         assert model.head.weight is model.embedding.weight
@@ -161,8 +159,7 @@ def test_missing_and_unexpected_names_are_warnings_or_with_strict_an_error(
 
 def test_damage_is_named(tmp_path: Path) -> None:
     path = as_directory(network(1), tmp_path)
-    shard = path / "model-00002-of-00009.safetensors"
-    shard = sorted(path.glob("model-00002*"))[0]
+    (shard,) = path.glob("model-00002*")
     data = shard.read_bytes()
     shard.write_bytes(data[:-8])
     with pytest.raises(DamagedCheckpointError, match="no whole safetensors file"):
@@ -201,9 +198,7 @@ class Malicious:
         return print, ("executed",)
 
 
-def test_a_pickle_that_would_run_code_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": Malicious()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ForeignTypeError, match="would run code"):
         load_checkpoint_in_model(network(2), tmp_path)
@@ -223,7 +218,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         load_checkpoint_in_model(network(), tmp_path / "list.pt")
     with pytest.raises(UsageError, match="pass offload_folder"):
         load_checkpoint_in_model(network(), as_torch_file(network(), tmp_path), {"": "disk"})
-    with pytest.raises(UsageError, match="no torch dtype|torch dtype or its name"):
+    with pytest.raises(UsageError, match="expected a torch dtype or its name"):
         load_checkpoint_in_model(network(), as_torch_file(network(), tmp_path), dtype="float99")
 
 
@@ -233,7 +228,8 @@ def test_models_are_made_empty_or_on_a_device() -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not model.blocks[0].shift.is_meta
     with init_empty_weights(include_buffers=True):
-        assert all(tensor.is_meta for tensor in (*(m := Network()).parameters(), *m.buffers()))
+        model = Network()
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     with init_on_device("cpu"):
         assert not any(parameter.is_meta for parameter in Network().parameters())
     assert not nn.Linear(1, 1).weight.is_meta

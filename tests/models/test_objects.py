@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
+from tests.checkpoint.equality import assert_same
+from tests.checkpoint.faults import FaultyFiles, Killed
+from tests.models.networks import network
 from torch import nn
 
 import keepstep
@@ -23,9 +26,6 @@ from keepstep.errors import (
     UsageError,
 )
 from keepstep.models.objects import save_object
-from tests.checkpoint.equality import assert_same
-from tests.checkpoint.faults import FaultyFiles, Killed
-from tests.models.networks import network
 
 TREES: list[Any] = [
     [0, 1, 2, 3],

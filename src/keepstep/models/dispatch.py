@@ -313,8 +313,8 @@ class _Guarded:
         moves = self._method.__name__ != "to" or torch._C._nn._parse_to(*args, **kwargs)[0] is not None
         if moves:
             raise UsageError(
-                "this model is spread over devices by dispatch_model, and can't be moved as a whole. Take its "
-                "hooks away first (remove_hook_from_submodules), or dispatch it with another device_map"
+                "this model is spread over devices by dispatch_model, and can't be moved as a whole. Take "
+                "its hooks away first (remove_hook_from_submodules), or dispatch it with another device_map"
             )
         return self._method(self._model, *args, **kwargs)
 

@@ -32,7 +32,7 @@ from keepstep.files import DirectoryLock, Files, LocalFiles
 from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, dense, shard_names, split
 from keepstep.models.sizes import convert_file_size_to_int
 
-__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "export_weights"]
+__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "check_export", "export_weights"]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -69,13 +69,30 @@ def export_weights(
         TensorNotSavableError: a value is no tensor, or has no plain bytes.
         StoreError: the disk refuses; what was there is whole.
     """
+    check_export(save_directory, max_shard_size, safe_serialization)
+    limit = convert_file_size_to_int(max_shard_size)
+    directory = Path(save_directory)
+    kept, aliases = apart_from_aliases(tensors)
+    parts = split([(name, tensor.numel() * tensor.itemsize) for name, tensor in kept.items()], limit)
+    with explained(directory, "exporting weights to"):
+        _Export(files or LocalFiles(), directory).run(kept, aliases, parts)
+
+
+def check_export(
+    save_directory: str | os.PathLike[str], max_shard_size: int | str, safe_serialization: bool
+) -> None:
+    """See whether an export may be written to a directory; changes nothing.
+
+    Raises:
+        UsageError, DirectoryNotOursError: see `export_weights`.
+    """
     if not safe_serialization:
         raise UsageError(
             "safe_serialization=False asks for a pickle (pytorch_model.bin), and keepstep never writes one: "
             "whoever loads it runs what is in it. Leave the argument out: safetensors files are read by "
             "transformers, Accelerate and torch alike"
         )
-    limit = convert_file_size_to_int(max_shard_size)
+    convert_file_size_to_int(max_shard_size)
     directory = Path(save_directory)
     if directory.exists() and not directory.is_dir():
         raise DirectoryNotOursError(errno.EEXIST, f"{directory} is a file; weights are saved to a directory")
@@ -85,10 +102,6 @@ def export_weights(
             f"{directory} is a checkpoint, which weights of another moment would damage. Choose another "
             "directory",
         )
-    kept, aliases = apart_from_aliases(tensors)
-    parts = split([(name, tensor.numel() * tensor.itemsize) for name, tensor in kept.items()], limit)
-    with explained(directory, "exporting weights to"):
-        _Export(files or LocalFiles(), directory).run(kept, aliases, parts)
 
 
 class _Export:

@@ -12,7 +12,12 @@ from keepstep.models.align import offloaded_state
 from keepstep.models.naming import is_meta
 from keepstep.tree import shard_of
 
-__all__ = ["full_state"]
+__all__ = ["full_state", "is_sharded"]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this rank holds only parts of some parameters."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def full_state(model: nn.Module, *, keep: bool = True) -> dict[str, Any]:

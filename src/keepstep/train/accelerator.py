@@ -20,6 +20,7 @@ from keepstep.train.config import (
 from keepstep.train.facade.checkpointing import Checkpointing
 from keepstep.train.facade.communication import Communication
 from keepstep.train.facade.loop import Loop
+from keepstep.train.facade.models import Models
 from keepstep.train.facade.preparation import Preparation
 from keepstep.train.facade.tracking import Tracking
 from keepstep.train.plugins import DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
@@ -33,7 +34,7 @@ from keepstep.train.step import AccumulationWindow
 __all__ = ["Accelerator"]
 
 
-class Accelerator(Preparation, Loop, Checkpointing, Communication, Tracking):
+class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Tracking):
     """Runs a plain training loop so that its progress is never lost.
 
     Args:

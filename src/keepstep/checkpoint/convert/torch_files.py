@@ -58,7 +58,7 @@ def read_torch_file(path: str | os.PathLike[str], *, arrays: bool = False) -> An
                 "you trust it"
             ) from error
         raise DamagedCheckpointError(path, f"it is no file of torch.save ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise DamagedCheckpointError(path, f"it is cut off or damaged ({_first_line(error)})") from error
 
 
