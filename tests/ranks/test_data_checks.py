@@ -330,6 +330,7 @@ def _odd_ones(rank: int, size: int) -> None:
     world = accelerator._world
     assert sum(world.exchange(sum(len(batch) for batch in loader))) == 21
     _announced(size)
+    _joined(size)
 
 
 def _parcels(rank: int, size: int) -> None:
@@ -348,10 +349,26 @@ def _parcels(rank: int, size: int) -> None:
         assert world.scatter(None)[0] == b"one"
     world.barrier()
     if rank:
-        with pytest.raises(RankMissingError, match="from rank 0 broke off") as caught:
+        with pytest.raises(RankMissingError, match="rank 0 has ended, or did not come within 2 s") as caught:
             world.scatter(None)
         assert caught.value.ranks == (0,)
     Ranks(timeout_s=60).barrier()
+
+
+def _joined(size: int) -> None:
+    """Inside, ranks train on what there is; outside, on equally many batches again."""
+    for stream in (False, True):
+        accelerator, loader = prepared(plain(stream, 4 * size + 2, 4))
+        model = accelerator.prepare(torch.nn.Linear(1, 1))
+        world = accelerator._world
+        with accelerator.join_uneven_inputs([model], even_batches=False):
+            sizes = []
+            for batch in loader:
+                accelerator.backward(model(batch[:, None].float()).sum())
+                sizes.append(len(batch))
+        assert world.exchange(sizes) == [[4, 2], *[[4]] * (size - 1)]
+        assert len(set(world.exchange(len(list(loader))))) == 1
+        assert loader.even_batches
 
 
 class Told(Dataset[Any]):

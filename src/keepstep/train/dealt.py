@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from keepstep.errors import RankFailedError, UsageError
+from keepstep.errors import RankError, RankFailedError, UsageError
 from keepstep.train.agreement import check_alike
 from keepstep.train.batches import BatchSource
 from keepstep.train.dealing import NOTHING, CannotCutError, deal
@@ -184,9 +185,11 @@ class DispatchedSource(_Dealt):
             try:
                 step = next(steps, None)
                 parcels = self._parcels(step, cursor)
-            except BaseException as error:
+            except Exception as error:
+                # Not what ends the process: the others hear of that as it goes.
                 reason = f"{type(error).__name__}: {error}"
-                self._hand_out({rank: (_words(failed=reason), _NO_DATA) for rank in waiting})
+                with suppress(RankError):
+                    self._hand_out({rank: (_words(failed=reason), _NO_DATA) for rank in waiting})
                 raise
             self._hand_out({rank: parcels[rank] for rank in waiting})
             if step is None:

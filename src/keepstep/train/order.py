@@ -33,6 +33,7 @@ __all__ = ["Chunked", "Listed", "Order", "Streamed", "derive_seed", "draw_order"
 _MASK = 0xFFFFFFFFFFFFFFFF
 _DRAWN_BY_TORCH = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _END = object()
+_AT_ONCE = 1 << 16
 
 
 def derive_seed(*parts: int) -> int:
@@ -220,7 +221,8 @@ def _absorb(items: Any, into: Any) -> None:
         into.update(f"{items!r};".encode())
     elif isinstance(items, list | tuple):
         try:
-            into.update(array("q", items))
+            for begin in range(0, len(items), _AT_ONCE):
+                into.update(array("q", items[begin : begin + _AT_ONCE]))
         except (TypeError, OverflowError):
             for item in items:
                 _absorb(item, into)

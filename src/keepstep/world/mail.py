@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +39,18 @@ class Mail:
         Raises:
             RankMissingError: `source`, or a rank it had a parcel for, was gone or did not come.
         """
+        return self._received(source) if parcels is None else self._sent(parcels)
+
+    @contextlib.contextmanager
+    def _with(self, other: int) -> Iterator[None]:
+        """Name the other rank if it is gone."""
         try:
-            return self._received(source) if parcels is None else self._sent(parcels)
+            yield
         except RuntimeError as error:
-            others = [source] if parcels is None else [r for r in range(len(parcels)) if r != self._rank]
             raise RankMissingError(
-                f"handing out data from rank {source} broke off on rank {self._rank}; a process has ended, "
-                f"or did not come within {self._timeout_s:g} s: {error}",
-                ranks=others,
+                f"handing out data broke off between rank {self._rank} and rank {other}: rank {other} has "
+                f"ended, or did not come within {self._timeout_s:g} s: {error}",
+                ranks=[other],
                 waited_s=self._timeout_s,
             ) from error
 
@@ -57,17 +62,22 @@ class Mail:
             words, data = parcel
             body = torch.cat([data, torch.frombuffer(bytearray(words), dtype=torch.uint8)])
             head = torch.tensor([len(words), data.numel()])
-            # What is sent has to stay alive until it was received.
-            under_way += [(dist.isend(part, rank, group=self._group), part) for part in (head, body)]
-        for work, _ in under_way:
-            work.wait()
+            with self._with(rank):
+                # What is sent has to stay alive until it was received.
+                under_way += [
+                    (rank, dist.isend(part, rank, group=self._group), part) for part in (head, body)
+                ]
+        for rank, work, _ in under_way:
+            with self._with(rank):
+                work.wait()
         return parcels[self._rank]
 
     def _received(self, source: int) -> Parcel:
         head = torch.empty(2, dtype=torch.int64)
-        dist.recv(head, source, group=self._group)
-        words, size = head.tolist()
-        body = torch.empty(words + size, dtype=torch.uint8)
-        dist.recv(body, source, group=self._group)
+        with self._with(source):
+            dist.recv(head, source, group=self._group)
+            words, size = head.tolist()
+            body = torch.empty(words + size, dtype=torch.uint8)
+            dist.recv(body, source, group=self._group)
         # The data comes first: tensors are views of it, so it has to begin at an aligned address.
         return body[size:].numpy().tobytes(), body[:size]

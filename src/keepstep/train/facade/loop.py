@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +55,28 @@ class Loop(Facade):
         """A context for a backward that exchanges gradients although its forward ran in `no_sync`."""
         return self._parallel.sync_next_backward(model)
 
-    def join_uneven_inputs(
-        self, joinables: list[Any], even_batches: bool | None = None
-    ) -> AbstractContextManager[Any]:
+    @contextmanager
+    def join_uneven_inputs(self, joinables: list[Any], even_batches: bool | None = None) -> Iterator[None]:
         """A context in which ranks may have different numbers of batches.
 
         A rank that has none left takes part in the others' exchanges until all are through.
 
         Args:
             joinables: prepared models.
-            even_batches: True leaves ranks equal numbers of batches, so that there is nothing to do.
+            even_batches: for passes that begin inside, instead of what the loaders were prepared with; True
+                gives ranks equal numbers of batches, so that there is nothing to do.
 
         Raises:
             UsageError: a model is sharded.
         """
-        return nullcontext() if even_batches else self._parallel.join(joinables)
+        with ExitStack() as inside:
+            if even_batches is not None:
+                for loader in self._state.loaders:
+                    inside.callback(setattr, loader, "even_batches", loader.even_batches)
+                    loader.even_batches = even_batches
+            if not even_batches:
+                inside.enter_context(self._parallel.join(joinables))
+            yield
 
     def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
         """A context in which computation runs in the run's precision; prepared models do so by themselves.
