@@ -172,12 +172,13 @@ def _inside_each_other(rank: int, size: int) -> None:
     for _ in training:
         assert state.active_dataloader is training
         last = training.end_of_dataloader
-        found = []
+        found, texts = [], []
         for batch in evaluation:
             assert state.active_dataloader is evaluation
-            everyone = accelerator.gather(batch)
-            found += everyone[: state.remainder].tolist() if state.end_of_dataloader else everyone.tolist()
+            found += accelerator.gather_for_metrics(batch).tolist()
+            texts += accelerator.gather_for_metrics([f"text {number}" for number in batch.tolist()])
         assert found == list(range(6 * size + 1))
+        assert texts == [f"text {number}" for number in found]
         assert state.active_dataloader is training
         assert (state.end_of_dataloader, state.remainder) == (last, 0)
     assert accelerator.prepare(training) is training
