@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,32 @@ def test_a_run_that_was_left_off_ends_as_a_whole_one(size: int, tmp_path: Path) 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_run_that_was_left_off_ends_as_a_whole_one(size: int, tmp_path: Path) -> None:
     check(matrix.all_cells(), size, tmp_path, 1500)
+
+
+def test_another_number_of_ranks_goes_on_and_sees_each_sample_once(tmp_path: Path) -> None:
+    """Left off on 2 ranks after 3 batches each, gone on with on 1, and on 3."""
+    cells = [
+        {"precision": "no", "workers": 0, "accumulation": 1, "source": source, "leave_after": 3}
+        for source in ("map", "custom sampler", "iterable without", "dispatch")
+    ]
+    argument = json.dumps(["left", cells, str(tmp_path / "2")])
+    (tmp_path / "2").mkdir()
+    run_ranks(matrix.__file__, "run", 2, argument)
+    for size in (1, 3):
+        shutil.copytree(tmp_path / "2", tmp_path / str(size))
+        run_ranks(matrix.__file__, "run", size, json.dumps(["resumed", cells, str(tmp_path / str(size))]))
+        before = [json.loads((tmp_path / "2" / f"left-{rank}.json").read_text()) for rank in range(2)]
+        after = [
+            json.loads((tmp_path / str(size) / f"resumed-{rank}.json").read_text()) for rank in range(size)
+        ]
+        for number, cell in enumerate(cells):
+            left = matrix.SAMPLES - sum(len(seen) for run in before for seen in run[number]["seen"])
+            rest = rest_of_epoch([run[number]["seen"] for run in after], left)
+            seen = [index for run in before for batch in run[number]["seen"] for index in batch] + rest
+            assert sorted(seen) == list(range(matrix.SAMPLES)), f"{size} ranks, {cell}"
+
+
+def rest_of_epoch(seen: list[list[list[int]]], samples: int) -> list[int]:
+    """What the ranks saw together until so many samples; fillers of the last batches come after them."""
+    together = [index for batches in zip(*seen, strict=True) for batch in batches for index in batch]
+    return together[:samples]
