@@ -35,6 +35,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     │   ├── CollectiveMismatchError  ranks called different things, or gave them other shapes
     │   └── RanksDifferError       ranks hold states that are not of one model (also a StateError)
     └── UsageError                 a call or configuration that cannot work (also a ValueError)
+        ├── MissingPackageError    an optional package is not installed (also an ImportError)
         ├── NotTensorError         something else where tensors are expected (also a TypeError)
         └── NotPreparedError       an object that has to go through prepare() first
 """
@@ -62,6 +63,7 @@ __all__ = [
     "MirrorError",
     "MismatchError",
     "MissingFileError",
+    "MissingPackageError",
     "NoBatchFitsError",
     "NoSpaceError",
     "NoValidCheckpointError",
@@ -354,6 +356,10 @@ class UsageError(KeepstepError, ValueError):
 
 class NotTensorError(UsageError, TypeError):
     """Something else was given where (dense) tensors are expected; the message names its place."""
+
+
+class MissingPackageError(UsageError, ImportError):
+    """Something optional was asked for, and the package that it needs is not installed."""
 
 
 class NotPreparedError(UsageError):

@@ -10,6 +10,7 @@ _HOME_OF_NAME = {
     "DistributedType": "keepstep.train.process",
     "GradScalerKwargs": "keepstep.train.config",
     "GradientAccumulationPlugin": "keepstep.train.config",
+    "LoggerType": "keepstep.track.registry",
     "OffloadedWeightsLoader": "keepstep.models.offload",
     "ProjectConfiguration": "keepstep.train.config",
     "TensorInformation": "keepstep.train.tensors",
@@ -58,6 +59,7 @@ _HOME_OF_NAME = {
     "slice_tensors": "keepstep.train.tensors",
     "synchronize_rng_state": "keepstep.train.seeding",
     "synchronize_rng_states": "keepstep.train.seeding",
+    "tqdm": "keepstep.track.bars",
     "wait_for_everyone": "keepstep.train.operations",
 }
 

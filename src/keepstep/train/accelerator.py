@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from keepstep.checkpoint.store import Store
+from keepstep.track.trackers import Trackers
 from keepstep.train.build import Parts, Wishes, build_parts
 from keepstep.train.config import (
     CheckpointPolicy,
@@ -47,6 +48,9 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
         fsdp_plugin: shard parameters over the ranks.
         deepspeed_plugin, torch_tp_plugin, megatron_lm_plugin, deepspeed_plugins, parallelism_config: refused:
             keepstep has no backend for them.
+        log_with: trackers that `log` writes to beside the run's own log: a name ("tensorboard", "wandb",
+            "mlflow", "comet_ml", "csv", "jsonl"), "all" for every one whose package is installed, a
+            `LoggerType`, an instance of a `GeneralTracker`, or a list of these.
         project_dir: automatic checkpoints go to `project_dir/checkpoints/checkpoint_N`.
         project_config: more about the project's files.
         gradient_accumulation_plugin: more about accumulation, instead of `gradient_accumulation_steps`.
@@ -76,6 +80,7 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
         fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
         torch_tp_plugin: Any = None,
         megatron_lm_plugin: Any = None,
+        log_with: Any = None,
         project_dir: str | os.PathLike[str] | None = None,
         project_config: ProjectConfiguration | None = None,
         gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
@@ -134,6 +139,17 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
             project=parts.project,
             policy=parts.policy,
             pin_explicit=parts.pin_explicit_saves,
+            provenance=lambda: self._trackers.provenance(),  # noqa: PLW0108 (it is made below)
+        )
+        self._trackers = Trackers(
+            parts.wishes.log_with,
+            state=self._state.log,
+            is_main=self._world.rank == 0,
+            logging_dir=parts.project.logging_dir,
+            log_dir=parts.project.log_dir,
+            run=lambda: self._saver.run,
+            steps_done=lambda: self._state.step,
+            may_resume=lambda: self._saver.may_resume,
         )
 
 

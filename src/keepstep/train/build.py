@@ -71,6 +71,7 @@ class Wishes:
     step_scheduler_with_optimizer: bool
     kwargs_handlers: list[Any] | None
     checkpoint_policy: CheckpointPolicy | None
+    log_with: Any
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,8 +171,16 @@ class ProjectConfiguration:
             "left at 0: numbering goes on from the checkpoints on disk",
         )
         _require(not self.save_on_each_node, self, "save_on_each_node", "False: there is one process")
+        fine = not _in_bucket(self.logging_dir)
+        _require(fine, self, "logging_dir", "a directory: trackers write to a disk")
         if self.logging_dir is None and not _in_bucket(self.project_dir):
             object.__setattr__(self, "logging_dir", self.project_dir)
+
+    @property
+    def log_dir(self) -> Path | None:
+        """Where the run's own log goes: a directory on a disk."""
+        place = self.logging_dir if _in_bucket(self.project_dir) else self.project_dir or self.logging_dir
+        return None if place is None else Path(place)
 
     @property
     def checkpoints(self) -> str | Path | None:

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import parallel as torch_parallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from keepstep.errors import UsageError
@@ -33,25 +33,6 @@ from keepstep.train.plugins import DistributedDataParallelKwargs, FullyShardedDa
 from keepstep.train.process import DistributedType
 
 __all__ = ["Alone", "Copies", "Parallel", "Shards", "without_wrappers"]
-
-
-class DistributedDataParallel(torch_parallel.DistributedDataParallel):
-    """DDP whose gradients travel in the same buckets from the first backward on.
-
-    DDP itself begins with buckets in the order in which parameters were registered, last ones first, and
-    sorts them anew after the first backward, in the order in which gradients came. With more than two ranks
-    the order decides how sums are rounded, so that the first step after a resume would differ from what it
-    would have been in a run that was never interrupted. Here the first order stays.
-    """
-
-    def _build_params_for_reducer(self) -> tuple[list[torch.nn.Parameter], list[bool]]:
-        parameters, are_sparse = super()._build_params_for_reducer()  # type: ignore[no-untyped-call]
-        return parameters[::-1], are_sparse[::-1]
-
-    def settle(self) -> None:
-        """Sort the buckets now, by the order of the reducer's parameters, instead of after a backward."""
-        self.reducer._push_all_rebuilt_params()
-        self.reducer._rebuild_buckets()
 
 
 class Parallel:
@@ -115,7 +96,7 @@ class Copies(Parallel):
         self._options = options
 
     def wrap(self, model: torch.nn.Module, device: torch.device | None) -> torch.nn.Module:
-        if isinstance(model, torch_parallel.DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel):
             return model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model  # nothing to average
@@ -123,11 +104,10 @@ class Copies(Parallel):
         wrapped = DistributedDataParallel(
             model, device_ids=at, output_device=at and at[0], **self._options.to_kwargs()
         )
-        wrapped.settle()
         self._hook(wrapped)
         return wrapped
 
-    def _hook(self, model: torch_parallel.DistributedDataParallel) -> None:
+    def _hook(self, model: DistributedDataParallel) -> None:
         options = self._options
         hooks: dict[str, Callable[..., Any]] = {
             "fp16": default_hooks.fp16_compress_hook,
@@ -265,9 +245,9 @@ class Shards(Parallel):
             )
 
 
-def _ddp_of(model: Any) -> torch_parallel.DistributedDataParallel | None:
+def _ddp_of(model: Any) -> DistributedDataParallel | None:
     inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, torch_parallel.DistributedDataParallel) else None
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 def without_wrappers(model: torch.nn.Module) -> torch.nn.Module:
@@ -275,7 +255,7 @@ def without_wrappers(model: torch.nn.Module) -> torch.nn.Module:
     inner: Any = model
     while True:
         inner = getattr(inner, "_orig_mod", inner)
-        if not isinstance(inner, torch_parallel.DistributedDataParallel):
+        if not isinstance(inner, DistributedDataParallel):
             break
         inner = inner.module
     return inner if isinstance(inner, torch.nn.Module) else model

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from keepstep.errors import UsageError
+from keepstep.track import here
 from keepstep.train.control import ProcessControl
 from keepstep.train.environment import Environment, Launched, read_environment
 from keepstep.world import DEFAULT_TIMEOUT_S, OneRank, World, join_ranks, joined_group
@@ -65,8 +66,9 @@ def join_world(
     if key not in _joined:
         world = _join(launched, cpu=cpu, backend=backend, timeout=timeout)
         _joined.clear()
-        _joined[(os.getpid(), launched, joined_group())] = world
-        return world
+        key = (os.getpid(), launched, joined_group())
+        _joined[key] = world
+    here.settle(_joined[key])
     return _joined[key]
 
 

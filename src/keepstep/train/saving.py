@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from keepstep.checkpoint.engine import save_directory
@@ -79,6 +81,7 @@ class Saver:
         project: whether `save` names checkpoints by itself.
         policy: when automatic checkpoints are due.
         pin_explicit: checkpoints saved by hand into the store are never pruned.
+        provenance: what more is to be written down beside each state.
         clock: seconds that only grow.
     """
 
@@ -90,6 +93,7 @@ class Saver:
         project: ProjectConfiguration,
         policy: CheckpointPolicy,
         pin_explicit: bool,
+        provenance: Callable[[], Mapping[str, Any]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
@@ -97,6 +101,7 @@ class Saver:
         self._project = project
         self._policy = policy
         self._pin_explicit = pin_explicit
+        self._provenance = provenance
         self._world = state.world
         self._pacer = Pacer(policy, waited_s=lambda: state.gate.waited_s, clock=clock)
         self._pending: PendingSave | None = None
@@ -107,8 +112,26 @@ class Saver:
         self._about = _About()
         self._complaints = _Complaints()
         self._looked_for_others = False
+        self._lonely_run = secrets.token_hex(8)
         self._step_saved_elsewhere = 0
         self._lost: _About | None = None
+
+    @property
+    def run(self) -> str:
+        """Id of the run: that of its checkpoints."""
+        return self._lonely_run if self._store is None else self._store.run
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether `resume()` may find something."""
+        return self._store is not None and (self._project.mirror is not None or bool(self._store.list()))
+
+    def is_in_project(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is one of the project's automatic ones."""
+        place = self._project.checkpoints
+        return isinstance(place, Path) and (
+            isinstance(checkpoint.place, Path) and checkpoint.place.resolve().parent == place.resolve()
+        )
 
     @property
     def next_number(self) -> int:
@@ -190,12 +213,15 @@ class Saver:
                 tags=about.tags,
                 staging=self._staging,
                 changing=state.changing(),
-                environment={"saving": self._pacer.to_json()},
+                environment=self._environment(),
             )
         except (StoreError, BackgroundSaveError) as error:
             self._failed(error, about)
         state.gate.pending = self._pending
         self._about = about
+
+    def _environment(self) -> dict[str, Any]:
+        return {"saving": self._pacer.to_json(), **self._provenance()}
 
     def _ask_finished(self) -> None:
         """Ask what became of the last save in the background."""
@@ -237,7 +263,7 @@ class Saver:
             "epoch": state.progress.epoch,
             "metrics": metrics,
             "tags": tags,
-            "environment": {"saving": self._pacer.to_json()},
+            "environment": self._environment(),
         }
         if output_dir is not None and not self._project.automatic_checkpoint_naming:
             saved = save_directory(

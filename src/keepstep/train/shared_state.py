@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from keepstep.errors import MismatchError
+from keepstep.track.position import LogState
 from keepstep.train.loader import PreparedLoader
 from keepstep.train.precision import Precision
 from keepstep.train.progress import Progress
@@ -29,6 +30,7 @@ class Run(Protocol):
     optimizers: list[PreparedOptimizer]
     schedulers: list[PreparedScheduler]
     loaders: list[PreparedLoader]
+    log: LogState
 
     @property
     def step(self) -> int:
@@ -37,7 +39,7 @@ class Run(Protocol):
 
 
 class SharedState:
-    """Progress, loaders, counters and the loss scale; the same on every rank.
+    """Progress, loaders, counters, the loss scale and the place in the log; the same on every rank.
 
     Args:
         run: what was prepared.
@@ -64,6 +66,7 @@ class SharedState:
             "steps": [[prepared.steps_done, prepared.step_was_skipped] for prepared in state.optimizers],
             "progress": state.progress.state_dict(),
             "loaders": [loader.state_dict() for loader in state.loaders],
+            "log": state.log.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -136,6 +139,8 @@ class SharedState:
         for loader, loader_state in zip(state.loaders, saved["loaders"], strict=True):
             loader.seed = saved["seed"]
             loader.load_state_dict(loader_state)
+        if "log" in saved:  # a checkpoint of before there was one
+            state.log.load_state_dict(saved["log"])
 
     def _note_earlier_steps(self) -> None:
         """Tell torch that optimizers have stepped; its schedulers would warn that they never did."""

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from keepstep.errors import MismatchError, RestoreError, UsageError
+from keepstep.track.position import LogState
 from keepstep.train.gate import StagingGate
 from keepstep.train.loader import PreparedLoader
 from keepstep.train.options import options_of, warn_of_replaced
@@ -67,6 +68,7 @@ class TrainState:
         schedulers: prepared ones.
         loaders: prepared ones.
         registered: objects with `state_dict` and `load_state_dict`.
+        log: how far the run's log has come.
         gate: where optimizers wait until the state has been copied.
     """
 
@@ -81,6 +83,7 @@ class TrainState:
     schedulers: list[PreparedScheduler] = field(default_factory=list)
     loaders: list[PreparedLoader] = field(default_factory=list)
     registered: list[Any] = field(default_factory=list)
+    log: LogState = field(default_factory=LogState)
     gate: StagingGate = field(default_factory=StagingGate)
 
     def __post_init__(self) -> None:

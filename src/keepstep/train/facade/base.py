@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from keepstep.track.trackers import Trackers
 from keepstep.train.build import Parts
 from keepstep.train.config import ProjectConfiguration
 from keepstep.train.parallel import Parallel
@@ -45,4 +46,5 @@ class Facade:
     _state: TrainState
     _preparer: Preparer
     _saver: Saver
+    _trackers: Trackers
     _triggered: bool = False

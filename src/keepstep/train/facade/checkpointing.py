@@ -8,6 +8,7 @@ from typing import Any
 
 from keepstep.checkpoint.pending import PendingSave
 from keepstep.checkpoint.version import Checkpoint
+from keepstep.track.trackers import Origin
 from keepstep.train.counts import CheckpointCounts
 from keepstep.train.facade.base import Facade
 
@@ -28,7 +29,7 @@ class Checkpointing(Facade):
             NoValidCheckpointError: there are checkpoints, and all of them are damaged.
             UsageError: there is no project_dir, or nothing was prepared.
         """
-        return self._saver.resume()
+        return self._logged(self._saver.resume(), goes_on=True)
 
     def checkpoint(
         self, metrics: Mapping[str, Any] | None = None, tags: Sequence[str] = ()
@@ -94,10 +95,12 @@ class Checkpointing(Facade):
             CheckpointNotFoundError: there is none.
             MismatchError: it doesn't fit what was prepared; nothing was changed.
         """
-        return self._saver.load(input_dir)
+        checkpoint = self._saver.load(input_dir)
+        self._logged(checkpoint, goes_on=False)
+        return checkpoint
 
     def end_training(self, *, finished: bool = False) -> None:
-        """Wait for what is being saved. Call it at the end of a script.
+        """Wait for what is being saved, and close trackers. Call it at the end of a script.
 
         Args:
             finished: the run is done for good, even where the loop over `epochs()` was left early (early
@@ -110,10 +113,30 @@ class Checkpointing(Facade):
             BackgroundSaveError: a save failed.
             UsageError: there is no project_dir to save into.
         """
-        self._saver.wait()
-        if finished and self._state.progress.finish():
-            self._saver.save(None, metrics=None, tags=(), pinned=None)
-        self._saver.tell_what_is_unsaved()
+        try:
+            self._saver.wait()
+            if finished and self._state.progress.finish():
+                self._saver.save(None, metrics=None, tags=(), pinned=None)
+            self._saver.tell_what_is_unsaved()
+        finally:
+            self._trackers.finish()
+
+    def _logged(self, checkpoint: Checkpoint | None, *, goes_on: bool) -> Checkpoint | None:
+        """Tell the log what was loaded."""
+        if checkpoint is None:
+            self._trackers.start()
+        else:
+            manifest = checkpoint.manifest
+            own = goes_on or self._saver.is_in_project(checkpoint)
+            self._trackers.loaded(
+                Origin(
+                    run=manifest.run if own else None,
+                    attempt=manifest.attempt,
+                    log=manifest.environment.get("log", {}),
+                ),
+                goes_on=goes_on,
+            )
+        return checkpoint
 
     @property
     def project_dir(self) -> str | os.PathLike[str] | None:

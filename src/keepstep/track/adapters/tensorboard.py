@@ -1,0 +1,92 @@
+"""TensorBoard's event files, through torch's writer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from keepstep.track.general import GeneralTracker, on_main_process
+from keepstep.track.position import Position
+from keepstep.track.values import plain_config, texts
+
+__all__ = ["TensorBoardTracker"]
+
+
+class TensorBoardTracker(GeneralTracker):
+    """Writes event files into `logging_dir/run_name`.
+
+    When a run is resumed, TensorBoard is told to drop what was logged after the checkpoint (`purge_step`).
+
+    Args:
+        run_name: name of the run's directory.
+        logging_dir: that it lies in.
+        kwargs: for `torch.utils.tensorboard.SummaryWriter`.
+    """
+
+    name = "tensorboard"
+    requires_logging_directory = True
+
+    def __init__(self, run_name: str, logging_dir: str | os.PathLike[str], **kwargs: Any) -> None:
+        super().__init__()
+        self.logging_dir = Path(logging_dir) / run_name
+        self._kwargs = kwargs
+        self._writer: Any = None
+
+    @property
+    def tracker(self) -> Any:
+        """The `SummaryWriter`; None before `start`."""
+        return self._writer
+
+    @on_main_process
+    def start(self) -> None:
+        self._writer = SummaryWriter(str(self.logging_dir), **self._kwargs)
+
+    @on_main_process
+    def rewind(self, position: Position) -> None:
+        self._kwargs["purge_step"] = position.next_step
+        if self._writer is not None:
+            self._writer.close()
+            self.start()
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        plain = texts(plain_config(values, tracker=self.name))
+        self._writer.add_hparams(plain, {}, run_name=".")
+        self._writer.flush()
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log numbers as scalars, strings as text, dicts of numbers as several curves in one chart.
+
+        Args:
+            values: by name; others are left out.
+            step: of the run.
+            kwargs: for `add_scalar`, `add_text` or `add_scalars`.
+        """
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, global_step=step, **kwargs)
+            elif isinstance(value, str):
+                self._writer.add_text(name, value, global_step=step, **kwargs)
+            elif isinstance(value, dict):
+                self._writer.add_scalars(name, value, global_step=step, **kwargs)
+        self._writer.flush()
+
+    @on_main_process
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log images.
+
+        Args:
+            values: {name: images, shape (count, channels, height, width) or as `dataformats` says}.
+            step: of the run.
+            kwargs: for `add_images`.
+        """
+        for name, images in values.items():
+            self._writer.add_images(name, images, global_step=step, **kwargs)
+
+    @on_main_process
+    def finish(self) -> None:
+        self._writer.close()
