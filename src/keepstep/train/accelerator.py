@@ -7,6 +7,7 @@ It forwards to parts that `build.py` chose; nothing here asks which ones they ar
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keepstep.checkpoint.store import Store
@@ -24,10 +25,16 @@ from keepstep.train.facade.loop import Loop
 from keepstep.train.facade.models import Models
 from keepstep.train.facade.preparation import Preparation
 from keepstep.train.facade.tracking import Tracking
-from keepstep.train.plugins import DynamoBackend, FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from keepstep.train.plugins import (
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    RNGType,
+    TorchDynamoPlugin,
+)
 from keepstep.train.preparing import Preparer
 from keepstep.train.progress import Progress
 from keepstep.train.saving import Saver
+from keepstep.train.seeding import check_rng_type, synchronize_rng_states
 from keepstep.train.state import TrainState
 from keepstep.train.states import AcceleratorState, GradientState
 from keepstep.train.step import AccumulationWindow
@@ -59,6 +66,8 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
             `InitProcessGroupKwargs` and `ProfileKwargs`, at most one each.
         dynamo_backend: compile models with this backend of `torch.compile`.
         dynamo_plugin: more about compiling, instead of `dynamo_backend`.
+        rng_types: generators that take rank 0's state whenever a loader begins a pass: "torch", "cuda" ...;
+            None for none of them: the order of data needs none.
         dispatch_batches: see `DataLoaderConfiguration`.
         even_batches: see `DataLoaderConfiguration`.
         checkpoint_policy: when `checkpoint()` saves and what is kept. None saves as often as costs at most
@@ -80,6 +89,7 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
         fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
         torch_tp_plugin: Any = None,
         megatron_lm_plugin: Any = None,
+        rng_types: Sequence[str | RNGType] | None = None,
         log_with: Any = None,
         project_dir: str | os.PathLike[str] | None = None,
         project_config: ProjectConfiguration | None = None,
@@ -131,6 +141,7 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
             compiling=parts.compiling,
             scheduler_steps=1 if self.split_batches else self._world.size,
             loading=parts.loading,
+            at_pass_start=_synchronizing(parts),
             step_with_optimizer=parts.wishes.step_scheduler_with_optimizer,
         )
         self._saver = Saver(
@@ -151,6 +162,17 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
             steps_done=lambda: self._state.step,
             may_resume=lambda: self._saver.may_resume,
         )
+
+
+def _synchronizing(parts: Parts) -> Callable[[], None] | None:
+    """What keeps the ranks' generators alike when a loader begins a pass; None if nobody asked for it."""
+    # Orders, for which Accelerate has "generator", are the same on all ranks by themselves.
+    types = [str(kind) for kind in parts.wishes.rng_types or () if str(kind) != "generator"]
+    for kind in types:
+        check_rng_type(kind)
+    if not types or parts.process.world.size == 1:
+        return None
+    return lambda: synchronize_rng_states(types)
 
 
 def _store(parts: Parts) -> Store | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Wishes:
     fsdp_plugin: FullyShardedDataParallelPlugin | None
     torch_tp_plugin: Any
     megatron_lm_plugin: Any
+    rng_types: Sequence[str] | None
     deepspeed_plugins: Any
     parallelism_config: Any
     dynamo_backend: DynamoBackend | str | None

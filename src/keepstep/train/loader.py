@@ -7,7 +7,7 @@ pass that is left early (`break`) is over.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -35,6 +35,7 @@ class PreparedLoader(DataLoader[Any]):
         loader: what the user made.
         source: where its batches come from.
         share: of this rank.
+        at_start: called when a new pass begins; not when one is gone on with.
         placement: what happens to each batch.
         progress: of the run.
         seed: of the run's data.
@@ -49,6 +50,7 @@ class PreparedLoader(DataLoader[Any]):
         progress: Progress,
         seed: int,
         share: Share = ALL_OF_IT,
+        at_start: Callable[[], None] | None = None,
     ) -> None:
         # DataLoader.__init__ is left out on purpose: this object stands in front of one that exists, and is a
         # DataLoader only so that code which asks `isinstance` goes on working.
@@ -60,6 +62,7 @@ class PreparedLoader(DataLoader[Any]):
         self._placement = placement
         self._progress = progress
         self._share = share
+        self._at_start = at_start
         self._memory = source.memory()
 
     def __getattr__(self, name: str) -> Any:
@@ -96,6 +99,8 @@ class PreparedLoader(DataLoader[Any]):
             self._source.remember(self._memory)
         else:
             self._memory = self._source.memory()
+            if self._at_start is not None:
+                self._at_start()
         stride = self._share.stride
         entry = progress.begin(cursor, None if first is None else first * stride)
         try:

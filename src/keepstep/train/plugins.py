@@ -19,7 +19,9 @@ __all__ = [
     "DynamoBackend",
     "FullyShardedDataParallelPlugin",
     "InitProcessGroupKwargs",
+    "PrecisionType",
     "ProfileKwargs",
+    "RNGType",
     "TorchDynamoPlugin",
 ]
 
@@ -177,6 +179,24 @@ class ProfileKwargs:
             with_flops=self.with_flops,
             with_modules=self.with_modules,
         )
+
+
+class PrecisionType(enum.StrEnum):
+    """Values of `mixed_precision`."""
+
+    NO = "no"
+    FP8 = "fp8"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class RNGType(enum.StrEnum):
+    """Kinds of random generators."""
+
+    TORCH = "torch"
+    CUDA = "cuda"
+    XPU = "xpu"
+    GENERATOR = "generator"
 
 
 class DynamoBackend(enum.StrEnum):

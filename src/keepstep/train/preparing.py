@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from keepstep.train.compiling import compiled
 from keepstep.train.config import DataLoaderConfiguration
 from keepstep.train.loader import PreparedLoader
 from keepstep.train.parallel import Parallel, without_wrappers
-from keepstep.train.placement import Placement
+from keepstep.train.placement import LeaveInPlace, Placement
 from keepstep.train.plugins import TorchDynamoPlugin
 from keepstep.train.shares import Share
 from keepstep.train.sources import make_source
@@ -39,6 +40,7 @@ class Preparer:
         compiling: how models are compiled.
         loading: how loaders are prepared.
         step_with_optimizer: schedulers step only when their optimizers do.
+        at_pass_start: called when a loader begins a new pass.
         scheduler_steps: of a scheduler to each of an optimizer: as many as there are ranks, as their batches
             come beside one another, or 1.
     """
@@ -54,6 +56,7 @@ class Preparer:
         loading: DataLoaderConfiguration,
         step_with_optimizer: bool,
         scheduler_steps: int,
+        at_pass_start: Callable[[], None] | None,
     ) -> None:
         self._state = state
         self._device = device
@@ -63,6 +66,7 @@ class Preparer:
         self._loading = loading
         self._step_with_optimizer = step_with_optimizer
         self._scheduler_steps = scheduler_steps
+        self._at_pass_start = at_pass_start
         self._wrapped: dict[int, torch.nn.Module] = {}
 
     def prepare(self, objects: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -146,8 +150,8 @@ class Preparer:
             )
         _log.warning("%s: no checkpoint holds them. Pass the model to prepare() as well.", what)
 
-    def prepare_loader(self, loader: DataLoader[Any]) -> PreparedLoader:
-        """Make a DataLoader's order exact and resumable."""
+    def prepare_loader(self, loader: DataLoader[Any], *, on_device: bool = True) -> PreparedLoader:
+        """Make a DataLoader's order exact and resumable; its batches go to the device, or stay in place."""
         for known in self._state.loaders:
             if loader is known or loader is known.prepared_from:
                 return known
@@ -162,7 +166,8 @@ class Preparer:
             loader,
             source=make_source(loader, share=share, world=world, dispatch=loading.dispatch_batches),
             share=share,
-            placement=self._placement,
+            at_start=self._at_pass_start,
+            placement=self._placement if on_device else LeaveInPlace(),
             progress=self._state.progress,
             seed=self._state.seed,
         )
@@ -187,9 +192,13 @@ class Preparer:
         self._state.schedulers.append(prepared)
         return prepared
 
-    def unwrap_model(self, model: torch.nn.Module, *, keep_precision: bool) -> torch.nn.Module:
+    def unwrap_model(
+        self, model: torch.nn.Module, *, keep_precision: bool, keep_compiled: bool = False
+    ) -> torch.nn.Module:
         """Return the module behind a prepared or compiled one; see `Accelerator.unwrap_model`."""
         inner = without_wrappers(model)
+        if keep_compiled and keep_precision:
+            return compiled(inner, self._compiling)
         return inner if keep_precision else self._state.precision.restore_model(inner)
 
     def clear(self) -> None:

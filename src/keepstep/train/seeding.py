@@ -13,7 +13,7 @@ from keepstep.errors import UsageError
 from keepstep.train.process import PartialState
 from keepstep.world import World
 
-__all__ = ["set_seed", "synchronize_rng_state", "synchronize_rng_states"]
+__all__ = ["check_rng_type", "set_seed", "synchronize_rng_state", "synchronize_rng_states"]
 
 _MOST_SEED = 2**32 - 1
 _TYPES = ("torch", "cuda", "xpu", "mps", "generator")
@@ -62,6 +62,12 @@ def synchronize_rng_states(rng_types: Iterable[str], generator: torch.Generator 
     """As `synchronize_rng_state`, for several types."""
     for rng_type in rng_types:
         synchronize_rng_state(rng_type, generator)
+
+
+def check_rng_type(rng_type: str) -> None:
+    """Raise UsageError for what is no type of generators."""
+    if rng_type not in _TYPES:
+        raise UsageError(f"rng_type is {rng_type!r}; expected one of {', '.join(_TYPES)}")
 
 
 def _synchronize(world: World, rng_type: str, generator: torch.Generator | None) -> None:

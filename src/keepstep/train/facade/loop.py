@@ -184,6 +184,31 @@ class Loop(Facade):
         self._window.num_steps = steps
 
     @property
+    def dispatch_batches(self) -> bool | None:
+        """See `DataLoaderConfiguration`."""
+        return self._parts.loading.dispatch_batches
+
+    @property
+    def even_batches(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self._parts.loading.even_batches
+
+    @property
+    def use_seedable_sampler(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self._parts.loading.use_seedable_sampler
+
+    @property
+    def non_blocking(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self._parts.loading.non_blocking
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self._parts.loading.use_stateful_dataloader
+
+    @property
     def optimizer_step_was_skipped(self) -> bool:
         """Whether gradients overflowed at the last step of some optimizer (fp16)."""
         return any(optimizer.step_was_skipped for optimizer in self._state.optimizers)

@@ -58,9 +58,28 @@ class Preparation(Facade):
         """Make an optimizer step only when gradients are complete."""
         return self._preparer.prepare_optimizer(optimizer)
 
-    def prepare_data_loader(self, data_loader: DataLoader[Any]) -> DataLoader[Any]:
-        """Make a DataLoader's order exact and resumable."""
-        return self._preparer.prepare_loader(data_loader)
+    def prepare_data_loader(
+        self,
+        data_loader: DataLoader[Any],
+        device_placement: bool | None = None,
+        slice_fn_for_dispatch: None = None,
+    ) -> DataLoader[Any]:
+        """Make a DataLoader's order exact and resumable, and share it out between ranks.
+
+        Args:
+            data_loader: prepared before, the same comes back.
+            device_placement: move its batches to the device; None for what the Accelerator was given.
+            slice_fn_for_dispatch: must be None: batches are shared out by samples.
+
+        Raises:
+            UsageError: a function was given.
+        """
+        if slice_fn_for_dispatch is not None:
+            raise UsageError(
+                f"slice_fn_for_dispatch is {slice_fn_for_dispatch!r:.100}; keepstep shares batches out by "
+                "their samples. Leave it out."
+            )
+        return self._preparer.prepare_loader(data_loader, on_device=device_placement is not False)
 
     def prepare_scheduler(self, scheduler: LRScheduler) -> PreparedScheduler:
         """Make a scheduler step only when its optimizers do. Prepare those first."""
@@ -74,14 +93,19 @@ class Preparation(Facade):
         """
         self._state.register(objects)
 
-    def unwrap_model(self, model: torch.nn.Module, keep_fp32_wrapper: bool = True) -> torch.nn.Module:
+    def unwrap_model(
+        self, model: torch.nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = False
+    ) -> torch.nn.Module:
         """Return the module behind a prepared one: neither wrapped for ranks nor compiled.
 
         Args:
             model: prepared or not.
             keep_fp32_wrapper: False also undoes what mixed precision did to its forward.
+            keep_torch_compile: return it compiled, if the Accelerator compiles models.
         """
-        return self._preparer.unwrap_model(model, keep_precision=keep_fp32_wrapper)
+        return self._preparer.unwrap_model(
+            model, keep_precision=keep_fp32_wrapper, keep_compiled=keep_torch_compile
+        )
 
     def free_memory(self, *objects: Any) -> tuple[None, ...]:
         """Finish saving and let go of everything that was prepared.
