@@ -32,6 +32,8 @@ PUBLIC_NAMES = [
     "load",
     "load_checkpoint_and_dispatch",
     "load_checkpoint_in_model",
+    "debug_launcher",
+    "notebook_launcher",
     "register_codec",
     "save_directory",
     "skip_first_batches",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from keepstep.models.empty import init_on_device as init_on_device
     from keepstep.models.loading import load_checkpoint_in_model as load_checkpoint_in_model
     from keepstep.models.objects import load as load
+    from keepstep.launch.notebook import debug_launcher as debug_launcher
+    from keepstep.launch.notebook import notebook_launcher as notebook_launcher
     from keepstep.train.accelerator import Accelerator as Accelerator
     from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
     from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
@@ -57,6 +59,8 @@ _HOME_OF_NAME = {
     "load": "keepstep.models.objects",
     "load_checkpoint_and_dispatch": "keepstep.models.dispatch",
     "load_checkpoint_in_model": "keepstep.models.loading",
+    "debug_launcher": "keepstep.launch.notebook",
+    "notebook_launcher": "keepstep.launch.notebook",
     "register_codec": "keepstep.tree",
     "save_directory": "keepstep.checkpoint.engine",
     "skip_first_batches": "keepstep.train.loader",

@@ -71,6 +71,7 @@ _HOME_OF_NAME = {
     "synchronize_rng_states": "keepstep.train.seeding",
     "tqdm": "keepstep.track.bars",
     "wait_for_everyone": "keepstep.train.operations",
+    "write_basic_config": "keepstep.launch.basic",
 }
 
 __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605

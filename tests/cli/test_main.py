@@ -37,6 +37,8 @@ LAUNCH_OPTIONS = [
     "--tpu",
 ]
 COMMANDS = LOOKING | {
+    "config": ["--config_file"],
+    "env": ["--config_file"],
     "launch": [*LAUNCH_OPTIONS, "-m", "--no_python", "-q", "script", "arguments"],
 }
 LIST_SECONDS = 0.5

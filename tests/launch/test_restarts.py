@@ -48,7 +48,7 @@ def test_what_is_said() -> None:
         "rank 0 (process 39) ended with exit code 1, 5 s after the start. Not restarted"
         in judged(ERROR).words
     )
-    assert "--max_restarts is 0" in judged(KILLED, restarts=Restarts(limit=0)).words
+    assert "max_restarts is 0" in judged(KILLED, restarts=Restarts(limit=0)).words
     assert "that was restart 3 of 3" in judged(KILLED, restarted=3).words
 
 

@@ -24,6 +24,8 @@ SECTIONS: Final = {
         "verify": "Read checkpoints whole and say whether every byte is what was committed.",
     },
     "Start training": {
+        "config": "Answer questions once; `keepstep launch` reads the answers.",
+        "env": "Say what runs here: versions, devices, configuration.",
         "launch": "Start a training script, on one process or many.",
     },
 }

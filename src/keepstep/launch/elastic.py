@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from keepstep.launch.plan import LaunchPlan, Rendezvous
 from keepstep.launch.restarts import RankEnd, Restarts, exit_code_of, judge
-from keepstep.launch.single import PASSED_ON
+from keepstep.launch.single import ENDING, PASSED_ON
 
 __all__ = ["run_group"]
 
@@ -48,6 +48,7 @@ def run_group(
     say: Callable[[str], None],
     *,
     prefix: str | None = None,
+    failures: list[tuple[int, str]] | None = None,
 ) -> int:
     """Run a plan's processes on this machine until all are done, again when they are to be restarted.
 
@@ -57,6 +58,7 @@ def run_group(
         arguments: what each rank is given.
         say: tells the user what happens.
         prefix: template in front of each line of output with `tee`; None for the role and rank.
+        failures: gets the rank that failed first and what it said, for each start that failed.
 
     Returns:
         the exit code: 0, or that of the rank that failed first, 128 and the signal's number if it was killed.
@@ -74,7 +76,10 @@ def run_group(
             say=say,
         )
         stack.enter_context(_passing(agent))
-        return _result(agent, spec)
+        code = _result(agent, spec)
+    if failures is not None:
+        failures += agent.told
+    return code
 
 
 def _result(agent: _Agent, spec: WorkerSpec) -> int:
@@ -141,6 +146,7 @@ class _Agent(LocalElasticAgent):
         self._say = say
         self._began_s = time.monotonic()
         self.first_failure = 0
+        self.told: list[tuple[int, str]] = []
         self._store_of_ranks: TCPStore | None = None
         self._starts = 0
 
@@ -176,6 +182,7 @@ class _Agent(LocalElasticAgent):
             stopped_by_us.add(-signal.SIGKILL)
         ends = _own_ends(result.failures, stopped_by_us)
         self.first_failure = ends[0].returncode if ends else 1
+        self.told += [(end.rank, _words_of(result.failures[end.rank])) for end in ends[:1]]
         verdict = judge(
             ends,
             # An error here may be the loss of a rank on another machine, which nobody here can see.
@@ -206,16 +213,29 @@ def _own_ends(failures: dict[int, ProcessFailure], stopped_by_us: set[int]) -> l
     return sorted(own, key=lambda end: end.returncode >= 0)
 
 
+def _words_of(failure: ProcessFailure) -> str:
+    """A rank's traceback, where it left one (functions do), else how it ended."""
+    message: Any = failure.message
+    if isinstance(message, dict):
+        return str(message.get("extraInfo", {}).get("py_callstack") or message.get("message"))
+    return f"{RankEnd(rank=failure.local_rank, pid=failure.pid, returncode=failure.exitcode).words}."
+
+
 @contextlib.contextmanager
 def _passing(agent: _Agent) -> Iterator[None]:
-    """Ranks get the signals that end nothing; those that end the run are torch's business."""
+    """Ranks get the signals that end nothing; those that end the run are torch's business.
+
+    What this process does at a signal is the same afterwards as before: torch leaves its own handlers behind.
+    """
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         for pid in agent.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {number: signal.getsignal(number) for number in (*ENDING, *PASSED_ON)}
+    for number in PASSED_ON:
+        signal.signal(number, pass_on)
     try:
         yield
     finally:
@@ -226,7 +246,8 @@ def _passing(agent: _Agent) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_torch() -> Iterator[None]:
     """What torch's agent logs of each rank that it stops is told by `say` in a line."""
-    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
+    noisy = ("torch.distributed.elastic", "torch.multiprocessing")
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(noisy)]
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -78,7 +78,7 @@ def judge(
     """
     what = f"{'; '.join(end.words for end in ends) or 'a rank failed'}, {lived_s:.0f} s after the start"
     if restarts.limit == 0:
-        return Verdict(restart=False, words=f"{what}. Not restarted: --max_restarts is 0.")
+        return Verdict(restart=False, words=f"{what}. Not restarted: max_restarts is 0.")
     if restarted >= restarts.limit:
         return Verdict(
             restart=False, words=f"{what}. Not restarted: that was restart {restarted} of {restarts.limit}."

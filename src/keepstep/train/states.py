@@ -12,7 +12,7 @@ from keepstep.train.process import DistributedType, PartialState
 from keepstep.train.progress import Progress
 from keepstep.train.step import AccumulationWindow
 
-__all__ = ["AcceleratorState", "GradientState"]
+__all__ = ["AcceleratorState", "GradientState", "accelerator_was_made"]
 
 _latest: dict[str, Any] = {}
 
@@ -21,6 +21,11 @@ def _of_the_latest(what: str) -> Any:
     if what not in _latest:
         raise UsageError(f"There is no {what} before there is an Accelerator. Make the Accelerator first.")
     return _latest[what]
+
+
+def accelerator_was_made() -> bool:
+    """Whether this process, or one that it was forked from, has made an Accelerator."""
+    return "AcceleratorState" in _latest
 
 
 class AcceleratorState:
