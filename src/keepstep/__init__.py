@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from keepstep.checkpoint.pending import PendingSave as PendingSave
     from keepstep.checkpoint.store import Store as Store
     from keepstep.checkpoint.version import Checkpoint as Checkpoint
+    from keepstep.launch.notebook import debug_launcher as debug_launcher
+    from keepstep.launch.notebook import notebook_launcher as notebook_launcher
     from keepstep.models.device_map import infer_auto_device_map as infer_auto_device_map
     from keepstep.models.dispatch import cpu_offload as cpu_offload
     from keepstep.models.dispatch import cpu_offload_with_hook as cpu_offload_with_hook
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from keepstep.models.empty import init_on_device as init_on_device
     from keepstep.models.loading import load_checkpoint_in_model as load_checkpoint_in_model
     from keepstep.models.objects import load as load
-    from keepstep.launch.notebook import debug_launcher as debug_launcher
-    from keepstep.launch.notebook import notebook_launcher as notebook_launcher
     from keepstep.train.accelerator import Accelerator as Accelerator
     from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
     from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
