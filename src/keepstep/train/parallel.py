@@ -30,9 +30,10 @@ from torch.optim import Optimizer
 
 from keepstep.errors import UsageError
 from keepstep.train.plugins import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from keepstep.train.precision import FullPrecision
 from keepstep.train.process import DistributedType
 
-__all__ = ["Alone", "Copies", "Parallel", "Shards", "without_wrappers"]
+__all__ = ["Alone", "Copies", "Parallel", "Shards", "extract_model_from_parallel", "without_wrappers"]
 
 
 class Parallel:
@@ -259,3 +260,30 @@ def without_wrappers(model: torch.nn.Module) -> torch.nn.Module:
             break
         inner = inner.module
     return inner if isinstance(inner, torch.nn.Module) else model
+
+
+def extract_model_from_parallel(
+    model: torch.nn.Module,
+    keep_fp32_wrapper: bool = True,
+    keep_torch_compile: bool = True,
+    recursive: bool = False,
+) -> torch.nn.Module:
+    """The module behind the wrappers of ranks.
+
+    Args:
+        model: prepared or not.
+        keep_fp32_wrapper: False also undoes what mixed precision did to its forward.
+        keep_torch_compile: return a compiled module that has no wrapper inside, if it was a compiled one.
+        recursive: unwrap submodules too, in place.
+    """
+    inner = without_wrappers(model)
+    if recursive:
+        for parent in list(inner.modules()):
+            for name, child in parent.named_children():
+                setattr(parent, name, without_wrappers(child))
+    if not keep_fp32_wrapper:
+        FullPrecision().restore_model(inner)
+    if keep_torch_compile and hasattr(model, "_orig_mod"):
+        model._orig_mod = inner
+        return model
+    return inner

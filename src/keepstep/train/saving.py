@@ -158,7 +158,7 @@ class Saver:
         if not busy:
             self._ask_finished()
         state, entered_s = self._state, self._pacer.clock()
-        if not state.window.sync_gradients:
+        if not state.window.sync_gradients or state.ranks_apart:
             return None
         due = self._decision.take(self._pacer, state.step, busy=busy)
         if due is not Due.YES and self._lost is None:

@@ -69,6 +69,7 @@ class TrainState:
         loaders: prepared ones.
         registered: objects with `state_dict` and `load_state_dict`.
         log: how far the run's log has come.
+        ranks_apart: why ranks have other parameters at this instant; empty while they have the same.
         gate: where optimizers wait until the state has been copied.
     """
 
@@ -84,6 +85,7 @@ class TrainState:
     loaders: list[PreparedLoader] = field(default_factory=list)
     registered: list[Any] = field(default_factory=list)
     log: LogState = field(default_factory=LogState)
+    ranks_apart: str = ""
     gate: StagingGate = field(default_factory=StagingGate)
 
     def __post_init__(self) -> None:
@@ -126,6 +128,11 @@ class TrainState:
         Raises:
             UsageError: at this instant the state could not be restored.
         """
+        if self.ranks_apart:
+            raise UsageError(
+                f"Ranks hold different parameters now ({self.ranks_apart}), so there is no one state to "
+                "save. Save after they were averaged"
+            )
         self.precision.check_capturable()
         self.parallel.check_capturable(self.models, inside_window=not self.window.sync_gradients)
         return Captured(

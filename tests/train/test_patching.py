@@ -1,0 +1,67 @@
+"""The environment is changed for a block and no longer; yes and no are read as by Accelerate."""
+
+from __future__ import annotations
+
+import os
+
+import accelerate.utils as theirs
+import pytest
+import torch
+
+import keepstep.utils as ours
+from keepstep.errors import UsageError
+
+
+def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNOWN", "before")
+    monkeypatch.delenv("NEW", raising=False)
+    with pytest.raises(KeyError), ours.patch_environment(known=1, new="x"):  # noqa: PT012
+        assert (os.environ["KNOWN"], os.environ["NEW"]) == ("1", "x")
+        raise KeyError
+    assert os.environ["KNOWN"] == "before"
+    assert "NEW" not in os.environ
+    everything = dict(os.environ)
+    with ours.clear_environment():
+        assert not os.environ
+        os.environ["NEW"] = "y"
+    assert dict(os.environ) == everything
+
+
+def test_yes_and_no() -> None:
+    for text in ("y", "YES", "t", "True", "on", "1", "n", "No", "f", "false", "off", "0"):
+        for to_bool in (False, True):
+            mine = ours.str_to_bool(text, to_bool)
+            assert (mine, type(mine)) == (
+                theirs.str_to_bool(text, to_bool),
+                type(theirs.str_to_bool(text, to_bool)),
+            )
+    with pytest.raises(UsageError, match="'perhaps' is neither yes nor no"):
+        ours.str_to_bool("perhaps")
+    with ours.patch_environment(flag="yes", number="7", choice="bf16"):
+        assert ours.parse_flag_from_env("FLAG")
+        assert not ours.parse_flag_from_env("ABSENT")
+        assert ours.get_int_from_env(["ABSENT", "NUMBER"], 3) == 7
+        assert ours.get_int_from_env(["ABSENT"], 3) == 3
+        assert (ours.parse_choice_from_env("CHOICE"), ours.parse_choice_from_env("ABSENT")) == ("bf16", "no")
+
+
+def test_wrappers_come_off() -> None:
+    inner = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    compiled = torch.compile(inner)
+    assert ours.extract_model_from_parallel(inner) is inner
+    assert ours.extract_model_from_parallel(compiled) is compiled
+    assert ours.extract_model_from_parallel(compiled, keep_torch_compile=False) is inner
+
+
+def test_seeds() -> None:
+    ours.set_seed(3)
+    first = torch.rand(2)
+    ours.set_seed(3, deterministic=True)
+    try:
+        assert torch.equal(torch.rand(2), first)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for bad in (-1, 2**32, 1.5, True):
+        with pytest.raises(UsageError, match="expected an integer"):
+            ours.set_seed(bad)  # type: ignore[arg-type]
