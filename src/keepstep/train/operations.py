@@ -1,6 +1,6 @@
 """What ranks do together with tensors and objects. Names are Accelerate's.
 
-The functions that scripts call take the ranks from `PartialState()`; those with a `world` are for the
+The functions that scripts call take the ranks from `current_world()`; those with a `world` are for the
 Accelerator.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from keepstep.errors import CollectiveMismatchError, UsageError
 from keepstep.train.objects import from_bytes, to_bytes
-from keepstep.train.process import PartialState
+from keepstep.train.process import current_world
 from keepstep.world import Reduction, World
 from keepstep.world.nested import replaced, tensors_of
 
@@ -35,12 +35,12 @@ T = TypeVar("T")
 
 def gather(tensor: T) -> T:
     """See `Accelerator.gather`."""
-    return PartialState().world.gather(tensor)
+    return current_world().gather(tensor)
 
 
 def reduce(tensor: T, reduction: Reduction = "mean", scale: float = 1.0) -> T:
     """See `Accelerator.reduce`; here the default is the mean."""
-    return reduce_over_ranks(PartialState().world, tensor, reduction, scale)
+    return reduce_over_ranks(current_world(), tensor, reduction, scale)
 
 
 def broadcast(tensor: T, from_process: int = 0) -> T:
@@ -57,7 +57,7 @@ def broadcast(tensor: T, from_process: int = 0) -> T:
         CollectiveMismatchError: ranks gave other shapes or dtypes, or called something else.
         NotTensorError: a leaf is no tensor.
     """
-    return PartialState().world.broadcast_tensors(tensor, from_process)
+    return current_world().broadcast_tensors(tensor, from_process)
 
 
 def gather_object(object: Any) -> Any:  # noqa: A002 (Accelerate's name)
@@ -75,7 +75,7 @@ def gather_object(object: Any) -> Any:  # noqa: A002 (Accelerate's name)
         UnsupportedTypeError: an item is of a type that is not sent; names its place.
         RankFailedError: one of these happened on another rank.
     """
-    return gather_objects(PartialState().world, object)
+    return gather_objects(current_world(), object)
 
 
 def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list[Any]:
@@ -92,7 +92,7 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
         UsageError: there is no such rank.
         UnsupportedTypeError: an item is of a type that is not sent; names its place.
     """
-    world = PartialState().world
+    world = current_world()
     if world.size == 1:
         return object_list
 
@@ -108,12 +108,12 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
 
 def pad_across_processes(tensor: T, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> T:
     """See `Accelerator.pad_across_processes`."""
-    return pad_across_ranks(PartialState().world, tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+    return pad_across_ranks(current_world(), tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
 
 def wait_for_everyone() -> None:
     """Return once every rank has called this."""
-    PartialState().wait_for_everyone()
+    current_world().barrier()
 
 
 # ------------------------------------------------------------------------------------- over a world

@@ -19,7 +19,7 @@ from keepstep.train.control import ProcessControl
 from keepstep.train.environment import Environment, Launched, read_environment
 from keepstep.world import DEFAULT_TIMEOUT_S, OneRank, World, join_ranks, joined_group
 
-__all__ = ["DistributedType", "PartialState", "device_of", "join_world"]
+__all__ = ["DistributedType", "PartialState", "current_world", "device_of", "join_world"]
 
 
 class DistributedType(enum.StrEnum):
@@ -70,6 +70,14 @@ def join_world(
         _joined[key] = world
     here.settle(_joined[key])
     return _joined[key]
+
+
+def current_world() -> World:
+    """The ranks of this process, joined if they have not been; cheaper than `PartialState().world`."""
+    for (process, _, group), world in _joined.items():
+        if process == os.getpid() and group == joined_group():
+            return world
+    return PartialState().world
 
 
 def _join(launched: Launched | None, *, cpu: bool, backend: str | None, timeout: timedelta | None) -> World:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from keepstep.errors import UsageError
-from keepstep.train.process import PartialState
+from keepstep.train.process import current_world
 from keepstep.world import World
 
 __all__ = ["check_rng_type", "set_seed", "synchronize_rng_state", "synchronize_rng_states"]
@@ -32,7 +32,7 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise UsageError(f"seed is {seed!r}; expected an integer of 0 to 2**32 - 1")
-    number = int(seed) + (PartialState().process_index if device_specific else 0)
+    number = int(seed) + (current_world().rank if device_specific else 0)
     if not 0 <= number <= _MOST_SEED:
         raise UsageError(
             f"seed is {number}; expected an integer of 0 to 2**32 - 1, which is what NumPy takes"
@@ -55,7 +55,7 @@ def synchronize_rng_state(rng_type: str | None = None, generator: torch.Generato
     Raises:
         UsageError: an unknown type, a device that is not there, or no generator.
     """
-    _synchronize(PartialState().world, str(rng_type), generator)
+    _synchronize(current_world(), str(rng_type), generator)
 
 
 def synchronize_rng_states(rng_types: Iterable[str], generator: torch.Generator | None = None) -> None:
