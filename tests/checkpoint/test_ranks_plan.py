@@ -63,6 +63,15 @@ def test_small_groups_stay_together_and_go_to_whoever_has_least() -> None:
     assert not alone.indexes
 
 
+def test_statistics_of_a_large_model_come_from_one_rank() -> None:
+    weights = [info("model", f"w{n}", 20 * MIB) for n in range(6)]
+    statistics = [info("model", f"running_{n}", 4096 * (n + 1)) for n in range(12)]
+    plan = plan_ranks([*weights, *statistics], [[]] * 3)
+    members = [{m for share in shares for m in share.members} for shares in plan.shares]
+    assert all(members)
+    assert sum(bool(of_rank & set(range(6, 18))) for of_rank in members) == 1
+
+
 def test_each_distinct_shard_is_written_once_by_a_rank_that_holds_it() -> None:
     whole = (8, 6)
     held = [

@@ -36,6 +36,7 @@ __all__ = [
 
 CHUNK_BYTES = 64 << 20
 SHARE_BYTES = 16 << 20
+SMALL_BYTES = 64 << 10
 """A group is split between no more ranks than have so much of it to write each."""
 
 
@@ -240,7 +241,11 @@ def _problem_of(whole: Sequence[int], pieces: Sequence[Shard | Chunk]) -> str | 
 
 
 def _split(tensors: Sequence[TensorInfo], loads: list[int]) -> list[int]:
-    """A rank for each tensor: the largest first, each to the rank that has least so far."""
+    """A rank for each tensor: the largest first, each to the rank that has least so far.
+
+    The small ones of a group go to one rank: statistics that each rank gathers for itself (a batch norm's) go
+    together, and are not to be a mixture.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         groups[tensor.group].append(index)
@@ -252,7 +257,12 @@ def _split(tensors: Sequence[TensorInfo], loads: list[int]) -> list[int]:
             (loads[rank], rank) for rank in heapq.nsmallest(count, range(len(loads)), key=loads.__getitem__)
         ]
         heapq.heapify(least)
+        of_small = least[0][1]
         for index in sorted(members, key=lambda index: -tensors[index].bytes):
+            if tensors[index].bytes <= SMALL_BYTES:
+                owners[index] = of_small
+                loads[of_small] += tensors[index].bytes
+                continue
             load, rank = least[0]
             owners[index] = rank
             loads[rank] = load + tensors[index].bytes
