@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from keepstep.train.accelerator import Accelerator as Accelerator
     from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
     from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
-    from keepstep.train.loader import skip_first_batches as skip_first_batches
+    from keepstep.train.data.loader import skip_first_batches as skip_first_batches
     from keepstep.train.process import DistributedType as DistributedType
     from keepstep.train.process import PartialState as PartialState
     from keepstep.tree import register_codec as register_codec
@@ -63,7 +63,7 @@ _HOME_OF_NAME = {
     "notebook_launcher": "keepstep.launch.notebook",
     "register_codec": "keepstep.tree",
     "save_directory": "keepstep.checkpoint.engine",
-    "skip_first_batches": "keepstep.train.loader",
+    "skip_first_batches": "keepstep.train.data.loader",
 }
 
 __all__ = ["__version__", *sorted([*_HOME_OF_NAME, *_MODULES])]  # noqa: PLE0604

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.train import runs
 
 from keepstep.train import rng
-from keepstep.train.generators import Replacement, find_generators
-from keepstep.train.memory import SamplerMemory
-from keepstep.train.order import Chunked, Listed, Streamed, derive_seed, draw_order
+from keepstep.train.data.generators import Replacement, find_generators
+from keepstep.train.data.memory import SamplerMemory
+from keepstep.train.data.order import Chunked, Listed, Streamed, derive_seed, draw_order
 
 
 def draws() -> list[Any]:

@@ -35,8 +35,8 @@ class Cursor:
     Attributes:
         index: the loader's number, in the order of preparation.
         pass_number: of the pass that was begun last, from 0; -1 before the first.
-        position: units (see `shares.py`) of that pass given out, over all ranks together; with one process
-            that is batches. The same on every rank, so that another number of ranks can go on from there.
+        position: units (see `data/shares.py`) of that pass given out, over all ranks together; with one
+            process that is batches. The same on every rank: another number of ranks can go on from there.
         length: the position after this rank's last batch of that pass, None while unknown.
         remainder: samples of the pass's last step that are no fillers; see `shares.Plan`.
         current: that pass while it is open, or restored and not yet continued.

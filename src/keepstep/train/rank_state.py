@@ -8,7 +8,7 @@ import torch
 
 from keepstep.errors import MismatchError
 from keepstep.train import rng
-from keepstep.train.order import derive_seed
+from keepstep.train.data.order import derive_seed
 from keepstep.train.step import PreparedOptimizer
 
 __all__ = ["Buffers", "Generators", "Gradients", "numbered"]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from keepstep.errors import MismatchError
 from keepstep.track.position import LogState
-from keepstep.train.loader import PreparedLoader
+from keepstep.train.data.loader import PreparedLoader
 from keepstep.train.precision import Precision
 from keepstep.train.progress import Progress
 from keepstep.train.step import AccumulationWindow, PreparedOptimizer, PreparedScheduler

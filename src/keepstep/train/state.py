@@ -25,8 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from keepstep.errors import MismatchError, RestoreError, UsageError
 from keepstep.track.position import LogState
+from keepstep.train.data.loader import PreparedLoader
 from keepstep.train.gate import StagingGate
-from keepstep.train.loader import PreparedLoader
 from keepstep.train.options import options_of, warn_of_replaced
 from keepstep.train.parallel import Parallel
 from keepstep.train.precision import Precision

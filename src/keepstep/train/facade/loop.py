@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from keepstep.errors import UsageError
+from keepstep.train.data.loader import skip_first_batches
 from keepstep.train.facade.base import Facade
-from keepstep.train.loader import skip_first_batches
 from keepstep.train.plugins import AutocastKwargs, ProfileKwargs
 
 __all__ = ["Loop"]

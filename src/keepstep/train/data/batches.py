@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from keepstep.train.agreement import check_alike
-from keepstep.train.generators import KeptGenerator, Replacement, find_generators
-from keepstep.train.memory import SamplerMemory
-from keepstep.train.order import Order, derive_seed, draw_order
+from keepstep.train.data.agreement import check_alike
+from keepstep.train.data.generators import KeptGenerator, Replacement, find_generators
+from keepstep.train.data.memory import SamplerMemory
+from keepstep.train.data.order import Order, derive_seed, draw_order
+from keepstep.train.data.shares import Plan, Share, check_split
 from keepstep.train.progress import Cursor
 from keepstep.train.rng import drop_held_gaussian, isolated, seed_globals
-from keepstep.train.shares import Plan, Share, check_split
 from keepstep.world import World
 
 __all__ = ["BatchSource", "KeyedSource", "announce_pass", "clone_loader", "full_batch"]

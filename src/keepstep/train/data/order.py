@@ -25,7 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from keepstep.train.generators import Replacement, find_generators, fresh_generator
+from keepstep.train.data.generators import Replacement, find_generators, fresh_generator
 from keepstep.train.rng import PausedRandomness, isolated
 
 __all__ = ["Chunked", "Listed", "Order", "Streamed", "derive_seed", "draw_order", "sampler_parts"]

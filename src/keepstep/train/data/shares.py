@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keepstep.errors import UsageError
-from keepstep.train.order import Order
+from keepstep.train.data.order import Order
 
 __all__ = ["ALL_OF_IT", "Plan", "Portion", "Share", "check_split"]
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from keepstep.train.batches import announce_pass
-from keepstep.train.generators import KeptGenerator, Replacement, find_generators, reseed
-from keepstep.train.order import derive_seed
-from keepstep.train.parcels import packed_text, unpacked_text
+from keepstep.train.data.batches import announce_pass
+from keepstep.train.data.generators import KeptGenerator, Replacement, find_generators, reseed
+from keepstep.train.data.order import derive_seed
+from keepstep.train.data.parcels import packed_text, unpacked_text
+from keepstep.train.data.shares import ALL_OF_IT
 from keepstep.train.progress import Cursor
 from keepstep.train.rng import PausedRandomness, isolated
-from keepstep.train.shares import ALL_OF_IT
 
 __all__ = ["ReplayedSource", "StatefulSource"]
 

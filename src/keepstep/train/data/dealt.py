@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from keepstep.errors import RankError, RankFailedError, UsageError
-from keepstep.train.agreement import check_alike
-from keepstep.train.batches import BatchSource
-from keepstep.train.dealing import NOTHING, CannotCutError, deal
-from keepstep.train.parcels import pack, unpack
+from keepstep.train.data.agreement import check_alike
+from keepstep.train.data.batches import BatchSource
+from keepstep.train.data.dealing import NOTHING, CannotCutError, deal
+from keepstep.train.data.parcels import pack, unpack
+from keepstep.train.data.shares import Share
 from keepstep.train.progress import Cursor
-from keepstep.train.shares import Share
 from keepstep.world import World
 
 __all__ = ["DispatchedSource", "SharedSource"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from keepstep.train.order import sampler_parts
+from keepstep.train.data.order import sampler_parts
 
 __all__ = ["SamplerMemory"]
 

@@ -15,12 +15,12 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from keepstep.errors import UsageError
-from keepstep.train.batches import BatchSource, clone_loader, full_batch
-from keepstep.train.order import derive_seed
+from keepstep.train.data.batches import BatchSource, clone_loader, full_batch
+from keepstep.train.data.order import derive_seed
+from keepstep.train.data.shares import ALL_OF_IT, Share
+from keepstep.train.data.sources import drops_last
 from keepstep.train.placement import Placement
 from keepstep.train.progress import Cursor, Progress
-from keepstep.train.shares import ALL_OF_IT, Share
-from keepstep.train.sources import drops_last
 
 __all__ = ["PreparedLoader", "skip_first_batches"]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from keepstep.errors import UsageError
-from keepstep.train.order import Chunked, Listed, Order, Streamed
-from keepstep.train.shares import Plan, Share, check_split
+from keepstep.train.data.order import Chunked, Listed, Order, Streamed
+from keepstep.train.data.shares import Plan, Share, check_split
 
 
 def chunked(length: int, batch_size: int, drop_last: bool) -> Chunked:
@@ -90,7 +90,7 @@ def test_samples_that_are_not_collated_are_shared_one_by_one() -> None:
     assert everyone == [[0, 2, 4], [1, 3, 0]]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_change_of_ranks_loses_and_repeats_nothing(data: st.DataObject) -> None:
     """Any number of stops, each going on with another number of ranks, and even split or not."""

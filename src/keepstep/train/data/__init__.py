@@ -1,0 +1,1 @@
+"""Loaders: which batch comes when, on which rank, and where it comes from."""
