@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -353,14 +353,16 @@ class Store:
             StoreError: the system refuses to read (permission, open files, memory); nothing is set aside.
             MismatchError, RestoreError: as for `Checkpoint.load_into`.
         """
+        rank = self._blueprint.world.rank
+        return self.load_latest_with(
+            lambda checkpoint: checkpoint.load_into(objects, per_rank=per_rank, rank=rank)
+        )
+
+    def load_latest_with(self, load: Callable[[Checkpoint], None]) -> Checkpoint | None:
+        """As `load_latest_into`, by a function that is handed checkpoints, newest first, until one loads."""
         self.wait()
         self._pull()
-        world = self._blueprint.world
-
-        def restore(checkpoint: Checkpoint) -> None:
-            checkpoint.load_into(objects, per_rank=per_rank, rank=world.rank)
-
-        checkpoint = restore_newest(self._backend, restore, self._replace_damaged, world)
+        checkpoint = restore_newest(self._backend, load, self._replace_damaged, self._blueprint.world)
         if checkpoint is not None:
             self._saves.follow(checkpoint)
         return checkpoint

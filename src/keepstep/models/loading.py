@@ -24,7 +24,7 @@ from keepstep.models.offload import OffloadFolder
 from keepstep.models.weights import read_weights
 from keepstep.tree import shard_of
 
-__all__ = ["load_checkpoint_in_model"]
+__all__ = ["differences_of", "fill", "load_checkpoint_in_model"]
 
 _log = logging.getLogger(__name__)
 
@@ -83,10 +83,32 @@ def load_checkpoint_in_model(
     retie_parameters(model, ties)
 
 
-def _check(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], checkpoint: object, *, strict: bool
-) -> None:
-    """Compare names and shapes before anything is changed."""
+def differences_of(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """What of some weights doesn't fit a model, one sentence each; empty if they are just its own.
+
+    Args:
+        model: it may have tied weights, which need be there under one name only.
+        weights: by name.
+    """
+    completed = _with_tied_names(dict(weights), find_tied_parameters(model))
+    different, missing, unexpected = _compared(model, completed)
+    return [
+        *different,
+        *(f"{name} is missing from the checkpoint" for name in missing),
+        *(f"{name} is in the checkpoint, and not in the model" for name in unexpected),
+    ]
+
+
+def fill(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights that fit into a model's own memory; of a DTensor this rank's part."""
+    completed = _with_tied_names(dict(weights), find_tied_parameters(model))
+    _Loading(model, dtype=None, kept=()).in_place(completed)
+
+
+def _compared(
+    model: nn.Module, weights: Mapping[str, torch.Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """Shapes that differ, and names that are missing and unexpected among the weights."""
     targets = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     different = [
         f"{name}: the shape is {list(weights[name].shape)} in the checkpoint and {list(value.shape)} here"
@@ -94,7 +116,14 @@ def _check(
         if name in weights and weights[name].shape != value.shape
     ]
     missing = [name for name in targets if name not in weights]
-    unexpected = [name for name in weights if name not in targets]
+    return different, missing, [name for name in weights if name not in targets]
+
+
+def _check(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], checkpoint: object, *, strict: bool
+) -> None:
+    """Compare names and shapes before anything is changed."""
+    different, missing, unexpected = _compared(model, weights)
     if different or (strict and (missing or unexpected)):
         raise MismatchError(
             f"{checkpoint} does not fit this {type(model).__name__}; nothing was changed.",

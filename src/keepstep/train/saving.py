@@ -9,10 +9,15 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from keepstep.checkpoint.convert.accelerate import (
+    AccelerateState,
+    is_accelerate_state,
+    read_accelerate_state,
+)
 from keepstep.checkpoint.engine import save_directory
 from keepstep.checkpoint.in_flight import Staging
 from keepstep.checkpoint.pending import PendingSave
@@ -29,6 +34,8 @@ from keepstep.errors import (
 from keepstep.train.config import CheckpointPolicy, ProjectConfiguration
 from keepstep.train.counts import CheckpointCounts
 from keepstep.train.decision import Decision
+from keepstep.train.hooked import StateHooks
+from keepstep.train.importing import Importer
 from keepstep.train.pacing import Pacer
 from keepstep.train.schedule import Due
 from keepstep.train.state import Captured, TrainState
@@ -36,6 +43,8 @@ from keepstep.train.state import Captured, TrainState
 __all__ = ["Saver"]
 
 _log = logging.getLogger(__name__)
+
+_Loaded = TypeVar("_Loaded", Checkpoint, AccelerateState)
 
 _NUMBERS = re.compile(r"[0-9]+")
 
@@ -115,6 +124,7 @@ class Saver:
         self._lonely_run = secrets.token_hex(8)
         self._step_saved_elsewhere = 0
         self._lost: _About | None = None
+        self.hooks = StateHooks(state.world)
 
     @property
     def run(self) -> str:
@@ -202,7 +212,7 @@ class Saver:
         self._warn_of_other_runs(store)
         # An earlier save that fails while this one waits for it is reported here, once.
         state, self._pending, self._lost = self._state, None, None
-        captured = state.capture()
+        captured = self._captured(store.address)
         try:
             self._pending = store.save_in_background(
                 captured.shared,
@@ -222,6 +232,11 @@ class Saver:
 
     def _environment(self) -> dict[str, Any]:
         return {"saving": self._pacer.to_json(), **self._provenance()}
+
+    def _captured(self, place: str | os.PathLike[str]) -> Captured:
+        """What to save to a place, once the script's hooks have been asked."""
+        captured = self._state.capture()
+        return replace(captured, shared=self.hooks.before_save(self._state.models, captured.shared, place))
 
     def _ask_finished(self) -> None:
         """Ask what became of the last save in the background."""
@@ -256,7 +271,8 @@ class Saver:
     ) -> Checkpoint:
         """Save now; durable on return."""
         self.wait()
-        state, captured = self._state, self._state.capture()
+        place = output_dir or self._require_store("save_state() without output_dir").address
+        state, captured = self._state, self._captured(place)
         about: dict[str, Any] = {
             "per_rank": captured.own,
             "step": state.step,
@@ -280,8 +296,11 @@ class Saver:
         self._pacer.safe_up_to(state.step)
         return saved
 
-    def load(self, input_dir: str | os.PathLike[str] | None) -> Checkpoint:
+    def load(self, input_dir: str | os.PathLike[str] | None) -> Checkpoint | None:
         """Restore a given checkpoint, or the newest valid automatic one.
+
+        Returns:
+            The checkpoint; None for a directory that Accelerate wrote.
 
         Raises:
             CheckpointNotFoundError: there is none.
@@ -294,12 +313,15 @@ class Saver:
                     "resume(), which returns None on a first start, or pass input_dir."
                 )
             return loaded
+        if is_accelerate_state(input_dir):
+            self._import(input_dir)
+            return None
         with self._together("opening a checkpoint"):
             checkpoint = Checkpoint.open(input_dir)
 
         def load_into(live: Captured) -> Checkpoint:
             with self._together("loading a checkpoint"):
-                checkpoint.load_into(live.shared, per_rank=live.own, rank=self._world.rank)
+                self.hooks.load_into(checkpoint, self._state.models, live.shared, live.own)
             return checkpoint
 
         restored = self._restore(load_into)
@@ -321,13 +343,27 @@ class Saver:
             yield
             meeting.exchange(b"")
 
-    @staticmethod
-    def _newest_of(store: Store) -> Callable[[Captured], Checkpoint | None]:
-        return lambda live: store.load_latest_into(live.shared, per_rank=live.own)
+    def _newest_of(self, store: Store) -> Callable[[Captured], Checkpoint | None]:
+        models = self._state.models
+        return lambda live: store.load_latest_with(
+            lambda checkpoint: self.hooks.load_into(checkpoint, models, live.shared, live.own)
+        )
 
-    def _restore(self, load: Callable[[Captured], Checkpoint | None]) -> Checkpoint | None:
+    def _import(self, input_dir: str | os.PathLike[str]) -> None:
+        """Restore what Accelerate saved."""
+        with self._together("reading a checkpoint of Accelerate's"):
+            importer = Importer(self._state, read_accelerate_state(input_dir, self._world.rank))
+            importer.check()
+
+        def load(live: Captured) -> AccelerateState:
+            with self._together("loading a checkpoint of Accelerate's"):
+                return importer.run(live.own["generators"])
+
+        self._restore(load)
+
+    def _restore(self, load: Callable[[Captured], _Loaded | None]) -> _Loaded | None:
         self.wait()
-        loaded: Checkpoint | None = self._state.restore(load)
+        loaded: _Loaded | None = self._state.restore(load)
         self._decision.anew()
         if loaded is not None:
             self._pacer.safe_up_to(self._state.step)

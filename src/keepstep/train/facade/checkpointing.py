@@ -6,11 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from keepstep.checkpoint.pending import PendingSave
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.track.trackers import Origin
 from keepstep.train.counts import CheckpointCounts
 from keepstep.train.facade.base import Facade
+from keepstep.train.hooked import LoadHook, SaveHook
 
 __all__ = ["Checkpointing"]
 
@@ -85,11 +88,15 @@ class Checkpointing(Facade):
         """
         return str(self._saver.save(output_dir, metrics=metrics, tags=tags, pinned=pinned).path)
 
-    def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> Checkpoint:
+    def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> Checkpoint | None:
         """Restore everything from a checkpoint.
 
         Args:
-            input_dir: its directory; None for the newest valid automatic one.
+            input_dir: its directory, or one that Accelerate's `save_state` wrote; None for the newest valid
+                automatic one.
+
+        Returns:
+            The checkpoint; None for a directory that Accelerate wrote.
 
         Raises:
             CheckpointNotFoundError: there is none.
@@ -98,6 +105,30 @@ class Checkpointing(Facade):
         checkpoint = self._saver.load(input_dir)
         self._logged(checkpoint, goes_on=False)
         return checkpoint
+
+    def register_save_state_pre_hook(self, hook: SaveHook) -> RemovableHandle:
+        """Call a hook before each save, by hand or automatic, on every rank.
+
+        Args:
+            hook: `hook(models, weights, output_dir)`. What it writes to the directory `output_dir` becomes
+                part of the checkpoint. It may take weights out of the list to see to a model itself.
+
+        Returns:
+            A handle; its `remove()` takes the hook away.
+        """
+        return self._saver.hooks.on_save(hook)
+
+    def register_load_state_pre_hook(self, hook: LoadHook) -> RemovableHandle:
+        """Call a hook before each restore, on every rank.
+
+        Args:
+            hook: `hook(models, input_dir)`. The directory `input_dir` holds what hooks wrote when the
+                checkpoint was saved. It may take models out of the list that it restores itself.
+
+        Returns:
+            A handle; its `remove()` takes the hook away.
+        """
+        return self._saver.hooks.on_load(hook)
 
     def end_training(self, *, finished: bool = False) -> None:
         """Wait for what is being saved, and close trackers. Call it at the end of a script.
