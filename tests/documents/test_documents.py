@@ -1,0 +1,73 @@
+"""Every block of three tutorials on Accelerate runs with its import line changed, on one process and on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tests.documents import checkpoints, quick_tour
+from tests.ranks.spawn import run_ranks
+
+TUTORIALS: tuple[ModuleType, ...] = (quick_tour, checkpoints)
+BLOCKS: dict[str, Callable[[], None]] = {
+    name: block
+    for tutorial in TUTORIALS
+    for name, block in vars(tutorial).items()
+    if callable(block) and getattr(block, "__module__", None) == tutorial.__name__
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEEPSTEP_USE_CPU", "1")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_on_one_process(name: str, workdir: Path) -> None:
+    BLOCKS[name]()
+
+
+def all_blocks(directory: str, rank: int, size: int) -> None:
+    """What each rank runs: all blocks one after the other, since a start of the processes costs seconds."""
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    outcomes = {}
+    for name, block in BLOCKS.items():
+        place = Path(directory, name)
+        place.mkdir(exist_ok=True)
+        os.chdir(place)
+        try:
+            block()
+            outcomes[name] = ""
+        except Exception:  # noqa: BLE001 (told by the test of this block)
+            outcomes[name] = traceback.format_exc()
+        Path(directory, f"outcomes_{rank}.json").write_text(json.dumps(outcomes))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, str]], list[str]]:
+    """What became of each block on each of two ranks, and what the ranks printed."""
+    directory = tmp_path_factory.mktemp("two_ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEEPSTEP_USE_CPU", "1")
+        said = run_ranks(__file__, "all_blocks", 2, directory)
+    outcomes = [json.loads((directory / f"outcomes_{rank}.json").read_text()) for rank in range(2)]
+    return outcomes, said
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_on_two_ranks(name: str, two_ranks: tuple[list[dict[str, str]], list[str]]) -> None:
+    for of_rank in two_ranks[0]:
+        assert not of_rank[name], of_rank[name]
+
+
+def test_the_accelerator_prints_once_and_ranks_meet(
+    two_ranks: tuple[list[dict[str, str]], list[str]],
+) -> None:
+    said = two_ranks[1]
+    assert [output.count("said once") for output in said] == [1, 0]
+    assert [output.count("Everyone is here") for output in said] == [1, 1]
