@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import steps
 from benchmarks.measure import median_us_per_call
 from benchmarks.report import Bar, at_most, show_table, status
 from benchmarks.settings import Settings
@@ -52,12 +53,14 @@ def run(settings: Settings) -> list[Bar]:
         ("prepared loader, the same batches", f"{prepared_us:.1f} us"),
     ]
     show_table("Overhead", ("what", "time"), rows)
+    with_facade = steps.run(min(500, settings.size.calls), max(3, settings.size.starts))
     count = f"{settings.size.checkpoints:,}"
     return [
         at_most("checkpoint() when nothing is due", max(never_due, by_time), 20, " us"),
         at_most("import keepstep", import_ms, 50, " ms", digits=1),
         at_most(f"keepstep ls over {count} checkpoints", listing_s, 0.5, " s", digits=3),
         at_most("prepared loader: added to a batch", prepared_us - plain_us, 40, " us", digits=1),
+        *with_facade,
     ]
 
 

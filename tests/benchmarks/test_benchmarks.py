@@ -109,7 +109,7 @@ def test_small_tensors(settings: Settings) -> None:
 
 
 def test_overhead(settings: Settings) -> None:
-    assert len(overhead.run(settings)) == 4
+    assert len(overhead.run(settings)) == 6
 
 
 def test_the_exponent_of_a_straight_line_is_one() -> None:

@@ -75,8 +75,8 @@ def on_from_the_middle_of_an_epoch() -> None:
     skipped_dataloader = accelerator.skip_first_batches(train_dataloader, 100)
     first, second = [], []
     for batch in skipped_dataloader:
-        first.append(batch)
+        first.append(batch)  # noqa: PERF402 (the guide has a loop)
     for batch in train_dataloader:
-        second.append(batch)
+        second.append(batch)  # noqa: PERF402
     assert (len(first), len(second)) == (whole - 100, whole)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second[100:], strict=True))

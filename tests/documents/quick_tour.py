@@ -1,4 +1,4 @@
-"""The blocks of a quick tour of Accelerate, with the import line changed and the names it leaves out filled in.
+"""The blocks of a quick tour of Accelerate, with the import line changed and missing names filled in.
 
 Each function is a block, run in a directory of its own, by one process or by every rank of two.
 """
@@ -169,7 +169,7 @@ def save_model_and_load_it_unwrapped() -> None:
     accelerator.save_model(model, save_directory)
     assert Path(save_directory, "model.safetensors").exists()
 
-    # The tutorial goes on with a pickled file, as older scripts have left: loading it is torch's own business.
+    # The tutorial goes on with a pickled file, as older scripts have left: loading it is torch's business.
     if accelerator.is_main_process:
         torch.save(MyModel().state_dict(), Path(save_directory, "pytorch_model.bin"))
     accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Every block of three tutorials on Accelerate runs with its import line changed, on one process and on two ranks."""
+"""Blocks of tutorials on Accelerate run with their import line changed, on one process and on two ranks."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,6 +51,9 @@ class Precision:
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring the gradients of an optimizer to their true size, once a step."""
+
+    def unscale_owners(self, optimizers: Iterable[Optimizer], parameters: Sequence[torch.Tensor]) -> None:
+        """As `unscale`, for each optimizer that steps one of the parameters."""
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
         """Step an optimizer; return its result and whether it changed the parameters."""
@@ -147,6 +150,13 @@ class Float16(BFloat16):
         if self.scaler.is_enabled() and id(optimizer) not in self._unscaled | self._stepped:
             self.scaler.unscale_(optimizer)
             self._unscaled.add(id(optimizer))
+
+    def unscale_owners(self, optimizers: Iterable[Optimizer], parameters: Sequence[torch.Tensor]) -> None:
+        """As `unscale`, for each optimizer that steps one of the parameters."""
+        numbers = {id(parameter) for parameter in parameters}
+        for optimizer in optimizers:
+            if any(id(mine) in numbers for group in optimizer.param_groups for mine in group["params"]):
+                self.unscale(optimizer)
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
         """Step an optimizer unless its gradients overflowed."""

@@ -138,10 +138,8 @@ class Loop(Facade):
         Others may have gradients that no step is going to use, such as a critic's in its adversary's step.
         """
         clipped = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        numbers = {id(parameter) for parameter in clipped}
-        for prepared in self._state.optimizers:
-            if prepared.pending and any(id(parameter) in numbers for parameter in prepared.parameters()):
-                self._precision.unscale(prepared.optimizer)
+        pending = (prepared.optimizer for prepared in self._state.optimizers if prepared.pending)
+        self._precision.unscale_owners(pending, clipped)
         return clipped
 
     def epochs(self, count: int) -> Iterator[int]:

@@ -1,0 +1,129 @@
+"""One optimizer step of a small model: written by hand, with keepstep's facade, and with Accelerate's.
+
+The three do the same arithmetic in the same loop: a batch of a loader, `accumulate`, forward, backward,
+clipping, `step`, the scheduler's step, `zero_grad`. What a facade adds to the loop by hand is its cost.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import accelerate
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.report import Bar, at_most, show_table, status
+from keepstep.train.accelerator import Accelerator
+
+__all__ = ["run"]
+
+_BATCH = 8
+_WIDTH = 16
+_MAX_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Microseconds a step takes, of one pass over the loader."""
+
+    wall_us: float
+    cpu_us: float
+
+
+def run(steps: int, rounds: int) -> list[Bar]:
+    """Print the table; return the bars.
+
+    Args:
+        steps: of a pass.
+        rounds: passes of each contender, in turns.
+    """
+    contenders: dict[str, Callable[[], None]] = {
+        "by hand": _by_hand(steps),
+        "keepstep": _with_facade(Accelerator(cpu=True), steps),
+        "accelerate": _with_facade(accelerate.Accelerator(cpu=True), steps),
+    }
+    costs: dict[str, list[Cost]] = defaultdict(list)
+    for one in contenders.values():
+        one()  # first steps make the optimizer's state
+    for number in range(rounds):
+        order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
+        for name in order:
+            with status(f"a step: round {number + 1} of {rounds}, {name}"):
+                costs[name].append(_cost(contenders[name], steps))
+    added = {name: _added_us(costs[name], costs["by hand"]) for name in contenders}
+    show_table(
+        f"A step of a small model, batches of {_BATCH}, one process",
+        ("loop", "wall", "CPU", "least CPU", "CPU added to the loop by hand"),
+        [(name, *_medians(costs[name]), f"{added[name]:+.1f} us") for name in contenders],
+    )
+    return [
+        at_most("facade: CPU time added to a step", added["keepstep"], 50, " us", digits=1),
+        at_most("facade: the same, to Accelerate's", added["keepstep"] / added["accelerate"], 1.0, "x"),
+    ]
+
+
+def _medians(costs: list[Cost]) -> tuple[str, str, str]:
+    wall = statistics.median(one.wall_us for one in costs)
+    cpu = statistics.median(one.cpu_us for one in costs)
+    return f"{wall:.1f} us", f"{cpu:.1f} us", f"{min(one.cpu_us for one in costs):.1f} us"
+
+
+def _added_us(mine: list[Cost], by_hand: list[Cost]) -> float:
+    """Median over the rounds of the difference within a round; CPU time, as others may use the machine."""
+    return statistics.median(one.cpu_us - other.cpu_us for one, other in zip(mine, by_hand, strict=True))
+
+
+def _cost(work: Callable[[], None], steps: int) -> Cost:
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Cost(
+        wall_us=(time.perf_counter() - wall) / steps * 1e6,
+        cpu_us=(time.process_time() - cpu) / steps * 1e6,
+    )
+
+
+def _parts(steps: int) -> tuple[Any, Any, Any, Any]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(_WIDTH, _WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1000, gamma=0.9)
+    dataset = TensorDataset(torch.rand(steps * _BATCH, _WIDTH))
+    return model, optimizer, scheduler, DataLoader(dataset, batch_size=_BATCH, shuffle=True)
+
+
+def _by_hand(steps: int) -> Callable[[], None]:
+    model, optimizer, scheduler, loader = _parts(steps)
+
+    def train() -> None:
+        for (batch,) in loader:
+            model(batch).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    return train
+
+
+def _with_facade(accelerator: Any, steps: int) -> Callable[[], None]:
+    """Both facades have the same names, so their loop is one text."""
+    model, optimizer, scheduler, loader = accelerator.prepare(*_parts(steps))
+
+    def train() -> None:
+        for (batch,) in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch).square().mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), _MAX_NORM)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+    return train
