@@ -7,6 +7,7 @@ run. Tied parameters stay together.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from keepstep.errors import UsageError
-from keepstep.models.naming import Device, find_tied_parameters, placed_on
+from keepstep.models.naming import Device, find_tied_parameters, named_module_tensors, placed_on
 from keepstep.models.sizes import compute_module_sizes, get_max_layer_size, get_max_memory
 
 __all__ = ["check_device_map", "clean_device_map", "get_balanced_memory", "infer_auto_device_map"]
@@ -281,7 +282,8 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Device]) -> None
     Raises:
         UsageError: naming the tensors that have none.
     """
-    known = {name for name, _ in model.named_modules()} | set(model.state_dict())
+    tensors = named_module_tensors(model, recurse=True)
+    known = {name for name, _ in itertools.chain(model.named_modules(), tensors)} | set(model.state_dict())
     unknown = [name for name in device_map if name and name not in known]
     if unknown:
         _log.warning("The device_map names modules that are not there: %s", ", ".join(unknown))
