@@ -281,6 +281,16 @@ class OfItsRank(Sampler[int]):
         return iter([(number + self.rank) % 8 for number in range(8)])
 
 
+class SplitByItself(IterableDataset[Any]):
+    """Each rank reads its own part."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank * 10, self.rank * 10 + 10))
+
+
 def _differing(rank: int) -> None:
     for loader, message in (
         (DataLoader(range(8), 2, sampler=OfItsRank(rank)), "order of the samples"),
@@ -291,6 +301,9 @@ def _differing(rank: int) -> None:
         with pytest.raises(RanksDifferError, match=message) as caught:
             next(iter(unlike))
         assert "on rank 1" in str(caught.value)
+    _, loader = prepared(DataLoader(SplitByItself(rank), 2), dispatch_batches=False)
+    with pytest.raises(RanksDifferError, match="what the data set gives first"):
+        next(iter(loader))
     _, loader = prepared(DataLoader(range(8), 2))
     loader.set_epoch(rank)
     with pytest.raises(RanksDifferError, match="number of the pass"):
@@ -391,6 +404,6 @@ def _announced(size: int) -> None:
     assert [batch.tolist()[0] for _ in range(3) for batch in loader] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_loaders_on_ranks(size: int) -> None:
     run_ranks(Path(__file__), "check", size)

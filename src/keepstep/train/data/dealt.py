@@ -7,7 +7,7 @@ step ahead, so that a step is known to be the last when it is given out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from keepstep.errors import RankError, RankFailedError, UsageError
 from keepstep.train.data.agreement import check_alike
 from keepstep.train.data.batches import BatchSource
 from keepstep.train.data.dealing import NOTHING, CannotCutError, deal
-from keepstep.train.data.parcels import pack, unpack
+from keepstep.train.data.parcels import digest, pack, unpack
 from keepstep.train.data.shares import Share
 from keepstep.train.progress import Cursor
 from keepstep.world import World
@@ -48,8 +48,11 @@ class _Step:
 class _Dealer:
     """Reads a source and deals out what it gives."""
 
-    def __init__(self, source: BatchSource, share: Share, drop_last: bool) -> None:
+    def __init__(
+        self, source: BatchSource, share: Share, drop_last: bool, check: Callable[[list[Any]], None]
+    ) -> None:
         self._source = source
+        self._check = check
         self._share = share
         self._drop_last = drop_last and not share.split
 
@@ -59,6 +62,7 @@ class _Dealer:
         groups = self._groups(inner, seed)
         position = cursor.position
         units, bookmark = next(groups, ([], None))
+        self._check(units)
         while units:
             upcoming, next_bookmark = next(groups, ([], None))
             position += len(units)
@@ -115,7 +119,10 @@ class _Dealt:
             "the seed": seed,
         }
         check_alike(self._world, cursor.index, facts)
-        return _Dealer(self._source, self.share, self._drop_last)
+        return _Dealer(self._source, self.share, self._drop_last, lambda units: self._check(cursor, units))
+
+    def _check(self, cursor: Cursor, units: list[Any]) -> None:
+        """Look at the first units of a pass."""
 
     def memory(self) -> list[dict[str, Any]]:
         """What the source remembers now."""
@@ -144,6 +151,10 @@ class SharedSource(_Dealt):
         world: all ranks.
         drop_last: a last step with too few units for all ranks is left out.
     """
+
+    def _check(self, cursor: Cursor, units: list[Any]) -> None:
+        """A stream that splits itself by rank is another one on each."""
+        check_alike(self._world, cursor.index, {"what the data set gives first": digest(units)})
 
     def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
         """Yield this rank's batches of one pass from the cursor's position on."""

@@ -8,6 +8,7 @@ other class can be taught with `register_codec`.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -16,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepstep.errors import UsageError
+from keepstep.errors import KeepstepError, UsageError
 from keepstep.tree import DTYPES, flatten, has_codec, type_name, unflatten
 
-__all__ = ["pack", "packed_text", "unpack", "unpacked_text"]
+__all__ = ["digest", "pack", "packed_text", "unpack", "unpacked_text"]
 
 _ALIGNMENT = 16
 _KIND, _ITEMS = "\0class", "\0items"
@@ -65,6 +66,17 @@ def unpack(text: bytes, data: torch.Tensor) -> Any:
         return _piece(data, at, elements * dtype.itemsize, dtype).reshape(shape)
 
     return _unnamed(unflatten(tree, tensor_at)["batch"])
+
+
+def digest(value: Any) -> str:
+    """Tell nested values apart; of those that can't be packed, only by their class."""
+    try:
+        text, data = pack(value)
+    except KeepstepError:
+        return type_name(type(value))
+    found = hashlib.blake2b(text, digest_size=16)
+    found.update(memoryview(data.numpy()))
+    return found.hexdigest()
 
 
 def packed_text(value: Any) -> str:
