@@ -75,7 +75,7 @@ def digest(value: Any) -> str:
     except KeepstepError:
         return type_name(type(value))
     found = hashlib.blake2b(text, digest_size=16)
-    found.update(memoryview(data.numpy()))
+    found.update(data.numpy().tobytes())
     return found.hexdigest()
 
 
