@@ -73,5 +73,5 @@ def test_those_that_a_step_used_take_no_space_once_the_script_is_known_to_clear_
         optimizer.zero_grad()
         accelerator.backward(model(torch.ones(1, 2)).sum())
         optimizer.step()
-        kept.append(bool(accelerator._state.capture().own["gradients"]))
+        kept.append(bool(accelerator._state.capture().own["gradients"]["of"]))
     assert kept == [True, False, False]

@@ -166,7 +166,7 @@ def test_gradients_that_count_may_be_cleared_at_once(tmp_path: Path, held: Held)
     optimizer.zero_grad(set_to_none=False)
     held.opened.set()
     accelerator.wait_for_checkpoint()
-    saved = Store(tmp_path / "checkpoints").latest().load_per_rank()["gradients"]  # type: ignore[union-attr]
+    saved = Store(tmp_path / "checkpoints").latest().load_per_rank()["gradients"]["of"]  # type: ignore[union-attr]
     assert_same(list(saved["optimizer"].values()), gradients)
 
 

@@ -33,7 +33,16 @@ from keepstep.train.plugins import DistributedDataParallelKwargs, FullyShardedDa
 from keepstep.train.precision import FullPrecision
 from keepstep.train.process import DistributedType
 
-__all__ = ["Alone", "Copies", "Parallel", "Shards", "extract_model_from_parallel", "without_wrappers"]
+__all__ = [
+    "Alone",
+    "Copies",
+    "Parallel",
+    "Shards",
+    "extract_model_from_parallel",
+    "gradient_like",
+    "part_here",
+    "without_wrappers",
+]
 
 
 class Parallel:
@@ -249,6 +258,27 @@ class Shards(Parallel):
 def _ddp_of(model: Any) -> DistributedDataParallel | None:
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, DistributedDataParallel) else None
+
+
+def part_here(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: all of it, if it isn't sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_like(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A gradient of a parameter, of what this rank holds of it."""
+    here = part_here(parameter.detach())
+    gradient = torch.empty_like(here, dtype=part.dtype).copy_(part)
+    if not isinstance(parameter, DTensor):
+        return gradient
+    return DTensor.from_local(
+        gradient,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def without_wrappers(model: torch.nn.Module) -> torch.nn.Module:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from keepstep.errors import NotPreparedError
+from keepstep.train.alike import check_models_alike
 from keepstep.train.compiling import compiled
 from keepstep.train.config import DataLoaderConfiguration
 from keepstep.train.data.loader import PreparedLoader
@@ -103,6 +104,7 @@ class Preparer:
         inner = without_wrappers(model)
         if any(inner is known for known in self._state.models):
             return self._wrapped.get(id(inner), model)
+        check_models_alike(self._state.world, inner)
         device = self._device if on_device else None
         if device is not None:
             model.to(device)

@@ -9,6 +9,7 @@ import torch
 from keepstep.errors import MismatchError
 from keepstep.train import rng
 from keepstep.train.data.order import derive_seed
+from keepstep.train.parallel import gradient_like, part_here
 from keepstep.train.step import PreparedOptimizer
 
 __all__ = ["Buffers", "Generators", "Gradients", "numbered"]
@@ -22,45 +23,56 @@ def numbered(kind: str, index: int) -> str:
 class Gradients:
     """Gradients that no step has used yet.
 
+    Of sharded parameters, each rank has the gradients of its parts.
+
     Args:
         optimizers: prepared ones, in order.
+        size: how many ranks there are.
     """
 
-    def __init__(self, optimizers: list[PreparedOptimizer]) -> None:
+    def __init__(self, optimizers: list[PreparedOptimizer], size: int) -> None:
         self._optimizers = optimizers
+        self._size = size
         self._received: dict[str, dict[str, torch.Tensor]] = {}
 
-    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{optimizer: {index of the parameter: gradient}}; without those that have none that count.
+    def state_dict(self) -> dict[str, Any]:
+        """The number of ranks, and {optimizer: {index of the parameter: gradient}} of those that count.
 
         A zero is not the same as None: the optimizer applies momentum and decay to the one and not the other.
         """
         found = {
             numbered("optimizer", number): {
-                str(index): parameter.grad
+                str(index): part_here(parameter.grad)
                 for index, parameter in enumerate(optimizer.parameters())
                 if parameter.grad is not None
             }
             for number, optimizer in enumerate(self._optimizers)
             if not optimizer.has_spent_gradients
         }
-        return {key: gradients for key, gradients in found.items() if gradients}
+        return {"ranks": self._size, "of": {key: value for key, value in found.items() if value}}
 
-    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Check that the gradients have parameters, and keep them."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the gradients have parameters, and keep them.
+
+        After a change of the number of ranks they are no one's: where they are needed, inside an accumulation
+        window, the run's shared state has refused it.
+        """
+        if state["ranks"] != self._size:
+            return
+        saved = state["of"]
         parameters = {
             numbered("optimizer", number): optimizer.parameters()
             for number, optimizer in enumerate(self._optimizers)
         }
         different = [
             f"gradients/{key}/{index}: no parameter of shape {list(gradient.shape)} is there now"
-            for key, gradients in state.items()
+            for key, gradients in saved.items()
             for index, gradient in gradients.items()
             if not _has_shape(parameters.get(key, []), int(index), gradient.shape)
         ]
         if different:
             raise MismatchError("The saved gradients don't fit the optimizers.", different=different)
-        self._received = state
+        self._received = saved
 
     def apply(self) -> None:
         """Set every gradient as it was: None where none was pending."""
@@ -69,15 +81,11 @@ class Gradients:
             optimizer.forget_gradients(pending=saved is not None)
             for index, parameter in enumerate(optimizer.parameters()):
                 gradient = None if saved is None else saved.get(str(index))
-                parameter.grad = (
-                    None
-                    if gradient is None
-                    else torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-                )
+                parameter.grad = None if gradient is None else gradient_like(parameter, gradient)
 
 
 def _has_shape(parameters: list[torch.nn.Parameter], index: int, shape: torch.Size) -> bool:
-    return index < len(parameters) and parameters[index].shape == shape
+    return index < len(parameters) and part_here(parameters[index]).shape == shape
 
 
 class Buffers:

@@ -139,7 +139,7 @@ class TrainState:
             shared=self._tree(SharedState(self).state_dict()),
             own={
                 "generators": Generators().state_dict(),
-                "gradients": Gradients(self.optimizers).state_dict(),
+                "gradients": Gradients(self.optimizers, self.world.size).state_dict(),
                 "buffers": Buffers(self.models, self.world.size).state_dict(),
             },
         )
@@ -177,7 +177,8 @@ class TrainState:
             MismatchError: the checkpoint doesn't fit what was prepared; nothing was changed.
         """
         shared, generators = SharedState(self), Generators()
-        gradients, buffers = Gradients(self.optimizers), Buffers(self.models, self.world.size)
+        gradients = Gradients(self.optimizers, self.world.size)
+        buffers = Buffers(self.models, self.world.size)
         own = {"generators": generators, "gradients": gradients, "buffers": buffers}
         before = self._options()
         try:
