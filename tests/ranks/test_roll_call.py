@@ -44,6 +44,17 @@ def disagree(_: str, rank: int, size: int) -> None:
         check(world, last)
         assert time.monotonic() - began < 10, check.__name__  # no time-out was waited for
         assert world.gather(torch.tensor(rank)).tolist() == list(range(size))  # and the world goes on
+    _the_witnesses_go_with_rank_0(world)
+
+
+def _the_witnesses_go_with_rank_0(world: Ranks) -> None:
+    """Or they would look into a store that is gone."""
+    world.barrier()
+    witness = world._roll_call()._witness
+    if world.rank == 0:
+        witness.stop()
+    witness._thread.join(10)
+    assert not witness._thread.is_alive()
 
 
 def _caught(call: Callable[[], object]) -> CollectiveMismatchError:

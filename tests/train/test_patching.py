@@ -65,3 +65,16 @@ def test_seeds() -> None:
     for bad in (-1, 2**32, 1.5, True):
         with pytest.raises(UsageError, match="expected an integer"):
             ours.set_seed(bad)  # type: ignore[arg-type]
+
+
+def test_what_is_there() -> None:
+    assert ours.is_rich_available()
+    assert not ours.is_deepspeed_available() or theirs.is_deepspeed_available()
+    for name in ("cuda", "mps", "npu", "xpu", "torch_xla", "pandas", "transformers", "wandb", "peft", "timm"):
+        question = f"is_{name}_available"
+        assert getattr(ours, question)() is bool(getattr(theirs, question)()), name
+    for operation in (">", ">=", "==", "!=", "<=", "<"):
+        for version in ("2.9", "2.13.0", "2.13.0rc1", "3", torch.__version__):
+            assert ours.is_torch_version(operation, version) == theirs.is_torch_version(operation, version)
+    with pytest.raises(UsageError, match="operation is '~='; allowed: >, >="):
+        ours.compare_versions("1", "~=", "1")

@@ -28,6 +28,7 @@ _NOT_THE_USERS = (
     os.path.join(Path(__file__).parent.parent, ""),
     "<frozen",
 )
+_GOODBYE = b"goodbye"
 _LOOK_S = 0.05
 """How often those who ask look for answers."""
 _LAST_WORDS_S = 0.3
@@ -55,15 +56,17 @@ class Witness:
     Args:
         store: a client of its own, since it may wait for the server.
         rank: this process.
+        size: how many ranks there are.
         interval_s: how often it looks whether it is asked, seconds.
 
     Attributes:
         verdict: what was found out when it was asked.
     """
 
-    def __init__(self, store: KeyValueStore, rank: int, interval_s: float) -> None:
+    def __init__(self, store: KeyValueStore, rank: int, size: int, interval_s: float) -> None:
         self._store = store
         self._rank = rank
+        self._size = size
         self._interval_s = interval_s
         self.verdict: bytes | None = None
         self._over = threading.Event()
@@ -74,19 +77,32 @@ class Witness:
     def stop(self) -> None:
         """End the thread, before the interpreter ends under it."""
         self._over.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join(self._interval_s)
+        self._thread.join(2 * self._interval_s)
         atexit.unregister(self.stop)
 
     def _watch(self) -> None:
         try:
             while not self._over.wait(self._interval_s):
                 if self._store.check(["ask"]):
+                    if self._store.get("ask") == _GOODBYE:
+                        break
                     self._store.set(f"at/{self._rank}", self._answer())
                     self._hear_the_verdict()
                     return
+            self._leave()
         except RuntimeError:  # the store is gone, and nobody is left to ask
             return
+
+    def _leave(self) -> None:
+        """Rank 0, which may serve the store, goes last: clients complain of a server that is gone."""
+        self._store.set(f"left/{self._rank}", "")
+        if self._rank:
+            return
+        self._store.set("ask", _GOODBYE)
+        end = time.monotonic() + 1.5 * self._interval_s
+        others = [f"left/{rank}" for rank in range(1, self._size)]
+        while not self._store.check(others) and time.monotonic() < end:
+            time.sleep(_LOOK_S)
 
     def _hear_the_verdict(self) -> None:
         """Keep it: by the time this rank comes, who found it may have taken the store along."""
@@ -141,7 +157,7 @@ class Inquiry:
     def _found_out(self, call: str, last: str, waited_s: float, timed_out: bool) -> bytes:
         if not self._store.check("verdict"):
             self._store.set(f"came/{self._rank}", "")
-            self._store.set("ask", "")
+            self._store.set("ask", "where")
             self._await_answers()
             found = self._found(call, last, waited_s, timed_out)
             self._store.set_once("verdict", json.dumps(found))

@@ -45,7 +45,7 @@ class OneRank:
         """Return `value`."""
         return value
 
-    def agree(self, flag: bool) -> bool:
+    def agree(self, flag: bool, purpose: str = "agree") -> bool:
         """Return `flag`."""
         return flag
 

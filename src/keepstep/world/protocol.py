@@ -81,7 +81,7 @@ class World(Protocol):
         """Return rank `source`'s value on every rank; the value is plain data."""
         ...
 
-    def agree(self, flag: bool) -> bool:
+    def agree(self, flag: bool, purpose: str = "agree") -> bool:
         """Return True on every rank if all of them passed True."""
         ...
 

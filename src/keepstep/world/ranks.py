@@ -120,8 +120,8 @@ class Ranks:
         told: T = json.loads(self.exchange_bytes(make, purpose)[source])
         return told
 
-    def agree(self, flag: bool) -> bool:
-        return all(told == b"1" for told in self.exchange_bytes(lambda: b"1" if flag else b"0", "agree"))
+    def agree(self, flag: bool, purpose: str = "agree") -> bool:
+        return all(told == b"1" for told in self.exchange_bytes(lambda: b"1" if flag else b"0", purpose))
 
     # ------------------------------------------------------------------------------------ tensors
 

@@ -58,7 +58,7 @@ class RollCall:
         self._timeout_s = 0.0
         self._lost: RankMissingError | None = None
         interval_s = max(1.0, size / 200)  # all witnesses together ask the store 200 times a second at most
-        self._witness = Witness(_client(store, "witness"), rank, interval_s)
+        self._witness = Witness(_client(store, "witness"), rank, size, interval_s)
         self._inquiry = Inquiry(
             _client(store, "witness"), self._witness, rank, size, patience_s=2 * interval_s + 1
         )

@@ -109,7 +109,7 @@ class Communication(ProcessControl, Facade):
 
     def check_trigger(self) -> bool:
         """Whether a rank has called `set_trigger` since the last check that saw one; lowers the flag."""
-        triggered = not self._world.agree(not self._triggered)
+        triggered = not self._world.agree(not self._triggered, "check_trigger")
         if triggered:
             self._triggered = False
         return triggered
