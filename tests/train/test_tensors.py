@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import accelerate
 import accelerate.utils as theirs
 import pytest
 import torch
 
 import keepstep.utils as ours
+from keepstep import Accelerator
 from keepstep.errors import NotTensorError, UsageError
+from keepstep.local_sgd import LocalSGD
 
 
 class Pair(NamedTuple):
@@ -95,3 +98,24 @@ def test_what_a_function_returns_is_converted() -> None:
 
     assert [t.dtype for t in forward(torch.ones(1)).values()] == [torch.float32, torch.int64]
     assert forward.__doc__ == "Doc."
+
+
+def test_one_process_gets_what_accelerate_gives_it() -> None:
+    other, mine = accelerate.PartialState(cpu=True), Accelerator(cpu=True)
+    tensors = {"a": torch.tensor(2.0), "b": [torch.arange(3)]}
+    for name in ("gather", "reduce", "broadcast", "pad_across_processes"):
+        assert same(getattr(ours, name)(tensors), getattr(theirs, name)(tensors)), name
+    assert same(mine.gather_for_metrics(tensors), tensors)
+    for value in (["x", 1], {"x": 1}, "text"):
+        assert ours.gather_object(value) == theirs.gather_object(value)
+        with mine.split_between_processes(value) as part, other.split_between_processes(value) as theirs_:
+            assert part == theirs_ == value
+    assert ours.broadcast_object_list(["x"], from_process=0) == ["x"]
+    assert mine.gather_for_metrics(["x"]) == ["x"]
+    assert mine.on_process(process_index=3)(lambda: "runs")() == "runs"
+    mine.set_trigger()
+    assert [mine.check_trigger(), mine.check_trigger()] == [True, False]
+    with pytest.raises(TypeError, match="reduce: its argument is of type float"):
+        mine.reduce(0.5)
+    with LocalSGD(mine, torch.nn.Linear(1, 1), local_sgd_steps=4) as local_sgd:
+        local_sgd.step()
