@@ -79,7 +79,7 @@ class GeneralTracker:
         """
 
     def rewind(self, position: Position) -> None:
-        """Called when the training goes on from a checkpoint, before or after `start`.
+        """Called after `start`, when the training goes on from a checkpoint.
 
         What was logged after `position` will be logged again, with the same values as far as the training is
         deterministic.

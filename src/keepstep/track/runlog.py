@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keepstep.track.values import to_json
+from keepstep.track.values import split_config, to_json
 
 __all__ = ["LOG_NAME", "RunLog"]
 
@@ -57,9 +57,9 @@ class RunLog:
 
     def project(self, *, run: str, attempt: int, name: str, config: Mapping[str, Any]) -> None:
         """Append what `init_trackers()` was given."""
-        plain, left_out = to_json(config)
+        plain, left_out = split_config(config)
         more = {"left_out": left_out} if left_out else {}
-        self._append("project", run, attempt, project=name, config=plain, **more)
+        self._append("project", run, attempt, project=name, config=to_json(plain)[0], **more)
 
     def resumed(
         self, *, run: str, attempt: int, rows: int, come_from: Mapping[str, Any] | None, kept_from: int | None

@@ -22,7 +22,7 @@ from keepstep.track.general import BlankTracker, GeneralTracker
 from keepstep.track.position import LogState, Position
 from keepstep.track.registry import known_names, resolve
 from keepstep.track.runlog import LOG_NAME, RunLog
-from keepstep.track.values import checked_step, with_numbers
+from keepstep.track.values import check_config, checked_step, with_numbers
 
 __all__ = ["Origin", "Trackers"]
 
@@ -96,6 +96,7 @@ class Trackers:
         self._run_log = RunLog(log_dir / LOG_NAME) if is_main and log_dir is not None else None
         self._own_run, self._steps_done, self._may_resume = run, steps_done, may_resume
         self._trackers: dict[str, GeneralTracker] | None = None
+        self._open: list[GeneralTracker] = []
         self._started_as: str | None = None
         self._logged_as: str | None = None
         self._project: str | None = None
@@ -111,6 +112,7 @@ class Trackers:
         self, project: str, config: Mapping[str, Any] | None, init_kwargs: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Make the trackers; open them, unless it depends on a resume that may follow."""
+        check_config(config)
         check_names(init_kwargs, "init_trackers(init_kwargs=...)", self.names)
         if self._trackers is not None:
             raise UsageError("init_trackers() was called twice. Call end_training() before it begins anew")
@@ -150,9 +152,10 @@ class Trackers:
         run = self._started_as = self._run
         for tracker in self._trackers.values():
             tracker.begin(run, continued=self._origin is not None)
+            tracker.start()
+            self._open.append(tracker)
             if self._rewind_at_start is not None:
                 tracker.rewind(self._rewind_at_start)
-            tracker.start()
             if self._config is not None:
                 tracker.store_init_configuration(dict(self._config))
         self._rewind_at_start = None
@@ -203,8 +206,7 @@ class Trackers:
         if self._origin is None or self._origin.run is None:
             log.started(run=run)
         if self._project is not None:
-            config = with_numbers(self._config or {})
-            log.project(run=run, attempt=self._attempt, name=self._project, config=config)
+            log.project(run=run, attempt=self._attempt, name=self._project, config=self._config or {})
         self._logged_as = run
 
     def _tell_once(self, name: str, message: str) -> None:
@@ -240,13 +242,15 @@ class Trackers:
 
     def finish(self) -> None:
         """Close everything; may be called again."""
-        started, self._trackers = self._trackers, None
-        if started is not None and self._started_as is not None:
-            for tracker in started.values():
-                tracker.finish()
-        self._started_as = None
+        self._close()
+        self._trackers = None
         if self._run_log is not None:
             self._run_log.close()
+
+    def _close(self) -> None:
+        opened, self._open, self._started_as = self._open, [], None
+        for tracker in opened:
+            tracker.finish()
 
     # -- checkpoints ----------------------------------------------------------------------------------
 
@@ -288,9 +292,7 @@ class Trackers:
                 "Trackers had begun a new run before the checkpoint was loaded, and now go on with the run "
                 "that it is of. Call log() and get_tracker() after resume()"
             )
-        for tracker in (self._trackers or {}).values():
-            tracker.finish()
-        self._started_as = None
+        self._close()
 
     def _go_on(self) -> None:
         """Rows after the checkpoint count no more, but for those that were logged since it was loaded."""
@@ -310,7 +312,7 @@ class Trackers:
         if self._started_as is None:
             self._rewind_at_start = position
             return
-        for tracker in (self._trackers or {}).values():
+        for tracker in self._open:
             tracker.rewind(position)
 
 

@@ -15,10 +15,12 @@ from typing import Any
 from keepstep.errors import UsageError
 
 __all__ = [
+    "check_config",
     "checked_step",
     "from_json",
     "joined",
     "plain_config",
+    "split_config",
     "texts",
     "to_json",
     "with_numbers",
@@ -120,19 +122,19 @@ def from_json(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def plain_config(values: Any, *, tracker: str) -> dict[str, Any]:
-    """A configuration as a tracker can take it: nested dicts of plain values; paths as strings.
+def split_config(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A configuration as nested dicts of plain values, paths as strings; and the names of what is neither."""
+    refused: list[str] = []
+    return _plain(values, "", refused), refused
+
+
+def plain_config(values: Mapping[Any, Any], *, tracker: str) -> dict[str, Any]:
+    """A configuration as nested dicts of plain values, as trackers take it.
 
     Raises:
-        UsageError: a value is of a kind that it can't take; the message names all of them.
+        UsageError: a value is of a kind that they can't take; the message names all of them.
     """
-    if not isinstance(values, Mapping):
-        raise UsageError(
-            f"init_trackers(config=...) takes a mapping of names to values; it was given {_shown(values)}. "
-            "For argparse, pass vars(args)"
-        )
-    refused: list[str] = []
-    plain = _plain(values, "", refused)
+    plain, refused = split_config(values)
     if refused:
         raise UsageError(
             f"{tracker} can't take these values of init_trackers(config=...): {', '.join(refused)}. "
@@ -174,6 +176,19 @@ def texts(values: Mapping[str, Any], *, between: str = "/") -> dict[str, bool | 
         name: json.dumps(value) if isinstance(value, list) else "None" if value is None else value
         for name, value in joined(values, between=between).items()
     }
+
+
+def check_config(values: Any) -> None:
+    """Refuse what is no configuration.
+
+    Raises:
+        UsageError: saying what it is.
+    """
+    if values is not None and not isinstance(values, Mapping):
+        raise UsageError(
+            f"init_trackers(config=...) takes a mapping of names to values; it was given {_shown(values)}. "
+            "For argparse, pass vars(args)"
+        )
 
 
 def _shown(value: Any) -> str:

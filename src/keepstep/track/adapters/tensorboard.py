@@ -47,9 +47,8 @@ class TensorBoardTracker(GeneralTracker):
     @on_main_process
     def rewind(self, position: Position) -> None:
         self._kwargs["purge_step"] = position.next_step
-        if self._writer is not None:
-            self._writer.close()
-            self.start()
+        self._writer.close()
+        self.start()
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class WandBTracker(GeneralTracker):
         self._id = ""
         self._run: Any = None
         self._steps_there = 0
+        self._last_step = -1
 
     @property
     def tracker(self) -> Any:
@@ -52,8 +53,7 @@ class WandBTracker(GeneralTracker):
 
     @on_main_process
     def rewind(self, position: Position) -> None:
-        if self._run is not None:
-            self._steps_there = self._run.step + 1
+        self._steps_there = max(self._steps_there, self._last_step + 1)
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -69,6 +69,7 @@ class WandBTracker(GeneralTracker):
             kwargs: for `wandb.Run.log`.
         """
         if step is None or step >= self._steps_there:
+            self._last_step = self._last_step if step is None else step
             self._run.log(values, step=step, **kwargs)
 
     @on_main_process
