@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from keepstep.track.general import GeneralTracker, on_main_process
@@ -18,7 +20,7 @@ __all__ = ["TensorBoardTracker"]
 class TensorBoardTracker(GeneralTracker):
     """Writes event files into `logging_dir/run_name`.
 
-    When a run is resumed, TensorBoard is told to drop what was logged after the checkpoint (`purge_step`).
+    When a run is resumed, TensorBoard is told to drop what was logged after the checkpoint.
 
     Args:
         run_name: name of the run's directory.
@@ -42,13 +44,24 @@ class TensorBoardTracker(GeneralTracker):
 
     @on_main_process
     def start(self) -> None:
+        self._wait_for_a_later_name()
         self._writer = SummaryWriter(str(self.logging_dir), **self._kwargs)
 
     @on_main_process
     def rewind(self, position: Position) -> None:
-        self._kwargs["purge_step"] = position.next_step
-        self._writer.close()
-        self.start()
+        # What `purge_step` does for a writer that is being opened, without a second file.
+        for event in (
+            Event(step=position.next_step, file_version="brain.Event:2"),
+            Event(step=position.next_step, session_log=SessionLog(status=SessionLog.START)),
+        ):
+            self._writer.file_writer.add_event(event)
+
+    def _wait_for_a_later_name(self) -> None:
+        """Event files are read in the order of their names, which begin with the second they were made in."""
+        names = [path.name.split(".") for path in self.logging_dir.glob("events.out.tfevents.*")]
+        last = max((int(parts[3]) for parts in names if parts[3].isdecimal()), default=0)
+        while int(time.time()) == last:
+            time.sleep(0.05)
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
