@@ -91,6 +91,39 @@ def test_impossible_projects() -> None:
         GradientAccumulationPlugin(num_steps=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"split_batches": 2}, r"split_batches=2\): split_batches must be True or False"),
+        ({"even_batches": None}, "even_batches=None"),
+        ({"dispatch_batches": "yes"}, "dispatch_batches='yes'.*True, False or None"),
+        ({"data_seed": 1.5}, "data_seed=1.5"),
+        ({"use_stateful_dataloader": "no"}, "use_stateful_dataloader='no'"),
+    ],
+)
+def test_impossible_loading(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        DataLoaderConfiguration(**options)
+
+
+def test_loading_is_said_in_either_place() -> None:
+    given = Accelerator(cpu=True, split_batches=True, even_batches=False, dispatch_batches=True)
+    configured = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, even_batches=False, dispatch_batches=True
+        ),
+    )
+    assert given._parts.loading == configured._parts.loading
+    assert given.split_batches
+    with pytest.raises(UsageError, match=r"dispatch_batches=False\) and .*dispatch_batches=True"):
+        Accelerator(
+            cpu=True,
+            dispatch_batches=False,
+            dataloader_config=DataLoaderConfiguration(dispatch_batches=True),
+        )
+
+
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="WORLD_SIZE=2"):

@@ -53,7 +53,7 @@ class ReplayedSource:
             upcoming = next(iterator, _END)
         if start:
             _log.warning(
-                "Replaying %d batches to reach the saved position: this data can't be entered in the middle. "
+                "Replaying %d batches to reach the one to begin with: this data can't be entered there. "
                 "A dataset with state_dict and load_state_dict, in a loader with num_workers=0, can.",
                 start,
             )
