@@ -40,6 +40,7 @@ COMMANDS = LOOKING | {
     "config": ["--config_file"],
     "env": ["--config_file"],
     "launch": [*LAUNCH_OPTIONS, "-m", "--no_python", "-q", "script", "arguments"],
+    "test": LAUNCH_OPTIONS,
 }
 LIST_SECONDS = 0.5
 

@@ -27,6 +27,7 @@ SECTIONS: Final = {
         "config": "Answer questions once; `keepstep launch` reads the answers.",
         "env": "Say what runs here: versions, devices, configuration.",
         "launch": "Start a training script, on one process or many.",
+        "test": "Try a short training on the processes of a launch.",
     },
 }
 SUMMARIES: Final = {name: words for section in SECTIONS.values() for name, words in section.items()}
