@@ -29,6 +29,10 @@ SECTIONS: Final = {
         "launch": "Start a training script, on one process or many.",
         "test": "Try a short training on the processes of a launch.",
     },
+    "Models": {
+        "estimate-memory": "Say how much memory a model takes, to run and to train.",
+        "merge-weights": "Write the model of a checkpoint as safetensors files.",
+    },
 }
 SUMMARIES: Final = {name: words for section in SECTIONS.values() for name, words in section.items()}
 """Name -> first line of its help; `keepstep --help` imports no command."""
