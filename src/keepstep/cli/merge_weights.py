@@ -20,7 +20,9 @@ __all__ = ["command"]
 )
 @click.argument("checkpoint_dir", type=click.Path(path_type=Path))
 @click.argument("output_path", type=click.Path(path_type=Path))
-@click.option("--max_shard_size", default="10GB", help="Size of a file at most, as 1GB. Default: 10GB.")
+@click.option(
+    "--max_shard_size", default="10GB", help="Size of a file at most: bytes, or as 1GB. Default: 10GB."
+)
 def command(checkpoint_dir: Path, output_path: Path, max_shard_size: str) -> None:
     """Write the model of a checkpoint as safetensors files.
 
@@ -31,5 +33,6 @@ def command(checkpoint_dir: Path, output_path: Path, max_shard_size: str) -> Non
     The whole model must fit in memory.
     """
     merge = import_module("keepstep.models.merging").merge_weights
-    count: int = merge(checkpoint_dir, output_path, max_shard_size=max_shard_size)
+    size = int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size
+    count: int = merge(checkpoint_dir, output_path, max_shard_size=size)
     click.echo(f"{counted(count, 'tensor')} written to {output_path}")

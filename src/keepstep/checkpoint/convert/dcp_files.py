@@ -72,7 +72,8 @@ def read_dcp_model(directory: Path) -> dict[str, torch.Tensor]:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be
             load(state, storage_reader=reader, no_dist=True)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        raise DamagedCheckpointError(directory, f"shards cannot be read ({_first_line(error)})") from error
+        reason = _first_line(error)
+        raise DamagedCheckpointError(directory, f"shards cannot be read ({reason})") from error
     return {names[key]: state[key] for key in sorted(state, key=lambda key: names[key])}
 
 
@@ -83,8 +84,8 @@ class _Descriptions(pickle.Unpickler):
         if (module, name) in _DESCRIPTIONS or (module == "torch" and isinstance(_dtype(name), torch.dtype)):
             return super().find_class(module, name)
         raise ForeignTypeError(
-            f"the {_METADATA} of a DCP checkpoint names {module}.{name}, and reading it would run code from the "
-            "file. Expected are descriptions of tensors only"
+            f"the {_METADATA} of a DCP checkpoint names {module}.{name}, and reading it would run code from "
+            "the file. Expected are descriptions of tensors only"
         )
 
 
