@@ -86,6 +86,41 @@ def test_an_evaluation_at_the_end_of_an_epoch_is_there_once(tmp_path: Path) -> N
     assert curve(read_log(tmp_path / "killed")) == expected
 
 
+def test_checkpoints_in_directories_of_ones_own_go_on_in_the_same_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As scripts for Accelerate do: numbered by hand, loaded by name, trackers first."""
+    for start in (0, 2, 4):
+        accelerator = Accelerator(cpu=True, project_dir=tmp_path, log_with="jsonl")
+        model, optimizer, loader = training(accelerator)
+        accelerator.init_trackers("p", {"a": 1})
+        if start:
+            accelerator.load_state(tmp_path / f"step_{start}")
+        for (x,) in loader:
+            accelerator.backward(model(x).square().mean())
+            optimizer.step()
+            accelerator.log({"step": accelerator.step}, step=accelerator.step)
+            if accelerator.step in (2, 4):
+                accelerator.save_state(tmp_path / f"step_{accelerator.step}")
+            if accelerator.step == start + 3:
+                break
+        accelerator.end_training()
+    log = read_log(tmp_path)
+    assert [(row.step, row.attempt) for row in log] == [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+        (5, 3),
+        (6, 3),
+        (7, 3),
+    ]
+    assert (len(log.runs), log.project) == (1, "p")
+    table = (tmp_path / "p" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["_step"] for line in table] == list(range(1, 8))
+    assert "begun a new run" not in caplog.text
+
+
 def test_looking_back_at_an_older_checkpoint_costs_no_row(tmp_path: Path) -> None:
     attempt(tmp_path, saves={2, 6})
     accelerator = Accelerator(cpu=True, project_dir=tmp_path)

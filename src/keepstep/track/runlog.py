@@ -19,6 +19,7 @@ from keepstep.track.values import split_config, to_json
 __all__ = ["LOG_NAME", "RunLog"]
 
 LOG_NAME = "log.jsonl"
+_LONGEST_LINE_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -83,13 +84,15 @@ class RunLog:
         except FileNotFoundError:
             return 0
 
-    def holds(self, offset: int) -> bool:
-        """Whether a line ends at `offset`, as it does if this is the file that a checkpoint speaks of."""
+    def holds(self, run: str, offset: int) -> bool:
+        """Whether a line of a run ends at `offset`, as if this is the file that a checkpoint speaks of."""
         try:
             with self.path.open("rb") as file:
-                file.seek(max(0, offset - 1))
-                return offset == 0 or file.read(1) == b"\n"
-        except FileNotFoundError:
+                file.seek(max(0, offset - _LONGEST_LINE_BYTES))
+                before = file.read(min(offset, _LONGEST_LINE_BYTES))
+            line = json.loads(before.removesuffix(b"\n").rpartition(b"\n")[2])
+            return before.endswith(b"\n") and bool(line["run"] == run)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
     def sync(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Origin:
     """The checkpoint that was loaded.
 
     Attributes:
-        run: that it is of; None for one that lies outside the project: the training is a run of its own.
+        run: that it is of; None for one that is none of the project's automatic ones.
         attempt: of that run, that saved it.
         log: what `Trackers.provenance` said when it was saved.
     """
@@ -122,7 +122,8 @@ class Trackers:
             for name, kind in self._wanted.items()
             if kind is not None
         }
-        if self._origin is not None or not self._may_resume():
+        has_log = self._run_log is not None and self._run_log.size_bytes > 0
+        if self._origin is not None or not (has_log or self._may_resume()):
             self.start()
 
     def _made(
@@ -261,7 +262,7 @@ class Trackers:
         if self._loaded is not None:  # it is not clear yet that the training goes on from there
             return {"log": self._loaded.come_from} if self._loaded.come_from else {}
         self._run_log.sync()
-        return {"log": {"run": self._run, "offset": self._run_log.size_bytes}}
+        return {"log": {"run": self._run, "attempt": self._attempt, "offset": self._run_log.size_bytes}}
 
     def loaded(self, origin: Origin, *, goes_on: bool) -> None:
         """Take note of a checkpoint that was loaded; `state` holds what it said.
@@ -271,8 +272,9 @@ class Trackers:
             goes_on: the training goes on from it for sure; else only if it takes a step.
         """
         log, note = self._run_log, origin.log
-        is_here = log is not None and origin.run is not None and bool(note) and log.holds(note["offset"])
-        self._origin = origin
+        is_here = log is not None and bool(note) and log.holds(note["run"], note["offset"])
+        # One that was saved into a directory of the user's choice says in its note alone which run it is of.
+        self._origin = replace(origin, run=note["run"], attempt=note["attempt"]) if is_here else origin
         self._loaded = _Loaded(
             come_from=dict(note) if is_here else None,
             position=Position(rows=self._state.rows, last_step=self._state.last_step),
