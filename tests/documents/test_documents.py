@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tests.documents import checkpoints, quick_tour
+from tests.documents import checkpoints, notebook, quick_tour
 from tests.ranks.spawn import run_ranks
 
 TUTORIALS: tuple[ModuleType, ...] = (quick_tour, checkpoints)
@@ -71,3 +73,18 @@ def test_the_accelerator_prints_once_and_ranks_meet(
     said = two_ranks[1]
     assert [output.count("said once") for output in said] == [1, 0]
     assert [output.count("Everyone is here") for output in said] == [1, 1]
+
+
+def test_cells_of_a_notebook(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", notebook.__name__],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "KEEPSTEP_USE_CPU": "1", "KEEPSTEP_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Three trainings: one by its arguments, one that is given a model, one on two machines.
+    assert done.stdout.count("one of 2") == 1
+    assert [done.stdout.count(f"epoch {epoch}: ") for epoch in range(5)] == [3] * 5
