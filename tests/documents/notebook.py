@@ -79,6 +79,7 @@ def train_and_evaluate(accelerator: Accelerator, model: Any, batch_size: int) ->
             accurate += accurate_preds.long().sum()
         eval_metric = accurate.item() / num_elems
         accelerator.print(f"epoch {epoch}: {100 * eval_metric:.2f}")
+    assert accelerator.num_processes == 2
     frozen = accelerator.unwrap_model(model).features
     assert all(parameter.grad is None for parameter in frozen.parameters())
 

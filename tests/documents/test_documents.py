@@ -12,8 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.cli.processes import PROGRAM
 from tests.documents import checkpoints, notebook, quick_tour
 from tests.ranks.spawn import run_ranks
+from tests.test_docs import ROOT, program_of
 
 TUTORIALS: tuple[ModuleType, ...] = (quick_tour, checkpoints)
 BLOCKS: dict[str, Callable[[], None]] = {
@@ -85,6 +87,27 @@ def test_cells_of_a_notebook(tmp_path: Path) -> None:
         env={**os.environ, "KEEPSTEP_USE_CPU": "1", "KEEPSTEP_HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    # Three trainings: one by its arguments, one that is given a model, one on two machines.
+    # Three trainings: by its arguments, given a model, and on two machines, each of which prints.
     assert done.stdout.count("one of 2") == 1
-    assert [done.stdout.count(f"epoch {epoch}: ") for epoch in range(5)] == [3] * 5
+    assert [done.stdout.count(f"epoch {epoch}: ") for epoch in range(5)] == [4] * 5
+
+
+def test_the_guides_script_under_launch(tmp_path: Path) -> None:
+    """With a file of options, in a place of its own, and arguments for the script."""
+    script, config = tmp_path / "path_to_script.py", tmp_path / "path_to_config.yaml"
+    script.write_text(program_of(ROOT / "docs" / "from-accelerate.md") + "import sys\nprint(sys.argv[1:])\n")
+    config.write_text("num_processes: 2\nuse_cpu: true\n")
+    command = ["launch", "--config_file", str(config), str(script), "--args_for_the_script"]
+    done = subprocess.run(
+        [*PROGRAM, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
+    assert [line.split(": ")[0] for line in told] == ["epoch 0", "epoch 1", "epoch 2"]
+    assert all(line.endswith("of 60 on 2 processes") for line in told)
+    assert int(told[-1].split()[2]) > 50
+    assert done.stdout.count("['--args_for_the_script']") == 2
