@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tests.ranks.spawn import run_ranks
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
@@ -84,6 +85,9 @@ class Unsized(Sampler[int]):
         yield from torch.randperm(LENGTH).tolist()
 
 
+ON_FOUR = ("shuffled", "split", "buckets", "unsized", "stream", "stream split", "stateful")
+"""Four processes on two cores are slow; the other kinds go from two ranks to one."""
+
 Kind = tuple[Any, dict[str, Any]]
 
 
@@ -117,6 +121,8 @@ def train_a_while(argument: str, rank: int, size: int) -> None:
     """Go on with each loader for a few batches, save, and stop; on one process, to the end."""
     directory, batches = argument.split("|")
     for name, (plain, options) in kinds().items():
+        if size == 4 and name not in ON_FOUR:
+            continue
         project = Path(directory) / name.replace(", ", "_").replace(" ", "_")
         accelerator = make(project, options)
         loader = accelerator.prepare(plain)
@@ -143,10 +149,10 @@ def train_a_while(argument: str, rank: int, size: int) -> None:
         accelerator.end_training()
 
 
+@pytest.mark.timeout(400)
 def test_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    run_ranks(Path(__file__), "train_a_while", 2, f"{tmp_path}|2")
-    run_ranks(Path(__file__), "train_a_while", 4, f"{tmp_path}|1")
-    run_ranks(Path(__file__), "train_a_while", 1, f"{tmp_path}|-1")
+    for size, batches in ((2, 2), (4, 1), (1, -1)):
+        run_ranks(Path(__file__), "train_a_while", size, f"{tmp_path}|{batches}", timeout_s=150)
     for name, (plain, options) in kinds().items():
         project = tmp_path / name.replace(", ", "_").replace(" ", "_")
         seen: Counter[int] = Counter()
