@@ -106,6 +106,31 @@ def test_a_run_goes_on_as_it_would_have_under_accelerate(
     assert_values(names["values"](parts), expected)
 
 
+def test_the_last_of_a_project_is_found(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A script that numbered its checkpoints under Accelerate goes on with them, and none of them goes."""
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(saved / "safe", checkpoints / "checkpoint_2")
+    shutil.copytree(saved / "torch", checkpoints / "checkpoint_10")
+    project = keepstep.ProjectConfiguration(
+        project_dir=tmp_path, automatic_checkpoint_naming=True, total_limit=1
+    )
+    accelerator = keepstep.Accelerator(cpu=True, project_config=project)
+    parts = names["build"](accelerator)
+    with caplog.at_level(logging.WARNING):
+        assert accelerator.resume() is None
+        assert f"begins anew beside {checkpoints / 'checkpoint_10'}" in caplog.text
+        assert accelerator.load_state() is None
+    assert accelerator.step == STEPS
+    names["train"](accelerator, parts, STEPS)
+    assert_values(names["values"](parts), torch.load(saved / "expected", weights_only=False))
+    assert [Path(accelerator.save_state()).name for _ in range(2)] == ["checkpoint_11", "checkpoint_12"]
+    left = sorted(path.name for path in checkpoints.glob("checkpoint_*"))
+    assert left == ["checkpoint_10", "checkpoint_12", "checkpoint_2"]
+    assert accelerator.load_state() is not None
+
+
 def test_what_does_not_fit_is_all_named_and_nothing_is_changed(saved: Path) -> None:
     accelerator = keepstep.Accelerator(cpu=True)
     model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(), torch.nn.BatchNorm1d(8))

@@ -80,7 +80,13 @@ def as_checkpoint(model: nn.Module, directory: Path) -> Path:
     return directory / "checkpoint"
 
 
+def as_saved_object(model: nn.Module, directory: Path) -> Path:
+    keepstep.Accelerator(cpu=True).save(model.state_dict(), directory / "pytorch_model.bin")
+    return directory
+
+
 KINDS = [
+    as_saved_object,
     as_one_file,
     as_directory,
     as_index,

@@ -86,6 +86,7 @@ def test_a_kill_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
     path = tmp_path / "f"
     for at in range(20):
         save_object(["old"], path)
+        assert [file.name for file in tmp_path.iterdir()] == ["f"]  # what a killed one left is gone
         files = FaultyFiles(at=at, power_cut=True)
         try:
             save_object(["new"], path, files=files)

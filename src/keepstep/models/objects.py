@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import save, save_file
 
 from keepstep.checkpoint.place.local import explained
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
-from keepstep.files import Files, LocalFiles
+from keepstep.files import DirectoryLock, Files, LocalFiles
 from keepstep.models.naming import Device
 from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, dense
 from keepstep.models.weights import open_safetensors
@@ -59,14 +60,27 @@ def save_object(
     path, disk = Path(f), files or LocalFiles()
     with explained(path, "saving"):
         disk.make_directory(path.parent)
-        unfinished = path.with_name(f".keepstep-{secrets.token_hex(6)}.tmp")
+        lock = DirectoryLock(path.parent, wait=True)  # so that what others leave can be told from their work
         try:
+            if lock.supported:
+                _sweep(path, disk)
+            unfinished = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
             disk.make_file(unfinished, lambda place: save_file(dense(tensors), place, metadata))
             disk.rename(unfinished, path)  # <- commit
+            disk.sync_directory(path.parent)
         except OSError:
-            unfinished.unlink(missing_ok=True)
+            _sweep(path, disk)
             raise
-        disk.sync_directory(path.parent)
+        finally:
+            lock.release()
+
+
+def _sweep(path: Path, disk: Files) -> None:
+    """Remove what writers of this file that died have left beside it."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.tmp")
+    for entry in path.parent.iterdir():
+        if left.fullmatch(entry.name):
+            disk.remove_file(entry)
 
 
 def _as_file(obj: Any, *, insist: bool) -> tuple[Mapping[str, torch.Tensor], dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from keepstep.checkpoint.place.local import explained
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError
-from keepstep.files import Files, LocalFiles
+from keepstep.files import DirectoryLock, Files, LocalFiles
 from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, dense
 from keepstep.models.weights import open_safetensors
 
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 _INDEX = "index.json"
+_UNFINISHED = ".index.json.tmp"
+_OURS = re.compile(r"offloaded-[0-9a-f]{12}\.safetensors")
 
 
 class OffloadFolder:
@@ -62,7 +65,6 @@ class OffloadFolder:
         """Write weights, beside those that are there; one of the same name is replaced."""
         if not tensors:
             return
-        before = self.index()
         name = f"offloaded-{secrets.token_hex(6)}.safetensors"
         kept, aliases = apart_from_aliases(tensors)
         added = {
@@ -74,25 +76,29 @@ class OffloadFolder:
             }
             for key, tensor in tensors.items()
         }
-        index = {**before, **added}
         with explained(self.path, "offloading weights to"):
             self._files.make_directory(self.path)
-            self._files.make_file(
-                self.path / name,
-                lambda path: save_file(dense(kept), path, {FORMAT_KEY: "pt", **aliases}),
-            )
-            unfinished = self.path / f".{name}.index.tmp"
-            self._files.write_file(unfinished, json.dumps(index, indent=2).encode())
-            self._files.rename(unfinished, self.path / _INDEX)
-            self._files.sync_directory(self.path)
-            for unused in _files_of(before) - _files_of(index):
-                self._files.remove_file(self.path / unused)
+            lock = DirectoryLock(self.path, wait=True)
+            try:
+                index = {**self.index(), **added}
+                self._files.make_file(
+                    self.path / name,
+                    lambda path: save_file(dense(kept), path, {FORMAT_KEY: "pt", **aliases}),
+                )
+                unfinished = self.path / _UNFINISHED
+                self._files.write_file(unfinished, json.dumps(index, indent=2).encode())
+                self._files.rename(unfinished, self.path / _INDEX)
+                self._files.sync_directory(self.path)
+                self._remove_unused(index)
+            finally:
+                lock.release()
 
-
-def _files_of(index: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The files of ours that an index names."""
-    named = {str(entry.get("safetensors_file", "")) for entry in index.values()}
-    return {name for name in named if name.startswith("offloaded-") and Path(name).name == name}
+    def _remove_unused(self, index: Mapping[str, Mapping[str, Any]]) -> None:
+        """Files of ours that the index names no more, or that a writer which died has left."""
+        used = {str(entry.get("safetensors_file", "")) for entry in index.values()}
+        for entry in self.path.glob("offloaded-*.safetensors"):
+            if _OURS.fullmatch(entry.name) and entry.name not in used:
+                self._files.remove_file(entry)
 
 
 def offload_state_dict(save_dir: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -86,12 +86,19 @@ def _of_index(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _of_file(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _is_safetensors(path):
         return open_safetensors(path)[0]
     state = read_torch_file(path)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UsageError(f"{path} holds a {type(state).__name__}, not a state dict of tensors by name")
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file of any name begins like a safetensors file: a length, then JSON."""
+    with path.open("rb") as file:
+        length, first = int.from_bytes(file.read(8), "little"), file.read(1)
+    return first == b"{" and 0 < length <= path.stat().st_size
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from keepstep.checkpoint.convert.accelerate import AccelerateState
+from keepstep.checkpoint.convert.accelerate import AccelerateState, newest_accelerate_state
 from keepstep.errors import MismatchError, RestoreError
 from keepstep.models.loading import differences_of, fill
 from keepstep.train.rank_state import Generators
 from keepstep.train.state import TrainState
 
-__all__ = ["Importer"]
+__all__ = ["Importer", "tell_of_earlier"]
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +119,15 @@ class Importer:
         )
         if self._found.generators is None:
             _log.warning("%s holds no random states of this rank; they are seeded anew", self._found.path)
+
+
+def tell_of_earlier(checkpoints: Path | str | None) -> None:
+    """A run that begins anew beside checkpoints of Accelerate's should know of them."""
+    earlier = newest_accelerate_state(checkpoints)
+    if earlier is not None:
+        _log.warning(
+            "resume() begins anew beside %s, which Accelerate wrote. load_state() goes on from there", earlier
+        )
 
 
 def _optimizer(groups: list[list[torch.Tensor]], saved: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from keepstep.checkpoint.convert.accelerate import (
     AccelerateState,
     is_accelerate_state,
+    newest_accelerate_state,
     read_accelerate_state,
 )
 from keepstep.checkpoint.engine import save_directory
@@ -35,7 +36,7 @@ from keepstep.train.config import CheckpointPolicy, ProjectConfiguration
 from keepstep.train.counts import CheckpointCounts
 from keepstep.train.decision import Decision
 from keepstep.train.hooked import StateHooks
-from keepstep.train.importing import Importer
+from keepstep.train.importing import Importer, tell_of_earlier
 from keepstep.train.pacing import Pacer
 from keepstep.train.schedule import Due
 from keepstep.train.state import Captured, TrainState
@@ -307,11 +308,13 @@ class Saver:
         """
         if input_dir is None:
             loaded = self._restore(self._newest_of(self._require_store("load_state() without input_dir")))
-            if loaded is None:
+            input_dir = newest_accelerate_state(self._project.checkpoints) if loaded is None else None
+            if loaded is None and input_dir is None:
                 raise CheckpointNotFoundError(
                     f"load_state() found no checkpoint in {self._require_store('load_state()').address}. Use "
                     "resume(), which returns None on a first start, or pass input_dir."
                 )
+        if input_dir is None:
             return loaded
         if is_accelerate_state(input_dir):
             self._import(input_dir)
@@ -324,8 +327,8 @@ class Saver:
                 self.hooks.load_into(checkpoint, self._state.models, live.shared, live.own)
             return checkpoint
 
-        restored = self._restore(load_into)
-        return checkpoint if restored is None else restored
+        self._restore(load_into)
+        return checkpoint
 
     def resume(self) -> Checkpoint | None:
         """Restore the newest valid automatic checkpoint; None if there is none."""
@@ -334,7 +337,10 @@ class Saver:
             raise NotPreparedError("resume() has nothing to restore into. Call prepare() first.")
         with self._together("claiming the store"):
             store.claim()  # whoever still writes there is named now, not at the first checkpoint
-        return self._restore(self._newest_of(store))
+        loaded = self._restore(self._newest_of(store))
+        if loaded is None:
+            tell_of_earlier(self._project.checkpoints)
+        return loaded
 
     @contextmanager
     def _together(self, topic: str) -> Iterator[None]:

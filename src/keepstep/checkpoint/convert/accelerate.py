@@ -28,7 +28,12 @@ from keepstep.checkpoint.convert.torch_files import read_torch_file
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME
 from keepstep.errors import DamagedCheckpointError, UsageError
 
-__all__ = ["AccelerateState", "is_accelerate_state", "read_accelerate_state"]
+__all__ = [
+    "AccelerateState",
+    "is_accelerate_state",
+    "newest_accelerate_state",
+    "read_accelerate_state",
+]
 
 _SHARDED = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|zero_.*|global_step\d+")
 
@@ -62,6 +67,19 @@ def is_accelerate_state(directory: str | os.PathLike[str]) -> bool:
     if not path.is_dir() or (path / MANIFEST_NAME).exists():
         return False
     return any(path.glob("random_states_*.pkl")) or (path / "optimizer.bin").is_file()
+
+
+def newest_accelerate_state(checkpoints: Path | str | None) -> Path | None:
+    """The last of the directories that Accelerate numbered (`checkpoint_N`); None if there is none.
+
+    Args:
+        checkpoints: where they are; an address of a bucket has none.
+    """
+    if not isinstance(checkpoints, Path) or not checkpoints.is_dir():
+        return None
+    named = {entry: re.fullmatch(r"checkpoint_(\d+)", entry.name) for entry in checkpoints.iterdir()}
+    found = [(int(match[1]), entry) for entry, match in named.items() if match and is_accelerate_state(entry)]
+    return max(found)[1] if found else None
 
 
 def read_accelerate_state(directory: str | os.PathLike[str], rank: int = 0) -> AccelerateState:

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from keepstep.checkpoint.pending import PendingSave
 from keepstep.checkpoint.version import Checkpoint
+from keepstep.errors import UsageError
 from keepstep.track.trackers import Origin
 from keepstep.train.counts import CheckpointCounts
 from keepstep.train.facade.base import Facade
@@ -70,6 +71,7 @@ class Checkpointing(Facade):
     def save_state(
         self,
         output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
         *,
         metrics: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
@@ -79,13 +81,22 @@ class Checkpointing(Facade):
 
         Args:
             output_dir: the checkpoint's directory. None, or automatic naming, numbers it under `project_dir`.
+            safe_serialization: only True: the other format is pickle.
             metrics: to find the best checkpoint by.
             tags: names; a tagged checkpoint is never deleted automatically.
             pinned: never delete it automatically. None: only if neither a policy nor a limit was given.
 
         Returns:
             The directory.
+
+        Raises:
+            UsageError: pickle was asked for.
         """
+        if not safe_serialization:
+            raise UsageError(
+                "safe_serialization=False asks for weights in a pickle, and keepstep never writes one. Leave "
+                "the argument out: load_state() reads what save_state() wrote"
+            )
         return str(self._saver.save(output_dir, metrics=metrics, tags=tags, pinned=pinned).path)
 
     def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> Checkpoint | None:
@@ -93,7 +104,7 @@ class Checkpointing(Facade):
 
         Args:
             input_dir: its directory, or one that Accelerate's `save_state` wrote; None for the newest valid
-                automatic one.
+                automatic one, or if there is none, the last one that Accelerate wrote under `project_dir`.
 
         Returns:
             The checkpoint; None for a directory that Accelerate wrote.
