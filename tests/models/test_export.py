@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,26 @@ def test_a_full_disk_leaves_the_old_weights(tmp_path: Path) -> None:
         export_weights(weights(1), tmp_path, files=FaultyFiles(at=0, error=NO_SPACE))
     assert names_in(tmp_path) == ["model.safetensors"]
     assert same(read_weights(tmp_path), weights(0))
+
+
+def test_a_disk_that_is_full_in_the_middle_is_told_so(tmp_path: Path) -> None:
+    """Files may have no more than 1000 bytes here."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "import keepstep\n"
+        "from keepstep.errors import StoreError\n"
+        "from keepstep.models.export import export_weights\n"
+        "from keepstep.models.objects import save_object\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "for save in (export_weights, lambda state, place: save_object(state, place / 'f')):\n"
+        "    try: save({'a': torch.zeros(1000)}, Path(sys.argv[1]))\n"
+        "    except StoreError as error: assert 'File too large' in str(error), error\n"
+        "    else: raise SystemExit('no error')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_a_reader_prefers_is_told_and_stays(

@@ -17,27 +17,25 @@ import json
 import logging
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, STATE_NAME
 from keepstep.checkpoint.place.local import explained
 from keepstep.errors import DirectoryNotOursError, UsageError
-from keepstep.files import DirectoryLock, Files, LocalFiles
-from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, dense, shard_names, split
+from keepstep.files import Files, LocalFiles
+from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, shard_names, split
 from keepstep.models.sizes import convert_file_size_to_int
+from keepstep.models.writing import unfinished_name, write_weights, writing_in
 
 __all__ = ["INDEX_NAME", "WEIGHTS_NAME", "check_export", "export_weights"]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"model(?:-next)?-\d{5}-of-\d{5}\.safetensors\Z")
-_UNFINISHED = re.compile(r"\.keepstep-[0-9a-f]{12}\.tmp\Z")
 _TORCH_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _log = logging.getLogger(__name__)
@@ -112,17 +110,11 @@ class _Export:
     def run(
         self, kept: Mapping[str, torch.Tensor], aliases: Mapping[str, str], parts: Sequence[Sequence[str]]
     ) -> None:
-        self._files.make_directory(self._directory)
-        lock = DirectoryLock(self._directory, wait=True)  # one export at a time
-        try:
-            if lock.supported:
-                self._remove(name for name in self._names() if _UNFINISHED.match(name))
+        with writing_in(self._directory, self._files):
             if len(parts) == 1:
                 self._single(kept, aliases)
             else:
                 self._sharded(kept, aliases, parts)
-        finally:
-            lock.release()
         left = [name for name in _TORCH_NAMES if (self._directory / name).exists()]
         if left:
             _log.warning(
@@ -161,28 +153,18 @@ class _Export:
         self._files.sync_directory(self._directory)
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> None:
-        metadata = {FORMAT_KEY: "pt", **aliases}
-        unfinished = self._unfinished()
-        try:
-            self._files.make_file(unfinished, lambda path: save_file(dense(tensors), path, metadata))
-        except OSError:
-            self._remove([unfinished.name])
-            raise
-        self._files.rename(unfinished, self._directory / name)
+        write_weights(self._directory / name, tensors, {FORMAT_KEY: "pt", **aliases}, self._files)
 
     def _write_index(self, names: Sequence[str], parts: Sequence[Sequence[str]], total_bytes: int) -> None:
         weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}
         body = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        unfinished = self._unfinished()
+        unfinished = self._directory / unfinished_name()
         self._files.write_file(unfinished, json.dumps(body, indent=2).encode() + b"\n")
         self._files.rename(unfinished, self._directory / INDEX_NAME)
         self._files.sync_directory(self._directory)
 
     def _names(self) -> list[str]:
         return sorted(entry.name for entry in self._directory.iterdir())
-
-    def _unfinished(self) -> Path:
-        return self._directory / f".keepstep-{secrets.token_hex(6)}.tmp"
 
     def _named_by_index(self) -> set[str]:
         try:

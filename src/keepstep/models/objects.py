@@ -10,21 +10,20 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 from keepstep.checkpoint.place.local import explained
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
-from keepstep.files import DirectoryLock, Files, LocalFiles
+from keepstep.files import Files, LocalFiles
 from keepstep.models.naming import Device
 from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, dense
 from keepstep.models.weights import open_safetensors
+from keepstep.models.writing import write_weights, writing_in
 from keepstep.tree import flatten, unflatten
 
 __all__ = ["load", "save_object"]
@@ -58,29 +57,9 @@ def save_object(
         f.write(save(dense(tensors), metadata))
         return
     path, disk = Path(f), files or LocalFiles()
-    with explained(path, "saving"):
-        disk.make_directory(path.parent)
-        lock = DirectoryLock(path.parent, wait=True)  # so that what others leave can be told from their work
-        try:
-            if lock.supported:
-                _sweep(path, disk)
-            unfinished = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-            disk.make_file(unfinished, lambda place: save_file(dense(tensors), place, metadata))
-            disk.rename(unfinished, path)  # <- commit
-            disk.sync_directory(path.parent)
-        except OSError:
-            _sweep(path, disk)
-            raise
-        finally:
-            lock.release()
-
-
-def _sweep(path: Path, disk: Files) -> None:
-    """Remove what writers of this file that died have left beside it."""
-    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.tmp")
-    for entry in path.parent.iterdir():
-        if left.fullmatch(entry.name):
-            disk.remove_file(entry)
+    with explained(path, "saving"), writing_in(path.parent, disk):
+        write_weights(path, tensors, metadata, disk)  # <- commit
+        disk.sync_directory(path.parent)
 
 
 def _as_file(obj: Any, *, insist: bool) -> tuple[Mapping[str, torch.Tensor], dict[str, str]]:

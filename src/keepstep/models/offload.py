@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from keepstep.checkpoint.place.local import explained
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError
-from keepstep.files import DirectoryLock, Files, LocalFiles
-from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, dense
+from keepstep.files import Files, LocalFiles
+from keepstep.models.shards import FORMAT_KEY, apart_from_aliases
 from keepstep.models.weights import open_safetensors
+from keepstep.models.writing import unfinished_name, write_weights, writing_in
 
 __all__ = [
     "OffloadFolder",
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 _INDEX = "index.json"
-_UNFINISHED = ".index.json.tmp"
 _OURS = re.compile(r"offloaded-[0-9a-f]{12}\.safetensors")
 
 
@@ -76,22 +75,14 @@ class OffloadFolder:
             }
             for key, tensor in tensors.items()
         }
-        with explained(self.path, "offloading weights to"):
-            self._files.make_directory(self.path)
-            lock = DirectoryLock(self.path, wait=True)
-            try:
-                index = {**self.index(), **added}
-                self._files.make_file(
-                    self.path / name,
-                    lambda path: save_file(dense(kept), path, {FORMAT_KEY: "pt", **aliases}),
-                )
-                unfinished = self.path / _UNFINISHED
-                self._files.write_file(unfinished, json.dumps(index, indent=2).encode())
-                self._files.rename(unfinished, self.path / _INDEX)
-                self._files.sync_directory(self.path)
-                self._remove_unused(index)
-            finally:
-                lock.release()
+        with explained(self.path, "offloading weights to"), writing_in(self.path, self._files):
+            index = {**self.index(), **added}
+            write_weights(self.path / name, kept, {FORMAT_KEY: "pt", **aliases}, self._files)
+            unfinished = self.path / unfinished_name()
+            self._files.write_file(unfinished, json.dumps(index, indent=2).encode())
+            self._files.rename(unfinished, self.path / _INDEX)
+            self._files.sync_directory(self.path)
+            self._remove_unused(index)
 
     def _remove_unused(self, index: Mapping[str, Mapping[str, Any]]) -> None:
         """Files of ours that the index names no more, or that a writer which died has left."""
