@@ -120,8 +120,6 @@ def _in_file(path: Path) -> dict[str, int]:
         text = file.read(size) if size <= _MOST_HEADER_BYTES else b""
     try:
         header = json.loads(text)
-        return {
-            name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
-        }
+        return {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpointError(path, f"it is no whole safetensors file ({error})") from None
