@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 from keepstep import Retention, Store
+from keepstep.checkpoint.format.known import KnownManifests
+from keepstep.checkpoint.format.manifest import Manifest
+from keepstep.checkpoint.format.source import LocalSource
 from keepstep.checkpoint.keeping import pruning
 from keepstep.checkpoint.keeping.pruning import check_committed, survey
 from keepstep.checkpoint.place.local import reading
@@ -141,9 +145,9 @@ def test_a_damaged_newest_one_stands_in_for_nobody(tmp_path: Path) -> None:
 def test_nothing_is_deleted_for_a_commit_that_does_not_read_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut(directory: Path, manifest: object) -> None:
+    def cut(directory: Path, manifest: Manifest, known: KnownManifests) -> None:
         os.truncate(directory / "model.safetensors", 5)  # the disk lost it, against its word
-        check_committed(directory, manifest)  # type: ignore[arg-type]
+        check_committed(directory, manifest, known)
 
     store = filled(tmp_path, 2)
     store = Store(store.path, retention=Retention(keep_last=1))
@@ -157,9 +161,63 @@ def test_nothing_is_deleted_for_a_commit_that_does_not_read_back(
 def test_another_manifest_than_was_committed_is_noticed(tmp_path: Path) -> None:
     store = filled(tmp_path, 2)
     first, second = store.list()
-    check_committed(first.path, first.manifest)
+    check_committed(first.path, first.manifest, KnownManifests())
     with pytest.raises(DamagedCheckpointError, match="not the one that was committed"):
-        check_committed(first.path, second.manifest)
+        check_committed(first.path, second.manifest, KnownManifests())
+
+
+def test_a_manifest_that_was_replaced_or_edited_is_read_again(tmp_path: Path) -> None:
+    store, known = filled(tmp_path, 1), KnownManifests()
+    path = tmp_path / "checkpoint_0"
+    first = known.read(path)
+    assert first.step == 0
+    assert known.read(path) is first
+    shutil.copytree(filled(tmp_path / "other", 2).path / "checkpoint_1", tmp_path / "new")
+    (tmp_path / "new" / "manifest.json").rename(path / "manifest.json")
+    assert known.read(path).step == 1
+    time.sleep(0.05)  # the clock of file systems ticks a hundred times a second
+    with (path / "manifest.json").open("r+b") as file:
+        file.write(b"[")  # in place, and of the same size
+    with pytest.raises(DamagedCheckpointError):
+        known.read(path)
+    (path / "manifest.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match="missing"):
+        known.read(path)
+    assert store.list() == []
+
+
+def test_what_others_do_to_a_checkpoint_between_two_saves_counts_for_retention(tmp_path: Path) -> None:
+    store = Store(tmp_path, retention=Retention(keep_last=2))
+    for step in range(2):
+        store.save(state(step), step=step)
+    pinned = Store(tmp_path / "other").save(state(), step=5, pinned=True)
+    for name in ("state.json", "model.safetensors", "manifest.json"):
+        (pinned.path / name).rename(tmp_path / "checkpoint_0" / name)
+    for step in range(2, 5):
+        store.save(state(step), step=step)
+    assert names(store) == ["checkpoint_0", "checkpoint_3", "checkpoint_4"]
+    (tmp_path / "checkpoint_3" / "manifest.json").write_bytes(b"{}")
+    store.save(state(5), step=5)
+    assert not (tmp_path / "checkpoint_2").exists()
+    assert (tmp_path / "checkpoint_3").exists(), "damage is for a person to look at"
+
+
+def test_a_save_reads_no_manifest_but_its_own_and_that_of_what_it_deletes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, retention=Retention(keep_last=3))
+    for step in range(4):
+        store.save(state(step), step=step)
+    read: list[str] = []
+    before = LocalSource.read_small
+
+    def note(source: LocalSource, name: str, limit_bytes: int) -> bytes:
+        read.append(source.name)
+        return before(source, name, limit_bytes)
+
+    monkeypatch.setattr(LocalSource, "read_small", note)
+    store.save(state(4), step=4)
+    assert read == ["checkpoint_4", "checkpoint_1"]
 
 
 def test_linked_files_count_once_on_disk(tmp_path: Path) -> None:

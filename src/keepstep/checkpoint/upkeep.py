@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Sequence
 
+from keepstep.checkpoint.format.known import KnownManifests
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
@@ -49,6 +50,7 @@ class Upkeep:
         self._bytes_per_s = SCRUB_BYTES_PER_S if scrub_bytes_per_s is None else scrub_bytes_per_s
         self._backend = backend
         self._preflight = Preflight()
+        self._known = KnownManifests()
         self._scrubber: Scrubber | None = None
         self._found_damage = False
 
@@ -61,8 +63,8 @@ class Upkeep:
         if retention.keeps_all:
             return
         try:
-            check_committed(place, manifest)
-            prune(self._backend, retention, of)
+            check_committed(place, manifest, self._known)
+            prune(self._backend, retention, of, self._known)
         except DamagedCheckpointError as error:
             log.error("%s was committed, but can't be relied on; nothing older was deleted", error)
         except StoreError as error:  # the new checkpoint is whole; what could not go now goes next time

@@ -74,6 +74,9 @@ class Source(Protocol):
             ManifestError: it is missing, no plain file, can't be read, or has more than `limit_bytes`.
         """
 
+    def state_of(self, name: str) -> Hashable | None:
+        """What is another once a file was replaced or written to; None if it is missing or can't be told."""
+
     def check_files(self, files: Mapping[str, FileEntry]) -> None:
         """See that every file is there and of its size; reads no content.
 
@@ -135,6 +138,14 @@ class _LocalFile:
         os.close(self._fd)
 
 
+def _read_all(fd: int, size_bytes: int) -> bytes:
+    """The first so many bytes of a file, or fewer if it ends before."""
+    data = os.read(fd, size_bytes)
+    while len(data) < size_bytes and (more := os.read(fd, size_bytes - len(data))):
+        data += more
+    return data
+
+
 class LocalSource:
     """A checkpoint directory on a file system."""
 
@@ -170,17 +181,24 @@ class LocalSource:
             raise ManifestError(
                 directory, f"{name} can't be opened as a plain file ({error.strerror})"
             ) from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise ManifestError(directory, f"{name} is not a plain file")
+            if found.st_size > limit_bytes:
+                raise ManifestError(directory, f"{name} is larger than {limit_bytes} bytes")
+            return _read_all(fd, found.st_size)
+        except OSError as error:
+            raise ManifestError(directory, f"{name} can't be read ({error.strerror})") from error
+        finally:
             os.close(fd)
-            raise ManifestError(directory, f"{name} is not a plain file")
-        with open(fd, "rb") as file:
-            try:
-                data = file.read(limit_bytes + 1)
-            except OSError as error:
-                raise ManifestError(directory, f"{name} can't be read ({error.strerror})") from error
-        if len(data) > limit_bytes:
-            raise ManifestError(directory, f"{name} is larger than {limit_bytes} bytes")
-        return data
+
+    def state_of(self, name: str) -> Hashable | None:
+        try:
+            found = os.lstat(os.path.join(self._directory, name))
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def check_files(self, files: Mapping[str, FileEntry]) -> None:
         directory = self._directory

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from keepstep.checkpoint.format.known import KnownManifests
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
 from keepstep.checkpoint.format.parse import check_files, read_manifest
 from keepstep.checkpoint.format.source import Place, source_of
@@ -74,40 +75,51 @@ def is_checkpoint(directory: Path) -> bool:
     return (directory / MANIFEST_NAME).is_file()
 
 
-def scan(root: Root) -> list[Entry]:
+def scan(root: Root, known: KnownManifests | None = None) -> list[Entry]:
     """Every checkpoint of a store, oldest first, damaged manifests included.
 
     Directories without a manifest are not checkpoints and are left out.
+
+    Args:
+        root: of the store.
+        known: manifests that need not be read again; None: all are read.
     """
     backend = backend_of(root)
     found = backend.checkpoints()
+    read = read_manifest
+    if known is not None:
+        known.keep({place for _, place in found})
+        read = known.read
     if backend.scan_threads > 1 and len(found) > 1:
-        entries = _entries(found, backend.scan_threads)
+        entries = _entries(found, backend.scan_threads, read)
     else:
-        entries = [_entry(numbered) for numbered in found]
+        entries = [_entry(numbered, read) for numbered in found]
     return [entry for entry in entries if entry is not None]
 
 
-def _entries(found: Sequence[tuple[int, Place]], count: int) -> list[Entry | None]:
+_Read = Callable[[Place], Manifest]
+
+
+def _entries(found: Sequence[tuple[int, Place]], count: int, read: _Read) -> list[Entry | None]:
     """All at once; no executor, since those take no work once the interpreter exits, and uploads go on."""
     entries: list[Entry | None] = [None] * len(found)
     errors: list[BaseException] = []
     left = iter(range(len(found)))
     taking = threading.Lock()
 
-    def read() -> None:
+    def work() -> None:
         while not errors:
             with taking:
                 index = next(left, None)
             if index is None:
                 return
             try:
-                entries[index] = _entry(found[index])
+                entries[index] = _entry(found[index], read)
             except BaseException as error:  # noqa: BLE001  (raised below)
                 errors.append(error)
 
     threads = [
-        threading.Thread(target=read, name=f"keepstep-scan-{n}", daemon=True)
+        threading.Thread(target=work, name=f"keepstep-scan-{n}", daemon=True)
         for n in range(min(count, len(found)))
     ]
     for thread in threads:
@@ -119,11 +131,11 @@ def _entries(found: Sequence[tuple[int, Place]], count: int) -> list[Entry | Non
     return entries
 
 
-def _entry(numbered: tuple[int, Place]) -> Entry | None:
+def _entry(numbered: tuple[int, Place], read: _Read) -> Entry | None:
     """What lies there; None if it has no manifest (any more)."""
     number, place = numbered
     try:
-        return Entry(path=place, number=number, manifest=read_manifest(place))
+        return Entry(path=place, number=number, manifest=read(place))
     except DamagedCheckpointError as error:
         if source_of(place).has_manifest():
             return Entry(path=place, number=number, manifest=None, problem=error.message)

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from keepstep.checkpoint.format.known import KnownManifests
 from keepstep.checkpoint.format.manifest import Manifest
-from keepstep.checkpoint.format.parse import check_files, read_manifest
+from keepstep.checkpoint.format.parse import check_files
 from keepstep.checkpoint.format.source import Place, place_exists, source_of
 from keepstep.checkpoint.keeping.catalog import Entry, Root, backend_of, damage_of, scan
 from keepstep.checkpoint.keeping.retention import Held, Retention, decide
@@ -22,19 +23,22 @@ Which = Callable[[Manifest], bool] | None
 """Which checkpoints rules are about; None: all."""
 
 
-def survey(root: Root, of: Which = None) -> tuple[list[Entry], dict[int, Held]]:
+def survey(
+    root: Root, of: Which = None, known: KnownManifests | None = None
+) -> tuple[list[Entry], dict[int, Held]]:
     """What a store holds, as far as can be seen without reading data.
 
     Args:
         root: of the store.
         of: which checkpoints; the others are left out.
+        known: manifests that need not be read again.
 
     Returns:
         The checkpoints, oldest first, those that lack files or have some of a wrong size without their
         manifest; and what each takes on this disk.
     """
     entries, held = [], {}
-    for entry in scan(root):
+    for entry in scan(root, known):
         damage = damage_of(entry)
         if damage is not None and not place_exists(entry.path):
             continue
@@ -49,29 +53,37 @@ def _held(entry: Entry) -> Held:
     return source_of(entry.path).held(entry.manifest.files) if entry.manifest else {}
 
 
-def check_committed(place: Place, manifest: Manifest) -> None:
+def check_committed(place: Place, manifest: Manifest, known: KnownManifests) -> None:
     """See that a checkpoint that was committed just now can stand in for those that are to go.
 
     The manifest is read back, and every file is there in its size. The data was hashed on its way to the
     disk, and the disk has said that it holds it; reading it again would cost as much as the save, and would
     mostly read the cache. `Store.verify` and a scrub read it.
 
+    Args:
+        place: where it was committed.
+        manifest: what was committed.
+        known: takes note of the manifest that was found.
+
     Raises:
         DamagedCheckpointError: it can't.
     """
-    found = read_manifest(place)
+    found = known.read(place)
     if found.id != manifest.id:
         raise DamagedCheckpointError(place, "its manifest is not the one that was committed")
     check_files(place, found)
 
 
-def prune(root: Root, retention: Retention, of: Which = None) -> list[str]:
+def prune(
+    root: Root, retention: Retention, of: Which = None, known: KnownManifests | None = None
+) -> list[str]:
     """Delete what the rules do not keep; one that is being read is left for the next time.
 
     Args:
         root: of the store.
         retention: the rules.
         of: which checkpoints they are about; the others count for nothing and stay. None: all.
+        known: manifests that need not be read again.
 
     Returns:
         The names of the deleted checkpoints.
@@ -79,7 +91,7 @@ def prune(root: Root, retention: Retention, of: Which = None) -> list[str]:
     Raises:
         StoreError: the disk refuses.
     """
-    entries, held = survey(root, of)
+    entries, held = survey(root, of, known)
     dropped = []
     for decision in decide(entries, retention, held):
         if not decision.keep and drop(root, decision.entry):

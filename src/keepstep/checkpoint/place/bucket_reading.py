@@ -183,6 +183,10 @@ class BucketSource:
             self._manifests[key, seen.tag] = data
         return data
 
+    def state_of(self, name: str) -> Hashable | None:
+        seen = self._listing.found.get(f"{self.prefix}/{name}") if self._listing is not None else None
+        return seen.tag if seen is not None and seen.tag else None
+
     def check_files(self, files: Mapping[str, FileEntry]) -> None:
         sizes = self._sizes({self._home(entry) for entry in files.values()})
         for name, entry in files.items():

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
@@ -110,11 +110,7 @@ def _check_target(directory: Path) -> bool:
 
 def _is_ours(directory: Path) -> bool:
     """Whether a directory holds a checkpoint of keepstep's."""
-    try:
-        read_manifest(directory)
-    except DamagedCheckpointError:
-        return False
-    return True
+    return bool(_names_of_ours(directory))
 
 
 class LocalWorkspace:
@@ -173,7 +169,7 @@ class LocalWorkspace:
     def _finish_replacement(self) -> None:
         """End what a process began that died between the two renames, or just after them."""
         aside = replaced_path(self.final)
-        if not _is_ours(aside):
+        if not os.path.lexists(aside) or not _is_ours(aside):
             return
         if self.final.exists():
             self._remove_aside(aside)
@@ -318,7 +314,8 @@ def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
         log.warning("%s is a link; what it points to, %s, is kept", directory, directory.resolve())
         files.remove_file(directory)
         return
-    if (directory / MANIFEST_NAME).exists() and not _is_ours(directory):
+    names = _names_of_ours(directory)
+    if names is None:
         raise StoreError(
             f"{directory} was not deleted: its manifest can't be read, so there is no telling which of its "
             "files keepstep wrote. Look at what is left, and remove the directory by hand"
@@ -328,7 +325,7 @@ def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
     with _unread(directory):
         files.rename(directory, doomed)
     files.sync_directory(directory.parent)
-    _remove_ours(files, doomed)
+    _remove(files, doomed, names)
     if doomed.exists():
         log.warning("%s held files that keepstep did not write; they were kept", directory)
         if not directory.exists():
@@ -362,12 +359,16 @@ def _unread(directory: Path) -> Iterator[None]:
         yield
 
 
-def _remove_ours(files: Files, directory: Path) -> None:
-    """Remove what the manifest names, the manifest last, then the directory if nothing is left."""
+def _names_of_ours(directory: Path) -> list[str] | None:
+    """What the manifest names, the manifest last; None if it can't be read. Without one, nothing is ours."""
     try:
-        names = [*read_manifest(directory).files, MANIFEST_NAME]
+        return [*read_manifest(directory).files, MANIFEST_NAME]
     except DamagedCheckpointError:
-        names = []  # its manifest went with an earlier, interrupted deletion
+        return None if (directory / MANIFEST_NAME).exists() else []
+
+
+def _remove(files: Files, directory: Path, names: Iterable[str]) -> None:
+    """Remove these files in this order, then the directory if nothing is left."""
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             files.remove_file(directory / name)
@@ -383,6 +384,6 @@ def empty_trash(files: Files, trash: Path) -> None:
         if path.is_symlink() or not path.is_dir():
             continue
         try:
-            _remove_ours(files, path)
+            _remove(files, path, _names_of_ours(path) or [])  # the manifest went with an earlier attempt
         except OSError as error:
             log.warning("could not remove %s (%s); the next process that writes tries again", path, error)
