@@ -218,11 +218,11 @@ def test_failures_while_staging_cost_no_memory_for_good(
     """With two blocks in all, a third failure would wait for ever if each kept one."""
     store = Store(tmp_path, memory_budget_bytes=2 * BLOCK_BYTES)
 
-    def refuse(_: torch.Tensor) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("the device fell off the bus")
 
     with monkeypatch.context() as patch:
-        patch.setattr("keepstep.checkpoint.saving.staging.dense_bytes", refuse)
+        patch.setattr("keepstep.checkpoint.saving.staging.TensorBytes.copy_into", refuse)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="bus"):
                 store.save_in_background({"x": torch.ones(3)})

@@ -6,6 +6,7 @@ Blocks are kept and used again: fresh memory costs more than the copy into it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
 from collections.abc import Iterable
@@ -43,6 +44,7 @@ class Block:
             memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.array = np.frombuffer(memory, dtype=np.uint8)
         self.view: memoryview = self.array.data
+        self.address: int = self.array.ctypes.data
 
 
 class BlockPool:
@@ -110,20 +112,24 @@ class TensorBytes:
     dense while its bytes are being staged.
     """
 
+    __slots__ = ("_dense", "_making_dense", "_streams", "_tensor", "bytes")
+
     def __init__(self, tensor: torch.Tensor, streams: SideStreams | None = None) -> None:
         self._tensor: torch.Tensor | None = tensor
         self.bytes = tensor.nbytes
         self._streams = None if tensor.device.type == "cpu" else streams
         self._dense: torch.Tensor | None = None
-        self._lock = threading.Lock()
+        self._making_dense = threading.Lock()
 
-    def copy_into(self, target: np.ndarray[Any, np.dtype[np.uint8]], begin: int, end: int) -> None:
-        """Copy bytes `begin` to `end` into `target`; several threads may do so at once."""
-        dense = self._dense_bytes()
-        if self._streams is None:
-            np.copyto(target, dense[begin:end].numpy())
+    def copy_into(self, block: Block, at: int, begin: int, end: int) -> None:
+        """Copy bytes `begin` to `end` into `block`, from `at` on; several threads may do so at once."""
+        dense = self._tensor
+        if self._dense is not None or dense is None or self._streams is not None or not _is_dense(dense):
+            dense = self._dense_bytes()
+        if self._streams is None:  # by address: a view of its bytes would cost many times the copy, if small
+            ctypes.memmove(block.address + at, dense.data_ptr() + begin, end - begin)
         else:
-            self._streams.copy(dense[begin:end], target)
+            self._streams.copy(dense[begin:end], block.array[at : at + end - begin])
 
     def matches(self, expected: str, known: KnownDigests) -> bool:
         """Whether the bytes have this digest."""
@@ -143,7 +149,7 @@ class TensorBytes:
     def _dense_bytes(self) -> torch.Tensor:
         dense = self._dense
         if dense is None:
-            with self._lock:
+            with self._making_dense:
                 if self._dense is None:
                     assert self._tensor is not None, "staged after it was released"
                     with (
@@ -161,6 +167,11 @@ class TensorBytes:
     def release(self) -> None:
         """Let go of the tensor."""
         self._tensor = self._dense = None
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the bytes in memory are the tensor's, in order."""
+    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def dense_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,7 @@ import bisect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,8 +44,7 @@ WRITER_THREADS = 3
 """Two keep the disk busy; the third copies and hashes meanwhile (1.2 times the disk's floor, not 1.4)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Part of a tensor inside a block: tensor bytes begin..end lie at `at` in the block."""
 
     placement: Placement
@@ -341,9 +339,7 @@ class SegmentWriter:
             block.view[: len(part)] = part
         for piece in self._pieces(job):
             source = self._sources[piece.placement.index]
-            source.copy_into(
-                block.array[piece.at : piece.at + piece.end - piece.begin], piece.begin, piece.end
-            )
+            source.copy_into(block, piece.at, piece.begin, piece.end)
 
     def _pieces(self, job: _Job) -> Iterator[_Piece]:
         opened, begin, end = self._range(job)
