@@ -13,7 +13,8 @@ import xxhash
 from keepstep import Store
 from keepstep.checkpoint.format.manifest import dump_state
 from keepstep.checkpoint.saving.layout import tensor_entries
-from keepstep.checkpoint.saving.ranks import Report, Shard, layout_of, merge, plan_ranks
+from keepstep.checkpoint.saving.ranks import Shard, layout_of, plan_ranks
+from keepstep.checkpoint.saving.reports import Report, merge
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "format.md"
 DIFFERS_BY_RUN = {"id", "created_at", "run", "environment", "self_digest"}

@@ -13,14 +13,8 @@ from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.format.boxes import Box, problem_of_tiling
 from keepstep.checkpoint.format.manifest import Chunk, FileEntry, TensorEntry, dump_state
 from keepstep.checkpoint.saving.layout import TensorInfo
-from keepstep.checkpoint.saving.ranks import (
-    CHUNK_BYTES,
-    Report,
-    Shard,
-    differences,
-    merge,
-    plan_ranks,
-)
+from keepstep.checkpoint.saving.ranks import CHUNK_BYTES, Shard, differences, plan_ranks
+from keepstep.checkpoint.saving.reports import Report, merge
 from keepstep.errors import RanksDifferError
 
 MIB = 1 << 20

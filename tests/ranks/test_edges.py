@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import keepstep
 from keepstep import Checkpoint, Store
 from keepstep.checkpoint.format.manifest import Chunk
-from keepstep.checkpoint.saving.ranks import Report, merge, plan_ranks
 from keepstep.checkpoint.saving.ranks import Shard as Piece
+from keepstep.checkpoint.saving.ranks import plan_ranks
+from keepstep.checkpoint.saving.reports import Report, merge
 from keepstep.errors import MismatchError, RankError, RanksDifferError, StoreError, UsageError
 from keepstep.files import LocalFiles
 from keepstep.world import Ranks

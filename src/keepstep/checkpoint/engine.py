@@ -12,8 +12,9 @@ from typing import Any, Final
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.place.registry import is_address
+from keepstep.checkpoint.saving.description import Description, Lineage, describe
 from keepstep.checkpoint.saving.planner import Planner
-from keepstep.checkpoint.saving.save import Description, Lineage, Save, describe
+from keepstep.checkpoint.saving.save import Save
 from keepstep.checkpoint.saving.shared import LastPlan, SharedSave
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.checkpoint.version import Checkpoint

@@ -23,7 +23,8 @@ from keepstep.checkpoint.pending import PendingSave
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.saving.crew import Crew
-from keepstep.checkpoint.saving.save import Description, Lineage, Save
+from keepstep.checkpoint.saving.description import Description, Lineage
+from keepstep.checkpoint.saving.save import Save
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import BackgroundSaveError, StoreError
 

@@ -25,7 +25,7 @@ from keepstep.checkpoint.place.directory import LocalBackend, forget_places_afte
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.pulling import pull_if_newer
 from keepstep.checkpoint.recovery import newest_whole, restore_newest
-from keepstep.checkpoint.saving.save import Lineage, describe
+from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import NoValidCheckpointError, UsageError
 from keepstep.files import Files, LocalFiles

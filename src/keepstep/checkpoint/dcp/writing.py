@@ -22,17 +22,12 @@ from torch.futures import Future
 from keepstep.checkpoint.dcp.names import Branch, encoded, plant
 from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace
+from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.saving.layout import tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
-from keepstep.checkpoint.saving.ranks import Report, Shard, Share, lay_out, layout_of, merge
-from keepstep.checkpoint.saving.save import (
-    Content,
-    Lineage,
-    describe,
-    info_of,
-    publish,
-    segment_writer,
-)
+from keepstep.checkpoint.saving.ranks import Shard, Share, lay_out, layout_of
+from keepstep.checkpoint.saving.reports import Report, merge
+from keepstep.checkpoint.saving.save import Content, info_of, publish, segment_writer
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.errors import UsageError
 from keepstep.files import Files, LocalFiles

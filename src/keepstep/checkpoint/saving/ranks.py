@@ -1,4 +1,4 @@
-"""Which rank writes what: a pure function of what each rank holds.
+"""Which rank writes what: a pure function of what each rank holds. What they wrote: `reports.py`.
 
 Tensors that every rank holds are split between the ranks, balanced by bytes, so that each is written once.
 Shards are written by a rank that holds them, cut along their first dimension into chunks of at most 64 MiB:
@@ -12,11 +12,11 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from keepstep.checkpoint.format.boxes import Box, problem_of_tiling
-from keepstep.checkpoint.format.manifest import Chunk, FileEntry, TensorEntry
+from keepstep.checkpoint.format.manifest import Chunk
 from keepstep.checkpoint.saving.layout import Alias, Layout, TensorInfo, plan, segment_of
 from keepstep.errors import RanksDifferError
 
@@ -24,14 +24,13 @@ __all__ = [
     "CHUNK_BYTES",
     "SHARE_BYTES",
     "Plan",
-    "Report",
     "Shard",
     "Share",
     "differences",
     "lay_out",
     "layout_of",
-    "merge",
     "plan_ranks",
+    "problem_of_pieces",
 ]
 
 CHUNK_BYTES = 64 << 20
@@ -218,7 +217,7 @@ def _own_pieces(pieces: Sequence[Sequence[Shard]], loads: list[int]) -> list[tup
             holders[key].append((rank, number))
     for address, boxes in tensors.items():
         whole = boxes[0].whole
-        problem = _problem_of(whole, boxes)
+        problem = problem_of_pieces(whole, boxes)
         if problem is not None:
             raise RanksDifferError(
                 f"the shards of {address!r} (shape {list(whole)}) that {len(pieces)} ranks hold don't make "
@@ -233,7 +232,7 @@ def _own_pieces(pieces: Sequence[Sequence[Shard]], loads: list[int]) -> list[tup
     return sorted(owned)
 
 
-def _problem_of(whole: Sequence[int], pieces: Sequence[Shard | Chunk]) -> str | None:
+def problem_of_pieces(whole: Sequence[int], pieces: Sequence[Shard | Chunk]) -> str | None:
     """What is wrong with the pieces of a tensor; a tensor without elements has one that is empty."""
     if not math.prod(whole):
         return None
@@ -268,134 +267,6 @@ def _split(tensors: Sequence[TensorInfo], loads: list[int]) -> list[int]:
             loads[rank] = load + tensors[index].bytes
             heapq.heapreplace(least, (loads[rank], rank))
     return owners
-
-
-# ---------------------------------------------------------------------------------------- reports
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What one rank wrote.
-
-    Attributes:
-        files: its files.
-        tensors: index entries of whole tensors, by address.
-        chunks: of sharded tensors: address, dtype, shape of the whole, and the chunk.
-        tree: the rank's own state (see `keepstep.tree`), None if it has none.
-    """
-
-    files: Mapping[str, FileEntry]
-    tensors: Mapping[str, TensorEntry]
-    chunks: Sequence[tuple[str, str, tuple[int, ...], Chunk]]
-    tree: Any = None
-
-    def dump(self) -> bytes:
-        """The report as JSON."""
-        files = {name: [entry.bytes, entry.digest, entry.header_bytes] for name, entry in self.files.items()}
-        tensors = {
-            address: {key: value for key, value in asdict(entry).items() if value is not None}
-            for address, entry in self.tensors.items()
-        }
-        chunks = [(address, dtype, whole, asdict(chunk)) for address, dtype, whole, chunk in self.chunks]
-        return json.dumps({"files": files, "tensors": tensors, "chunks": chunks, "tree": self.tree}).encode()
-
-    @classmethod
-    def of(
-        cls,
-        entries: Mapping[str, TensorEntry],
-        files: Mapping[str, FileEntry],
-        shards: Iterable[Shard],
-        tree: Any = None,
-    ) -> Report:
-        """Tell chunks of larger tensors from whole ones.
-
-        Args:
-            entries: of all that was written, pieces of shards under `Shard.info`'s address.
-            files: that were written.
-            shards: the pieces of shards that the rank holds.
-            tree: the rank's own state.
-        """
-        tensors, chunks = dict(entries), []
-        for shard in shards:
-            entry = tensors.pop(shard.info.address, None)
-            if entry is not None:
-                chunk = Chunk(
-                    at=shard.at,
-                    shape=shard.shape,
-                    file=entry.file or "",
-                    offset=entry.offset,
-                    bytes=entry.bytes,
-                    digest=entry.digest or "",
-                )
-                chunks.append((shard.address, shard.dtype, shard.whole, chunk))
-        return cls(files=files, tensors=tensors, chunks=chunks, tree=tree)
-
-    @classmethod
-    def load(cls, data: bytes) -> Report:
-        """The report that `dump` wrote."""
-        node = json.loads(data)
-        return cls(
-            files={
-                name: FileEntry(bytes=size, digest=digest, header_bytes=header)
-                for name, (size, digest, header) in node["files"].items()
-            },
-            tensors={address: TensorEntry(**_tuples(entry)) for address, entry in node["tensors"].items()},
-            chunks=[
-                (address, dtype, tuple(whole), Chunk(**_tuples(chunk)))
-                for address, dtype, whole, chunk in node["chunks"]
-            ],
-            tree=node["tree"],
-        )
-
-
-def _tuples(node: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in node.items()}
-
-
-def merge(
-    reports: Sequence[Report], order: Sequence[str] = ()
-) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
-    """The files and the tensor index of a whole checkpoint.
-
-    Args:
-        reports: of all ranks.
-        order: addresses in the order in which they are to be listed; others follow.
-
-    Raises:
-        RanksDifferError: chunks don't make up a tensor.
-    """
-    files: dict[str, FileEntry] = {}
-    tensors: dict[str, TensorEntry] = {}
-    chunks: dict[tuple[str, str, tuple[int, ...]], list[Chunk]] = defaultdict(list)
-    for report in reports:
-        files.update(report.files)
-        tensors.update(report.tensors)
-        for address, dtype, whole, chunk in report.chunks:
-            chunks[address, dtype, whole].append(chunk)
-    for (address, dtype, whole), of_tensor in chunks.items():
-        first = of_tensor[0]
-        if (problem := _problem_of(whole, of_tensor)) is not None:
-            raise RanksDifferError(f"what was written of {address!r} is not the whole tensor: {problem}")
-        tensors[address] = (
-            TensorEntry(
-                dtype=dtype,
-                shape=whole,
-                offset=first.offset,
-                file=first.file,
-                bytes=first.bytes,
-                digest=first.digest,
-            )
-            if first.shape == whole
-            else TensorEntry(
-                dtype=dtype,
-                shape=whole,
-                offset=0,
-                bytes=sum(chunk.bytes for chunk in of_tensor),
-                chunks=tuple(sorted(of_tensor, key=lambda chunk: chunk.at)),
-            )
-        )
-    listed = {address: tensors[address] for address in order if address in tensors}
-    return dict(sorted(files.items())), {**listed, **tensors}
 
 
 # ------------------------------------------------------------------------------------ differences

@@ -29,27 +29,12 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace
+from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.layout import TensorInfo, find_aliases, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
-from keepstep.checkpoint.saving.ranks import (
-    Plan,
-    Report,
-    Shard,
-    Share,
-    differences,
-    layout_of,
-    merge,
-    plan_ranks,
-)
-from keepstep.checkpoint.saving.save import (
-    Content,
-    Description,
-    Lineage,
-    Save,
-    flatten_both,
-    info_of,
-    publish,
-)
+from keepstep.checkpoint.saving.ranks import Plan, Shard, Share, differences, layout_of, plan_ranks
+from keepstep.checkpoint.saving.reports import Report, merge
+from keepstep.checkpoint.saving.save import Content, Save, flatten_both, info_of, publish
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.errors import RankError, RanksDifferError
 from keepstep.files import Files
