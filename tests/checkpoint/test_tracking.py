@@ -56,7 +56,10 @@ class Asked:
     def proved(self, tensor: torch.Tensor, digest: str) -> bool:
         before = self.read
         self.known.next_save()
-        assert self.known.matches(tensor, bytes_of(tensor), digest) is (digest == digest_of(bytes_of(tensor)))
+        proof = self.known.proves(tensor, digest)
+        same = digest == digest_of(bytes_of(tensor))
+        assert self.known.matches(tensor, bytes_of(tensor), digest) is same
+        assert proof is (same and self.read == before)
         return self.read == before
 
 

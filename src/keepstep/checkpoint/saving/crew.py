@@ -20,13 +20,13 @@ _T = TypeVar("_T")
 
 
 class Crew:
-    """Threads that are all started with the first work, and end when they are told that no more comes.
+    """Threads that are started as work comes, and end when they are told that no more does.
 
     An executor takes no work once the interpreter exits, and a save that copies in the background would be
     cut off there. These threads the interpreter waits for: whoever hands in work must come to close the crew.
 
     Args:
-        count: how many; with one, work is done in the order in which it is handed in.
+        count: how many at most; with one, work is done in the order in which it is handed in.
         name: of the threads.
     """
 
@@ -51,37 +51,27 @@ class Crew:
         """Hand in work; it is begun in the order in which it came.
 
         Raises:
-            RuntimeError: the system gives no more threads; none of the crew is left.
+            RuntimeError: the system gives no more threads.
         """
         with self._starting:
-            if not self._threads:
-                self._start()
+            if len(self._threads) < self._count and not self._closed:
+                self._start_one()
         outcome: Outcome[_T] = Outcome()
         self._work.put(lambda: outcome.settle(work))
         return outcome
 
-    def _start(self) -> None:
-        threads = [
-            threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=False)
-            for number in range(self._count)
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-        except BaseException:  # some of them may run: too few would wait for one another
-            self._dismiss()
-            raise
-        self._threads = threads
-
-    def _dismiss(self) -> None:
-        for _ in range(self._count):
-            self._work.put(None)
+    def _start_one(self) -> None:
+        name = f"{self._name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._run, name=name, daemon=False)
+        self._threads.append(thread)  # first: Ctrl-C may come just after it has started
+        thread.start()
 
     def close(self) -> None:
         """Let the threads end once all that was handed in is done. Safe to call twice."""
         with self._starting:
-            if self._threads and not self._closed:
-                self._dismiss()
+            if not self._closed:
+                for _ in self._threads:
+                    self._work.put(None)
             self._closed = True
 
     def wait(self) -> None:

@@ -131,6 +131,12 @@ class TensorBytes:
         else:
             self._streams.copy(dense[begin:end], block.array[at : at + end - begin])
 
+    def provably_matches(self, expected: str, known: KnownDigests) -> bool:
+        """Whether the bytes have this digest, as far as that is known without reading them."""
+        if self._streams is None and self._dense is None and self._tensor is not None:
+            return known.proves(self._tensor, expected)
+        return False
+
     def matches(self, expected: str, known: KnownDigests) -> bool:
         """Whether the bytes have this digest."""
         if self._streams is None and self._dense is None and self._tensor is not None:

@@ -163,6 +163,15 @@ class KnownDigests:
         self._resting &= self._asked
         self._asked = set()
 
+    def proves(self, tensor: torch.Tensor, expected: str) -> bool:
+        """Whether a tensor's bytes have this digest, as far as that is known without reading them."""
+        if not self._can_watch(tensor):
+            return False
+        key = tensor.data_ptr(), tensor.nbytes
+        self._asked.add(key)
+        with self._watching:
+            return self._proved_digest(key) == expected
+
     def matches(self, tensor: torch.Tensor, data: memoryview, expected: str) -> bool:
         """Whether a tensor's bytes have this digest; read only if they are not proved to hold still.
 
@@ -178,14 +187,13 @@ class KnownDigests:
         if not self._can_watch(tensor):
             return digest_of(data) == expected
         self._asked.add(key)
-        pages, now = _whole_pages(key), _Known(_edges(key, data))
+        pages, now = _whole_pages(key), _Known(_edges(key))
         tracker = self._tracker
         assert tracker is not None, "opened by _can_watch"
         with self._watching:
-            known = self._known.get(key)
-            hashed = known is not None and known.digest is not None and known.edges == now.edges
-            if known is not None and hashed and tracker.untouched(*pages):
-                return known.digest == expected
+            proved = self._proved_digest(key)
+            if proved is not None:
+                return proved == expected
             if key in self._resting:
                 self._forget_overlapping(key)
                 if len(self._known) < self._MOST and tracker.watch(*pages):
@@ -198,6 +206,13 @@ class KnownDigests:
         if self._known.get(key) is now and tracker.is_private(*pages):  # all pages are there: they were read
             now.digest = digest
         return digest == expected
+
+    def _proved_digest(self, key: _Range) -> str | None:
+        """The digest of memory that has not been written to since it was hashed; None if it may have been."""
+        known = self._known.get(key)
+        if known is None or known.edges != _edges(key) or self._tracker is None:
+            return None
+        return known.digest if self._tracker.untouched(*_whole_pages(key)) else None
 
     def _forget_overlapping(self, key: _Range) -> None:
         """To watch a page anew is to forget that it was written to, for whichever tensor it was watched."""
@@ -224,10 +239,10 @@ def _whole_pages(key: _Range) -> _Range:
     return -(-key[0] // PAGE_BYTES) * PAGE_BYTES, (key[0] + key[1]) // PAGE_BYTES * PAGE_BYTES
 
 
-def _edges(key: _Range, data: memoryview) -> tuple[bytes, bytes]:
+def _edges(key: _Range) -> tuple[bytes, bytes]:
     """The bytes before and after those pages."""
     begin, end = _whole_pages(key)
-    return bytes(data[: begin - key[0]]), bytes(data[end - key[0] :])
+    return ctypes.string_at(key[0], begin - key[0]), ctypes.string_at(end, key[0] + key[1] - end)
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:

@@ -120,7 +120,7 @@ class SegmentWriter:
         twins: segments of an earlier checkpoint that may be the same, by the name of the new one.
         known: digests of memory that has not been written to.
         pool: blocks to copy into.
-        crew: WRITER_THREADS threads; closed by `drain` and `abort`.
+        crew: of WRITER_THREADS; closed by `drain` and `abort`.
     """
 
     def __init__(
@@ -164,7 +164,8 @@ class SegmentWriter:
         for device in self._devices:  # what the caller has queued on a stream of its own comes first
             torch.accelerator.synchronize(device)
         self._link_unchanged()
-        for _ in range(WRITER_THREADS):
+        blocks = sum(opened.blocks_left for opened in self._segments if not opened.linked)
+        for _ in range(min(WRITER_THREADS, blocks)):
             self._running.append(self._crew.submit(lambda: self._guarded(self._copy_and_write_blocks)))
         self.drain()
 
