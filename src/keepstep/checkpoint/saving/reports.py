@@ -35,7 +35,7 @@ class Report:
         """The report as JSON."""
         files = {name: [entry.bytes, entry.digest, entry.header_bytes] for name, entry in self.files.items()}
         tensors = {
-            address: {key: value for key, value in asdict(entry).items() if value is not None}
+            address: {key: value for key, value in entry._asdict().items() if value is not None}
             for address, entry in self.tensors.items()
         }
         chunks = [(address, dtype, whole, asdict(chunk)) for address, dtype, whole, chunk in self.chunks]
