@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final, NamedTuple
 
 import xxhash
@@ -175,16 +175,21 @@ def stored_parts(entry: TensorEntry) -> tuple[TensorEntry | Chunk, ...]:
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json, its own digest in the last member."""
-    body = {"format": "keepstep", "schema": SCHEMA_VERSION, **asdict(manifest)}
+    body: dict[str, Any] = {"format": "keepstep", "schema": SCHEMA_VERSION, **_members(manifest)}
     body["metrics"] = {name: _metric_to_json(value) for name, value in manifest.metrics.items()}
     body["files"] = {
-        name: {key: value for key, value in entry.items() if value is not None}
-        for name, entry in body["files"].items()
+        name: {key: value for key, value in _members(entry).items() if value is not None}
+        for name, entry in manifest.files.items()
     }
     body["self_digest"] = BLANK_DIGEST
     text = json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"
     begin = text.rindex(BLANK_DIGEST.encode())
     return text[:begin] + digest_of(text).encode() + text[begin + len(BLANK_DIGEST) :]
+
+
+def _members(said: Manifest | FileEntry) -> dict[str, Any]:
+    """By name, in the order of the format; not copied, as `asdict` would."""
+    return {member.name: getattr(said, member.name) for member in fields(said)}
 
 
 def _metric_to_json(value: float | int | str | bool) -> Any:

@@ -86,7 +86,7 @@ class LocalBackend:
         return self.path / INTERNAL_NAME / "damaged"
 
     def next_number(self) -> int:
-        seen = [number for place in (self.path, self._damaged) for number, _ in _numbered(place)]
+        seen = [number for place in (self.path, self._damaged) for number in _names_by_number(place)]
         return max(self.number_floor, max(seen, default=-1) + 1)
 
     def raise_floor(self, number: int) -> None:
@@ -159,15 +159,19 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:
+    return [(number, root / name) for number, name in sorted(_names_by_number(root).items())]
+
+
+def _names_by_number(root: Path) -> dict[int, str]:
+    """Directories that are called like checkpoints; each save looks, so a thousand must be no burden."""
     try:
         with os.scandir(root) as entries:
-            found = [
-                (int(match[1]), Path(e.path))
-                for e in entries
-                if (match := CHECKPOINT_NAME.match(e.name)) and e.is_dir()
-            ]
+            return {
+                int(match[1]): entry.name
+                for entry in entries
+                if (match := CHECKPOINT_NAME.match(entry.name)) and entry.is_dir()
+            }
     except FileNotFoundError:
-        return []
+        return {}
     except NotADirectoryError:
         raise CheckpointNotFoundError(f"{root} is a file; give a directory that holds checkpoints") from None
-    return sorted(found)
