@@ -44,6 +44,8 @@ def test_no_thread_is_left_where_the_system_gives_no_more(
             store.save_in_background(state, staging=staging).wait()
     assert not threads_left()
     assert not store.list()
+    pool = store._saves._parts.engine.pool
+    assert len(pool._free) * BLOCK_BYTES == pool.allocated_bytes
     assert_same(store.save(state).load(), state)
 
 

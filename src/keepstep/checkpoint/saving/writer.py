@@ -187,7 +187,7 @@ class SegmentWriter:
             for outcome in helping:
                 outcome.result()
         except Aborted:
-            pass  # drain() raises what really happened
+            self._running += helping  # drain() raises what really happened
         except BaseException:
             self._stop_threads()
             wait_for_all(helping)  # what it still hands on comes before the end of the crew
@@ -319,7 +319,11 @@ class SegmentWriter:
             line.ready(place, job, block)
 
     def _hand_over(self, job: _Job, block: Block) -> None:
-        self._running.append(self._crew.submit(lambda: self._guarded(self._hash_and_write, job, block)))
+        try:
+            self._running.append(self._crew.submit(lambda: self._guarded(self._hash_and_write, job, block)))
+        except BaseException:  # the system gives no more threads
+            self._pool.release(block)
+            raise
 
     # ------------------------------------------------------------------------------------ blocks
 
