@@ -321,7 +321,7 @@ class SegmentWriter:
     def _hand_over(self, job: _Job, block: Block) -> None:
         try:
             self._running.append(self._crew.submit(lambda: self._guarded(self._hash_and_write, job, block)))
-        except BaseException:  # the system gives no more threads
+        except RuntimeError:  # no more threads; after Ctrl-C, though, it may have been handed in
             self._pool.release(block)
             raise
 
