@@ -41,6 +41,23 @@ def test_errors_reach_who_asks() -> None:
     assert after.result() == 1
 
 
+def test_a_thread_that_could_not_be_started_is_started_for_the_next_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    crew = Crew(1, "test")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            crew.submit(niceness)
+    done = crew.submit(lambda: 1)
+    crew.close()
+    assert done.wait(5), "nobody does it"
+    assert done.result() == 1
+
+
 def test_work_handed_in_before_the_end_of_the_program_is_done() -> None:
     code = """
 import time

@@ -12,7 +12,7 @@ from tests.holding import Held
 
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
 from keepstep.checkpoint.store import Store
-from keepstep.errors import BackgroundSaveError, StateChangedError, StillSavingError
+from keepstep.errors import BackgroundSaveError, StateChangedError, StillSavingError, UsageError
 
 
 @pytest.fixture
@@ -71,6 +71,25 @@ def test_a_write_before_the_copy_is_found_out(tmp_path: Path, held: Held, write:
     assert [c.name for c in store.list()] == ["checkpoint_0"], "a torn state was committed"
     assert not list(tmp_path.glob("*.tmp-*"))
     assert_same(store.save({"w": w}).load(), {"w": w.detach()})
+
+
+def test_memory_that_was_given_back_before_the_copy_is_not_read(tmp_path: Path, held: Held) -> None:
+    w = torch.ones(1 << 18)
+    pending = Store(tmp_path).save_in_background({"w": w}, staging="overlapped")
+    w.untyped_storage().resize_(0)
+    held.opened.set()
+    with pytest.raises(BackgroundSaveError, match="needs 1048576 bytes of memory and has 0"):
+        pending.wait()
+    assert Store(tmp_path).list() == []
+
+
+def test_memory_that_was_given_back_before_the_save_is_not_read(tmp_path: Path) -> None:
+    store, kept, given_back = Store(tmp_path), torch.rand(1 << 18), torch.rand((1 << 18) + 1)
+    store.save({"base": [kept, given_back]})
+    given_back.untyped_storage().resize_(0)
+    with pytest.raises(UsageError, match="needs 1048580 bytes of memory and has 0"):
+        store.save({"base": [kept, given_back]})
+    assert len(store.list()) == 1
 
 
 def test_what_is_said_to_change_is_copied_at_once(tmp_path: Path, held: Held) -> None:

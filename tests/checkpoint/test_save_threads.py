@@ -12,8 +12,11 @@ import torch
 from tests.checkpoint.equality import assert_same
 
 from keepstep.checkpoint import in_flight
+from keepstep.checkpoint.format.manifest import digest_of
+from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
-from keepstep.checkpoint.saving.tracking import WriteTracker
+from keepstep.checkpoint.saving.tracking import KnownDigests, WriteTracker
+from keepstep.checkpoint.saving.unchanged import is_unchanged
 from keepstep.checkpoint.store import Store
 
 
@@ -47,6 +50,39 @@ def test_no_thread_is_left_where_the_system_gives_no_more(
     pool = store._saves._parts.engine.pool
     assert len(pool._free) * BLOCK_BYTES == pool.allocated_bytes
     assert_same(store.save(state).load(), state)
+
+
+def test_nobody_reads_tensors_any_more_once_their_comparison_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real_start, real_matches, started, reading = threading.Thread.start, TensorBytes.matches, [0], set[int]()
+
+    def start(thread: threading.Thread) -> None:
+        started[0] += 1
+        if started[0] == 2:
+            raise RuntimeError("can't start new thread")
+        real_start(thread)
+
+    def matches(source: TensorBytes, *args: Any) -> bool:
+        reading.add(threading.get_ident())
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.2)
+        try:
+            return real_matches(source, *args)
+        finally:
+            reading.discard(threading.get_ident())
+
+    tensors = [torch.full((4,), float(n)) for n in range(9)]
+    digests = [digest_of(t.numpy().tobytes()) for t in tensors]
+    crew = Crew(3, "test")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        patched.setattr(TensorBytes, "matches", matches)
+        with pytest.raises(RuntimeError, match="new thread"):
+            is_unchanged([TensorBytes(t) for t in tensors], digests, KnownDigests(), crew)
+        assert not reading
+    crew.close()
+    crew.wait()
 
 
 def test_a_failed_copy_keeps_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ def test_two_processes_on_one_store(tmp_path: Path) -> None:
     assert "StoreBusyError" in err
     holder = json.loads((tmp_path / ".keepstep" / "lock").read_text())
     assert holder["pid"] == first.pid
-    assert f'"pid": {first.pid}' in err
+    assert f"being written to by process {first.pid} on " in err
     assert "give this run another directory" in err
     assert first.poll() is None, "the one that was there first is not disturbed"
     newest = Store(tmp_path).latest()

@@ -51,7 +51,7 @@ class Crew:
         """Hand in work; it is begun in the order in which it came.
 
         Raises:
-            RuntimeError: the system gives no more threads.
+            RuntimeError: the system gives no more threads; the work was not handed in.
         """
         with self._starting:
             if len(self._threads) < self._count and not self._closed:
@@ -64,7 +64,11 @@ class Crew:
         name = f"{self._name}-{len(self._threads)}"
         thread = threading.Thread(target=self._run, name=name, daemon=False)
         self._threads.append(thread)  # first: Ctrl-C may come just after it has started
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # it has not: nobody would do what is handed in next
+            self._threads.remove(thread)
+            raise
 
     def close(self) -> None:
         """Let the threads end once all that was handed in is done. Safe to call twice."""

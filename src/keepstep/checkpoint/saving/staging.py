@@ -126,6 +126,8 @@ class TensorBytes:
         dense = self._tensor
         if self._dense is not None or dense is None or self._streams is not None or not _is_dense(dense):
             dense = self._dense_bytes()
+        else:
+            _check_memory(dense)
         if self._streams is None:  # by address: a view of its bytes would cost many times the copy, if small
             ctypes.memmove(block.address + at, dense.data_ptr() + begin, end - begin)
         else:
@@ -134,12 +136,14 @@ class TensorBytes:
     def provably_matches(self, expected: str, known: KnownDigests) -> bool:
         """Whether the bytes have this digest, as far as that is known without reading them."""
         if self._streams is None and self._dense is None and self._tensor is not None:
+            _check_memory(self._tensor)
             return known.proves(self._tensor, expected)
         return False
 
     def matches(self, expected: str, known: KnownDigests) -> bool:
         """Whether the bytes have this digest."""
         if self._streams is None and self._dense is None and self._tensor is not None:
+            _check_memory(self._tensor)
             return known.matches(self._tensor, self._host_view(), expected)
         return digest_of(self._host_view()) == expected
 
@@ -178,6 +182,21 @@ class TensorBytes:
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether the bytes in memory are the tensor's, in order."""
     return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _check_memory(tensor: torch.Tensor) -> None:
+    """Refuse to read beyond the end of a tensor's memory, which torch lets others resize.
+
+    Raises:
+        UsageError: it has less memory than elements.
+    """
+    memory = tensor.untyped_storage()
+    needed_bytes = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize if tensor.numel() else 0
+    if memory.nbytes() < needed_bytes and tensor.is_contiguous():
+        raise UsageError(
+            f"a tensor of shape {list(tensor.shape)} needs {needed_bytes} bytes of memory and has "
+            f"{memory.nbytes()}: its storage was resized. Save it before its memory is given back"
+        )
 
 
 def dense_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from keepstep.checkpoint.outcome import wait_for_all
+from keepstep.checkpoint.outcome import Outcome, wait_for_all
 from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.staging import TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests
@@ -50,9 +50,14 @@ def is_unchanged(
             different.set()
             raise
 
-    helping = [crew.submit(compare) for _ in range(_HELPERS)] if unproved else []
+    helping: list[Outcome[None]] = []
     try:
+        for _ in range(min(_HELPERS, len(unproved) - 1)):
+            helping.append(crew.submit(compare))  # noqa: PERF401  (if one is refused, the others count)
         compare()
+    except BaseException:
+        different.set()  # the others need not go on
+        raise
     finally:
         wait_for_all(helping)
     for outcome in helping:
