@@ -14,17 +14,33 @@ def niceness() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no priority of their own")
-def test_a_crew_that_steps_back_lets_the_training_go_first() -> None:
-    mine = niceness()
-    crew = Crew(2, "test")
+def stepping_back() -> tuple[int, int, int, int]:
+    """Niceness of a crew before and after it stepped back, and of the training then; before all."""
+    began, crew = niceness(), Crew(2, "test")
     try:
-        assert crew.submit(niceness).result() == mine
+        before = crew.submit(niceness).result()
         crew.step_back()
-        assert crew.submit(niceness).result() > mine
-        assert niceness() == mine
+        return before, crew.submit(niceness).result(), niceness(), began
     finally:
         crew.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no priority of their own")
+@pytest.mark.parametrize("nicer_by", [0, 3, 8])
+def test_a_crew_that_steps_back_lets_the_training_go_first(nicer_by: int) -> None:
+    """Also a training that was started with `nice`."""
+    seen = list[tuple[int, int, int, int]]()
+
+    def train() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness() + nicer_by)
+        seen.append(stepping_back())
+
+    training = threading.Thread(target=train)
+    training.start()
+    training.join()
+    ((before, after, of_training, began),) = seen
+    assert before == of_training == began
+    assert after == min(began + 5, 19)
 
 
 def test_errors_reach_who_asks() -> None:

@@ -13,7 +13,7 @@ from keepstep.checkpoint.outcome import LOOK_UP_S, Outcome
 
 __all__ = ["Crew"]
 
-_NICENESS = 5
+_NICER_BY = 5
 """About a third of what a thread of the training gets. With 10 the copy comes too late; see decision 0009."""
 
 _T = TypeVar("_T")
@@ -37,15 +37,17 @@ class Crew:
         self._starting = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._closed = False
-        self._steps_back = False
+        self._niceness: int | None = None
 
     def step_back(self) -> None:
         """Let the training go first from here on, where threads have priorities of their own (Linux).
 
         Its threads wait for each other: one that loses its core to a save holds up all of them. Work done in
-        the gaps that they leave holds up none.
+        the gaps that they leave holds up none. Called by a thread of the training, which may be nice itself.
         """
-        self._steps_back = True
+        with contextlib.suppress(OSError):
+            mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            self._niceness = mine + _NICER_BY
 
     def submit(self, work: Callable[[], _T]) -> Outcome[_T]:
         """Hand in work; it is begun in the order in which it came.
@@ -87,9 +89,9 @@ class Crew:
     def _run(self) -> None:
         in_front = True
         while (work := self._work.get()) is not None:
-            if in_front and self._steps_back:
+            if in_front and self._niceness is not None:
                 in_front = False
                 with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
             work()
             del work  # what it refers to is not ours while we wait
