@@ -32,7 +32,7 @@ from keepstep.files import LocalFiles
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
 root, stage = sys.argv[1], sys.argv[2]
 
-held_for_good = False
+held_for_good = sys.argv[3] == "for good"
 
 def hold():
     while held_for_good or threading.main_thread().is_alive():
@@ -72,9 +72,9 @@ print("saving", flush=True)
 STAGES = ["copying", "writing", "committing"]
 
 
-def start(root: Path, stage: str, ending: str) -> subprocess.Popen[str]:
+def start(root: Path, stage: str, ending: str, held: str = "") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HELD + textwrap.dedent(ending), str(root), stage],
+        [sys.executable, "-c", HELD + textwrap.dedent(ending), str(root), stage, held],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -164,7 +164,7 @@ def test_ctrl_c_that_does_not_wake_who_waits(tmp_path: Path, wait: str) -> None:
 
 @pytest.mark.parametrize("stage", ["copying", "committing"])
 def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_torn(tmp_path: Path, stage: str) -> None:
-    process = start(tmp_path, stage, "held_for_good = True\ntrain()")
+    process = start(tmp_path, stage, "train()", held="for good")
     for _ in range(50):
         process.send_signal(signal.SIGINT)
         try:
