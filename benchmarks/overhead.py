@@ -53,7 +53,7 @@ def run(settings: Settings) -> list[Bar]:
         ("prepared loader, the same batches", f"{prepared_us:.1f} us"),
     ]
     show_table("Overhead", ("what", "time"), rows)
-    with_facade = steps.run(min(500, settings.size.calls), max(3, settings.size.starts))
+    with_facade = steps.run(max(3, settings.size.calls // 1_000))
     count = f"{settings.size.checkpoints:,}"
     return [
         at_most("checkpoint() when nothing is due", max(never_due, by_time), 20, " us"),

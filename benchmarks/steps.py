@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,36 +26,37 @@ __all__ = ["run"]
 _BATCH = 8
 _WIDTH = 16
 _MAX_NORM = 1.0
+_STRETCH = 100
+_STEPS_OF_A_PASS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Microseconds a step takes, of one pass over the loader."""
+    """Microseconds a step takes, over a stretch of them."""
 
     wall_us: float
     cpu_us: float
 
 
-def run(steps: int, rounds: int) -> list[Bar]:
+def run(rounds: int) -> list[Bar]:
     """Print the table; return the bars.
 
     Args:
-        steps: of a pass.
-        rounds: passes of each contender, in turns.
+        rounds: stretches of steps of each contender, in turns, so that noise hits all of them alike.
     """
-    contenders: dict[str, Callable[[], None]] = {
-        "by hand": _by_hand(steps),
-        "keepstep": _with_facade(Accelerator(cpu=True), steps),
-        "accelerate": _with_facade(accelerate.Accelerator(cpu=True), steps),
+    contenders: dict[str, Iterator[None]] = {
+        "by hand": _by_hand(),
+        "keepstep": _with_facade(Accelerator(cpu=True)),
+        "accelerate": _with_facade(accelerate.Accelerator(cpu=True)),
     }
     costs: dict[str, list[Cost]] = defaultdict(list)
     for one in contenders.values():
-        one()  # first steps make the optimizer's state
-    for number in range(rounds):
-        order = list(contenders) if number % 2 == 0 else list(reversed(contenders))
-        for name in order:
-            with status(f"a step: round {number + 1} of {rounds}, {name}"):
-                costs[name].append(_cost(contenders[name], steps))
+        _cost(one)  # first steps make the optimizer's state
+    gc.collect()
+    with status("a step of a small model"):
+        for number in range(rounds):
+            for name in contenders if number % 2 == 0 else reversed(contenders):
+                costs[name].append(_cost(contenders[name]))
     added = {name: _added_us(costs[name], costs["by hand"]) for name in contenders}
     show_table(
         f"A step of a small model, batches of {_BATCH}, one process",
@@ -79,44 +80,41 @@ def _added_us(mine: list[Cost], by_hand: list[Cost]) -> float:
     return statistics.median(one.cpu_us - other.cpu_us for one, other in zip(mine, by_hand, strict=True))
 
 
-def _cost(work: Callable[[], None], steps: int) -> Cost:
-    gc.collect()
+def _cost(steps: Iterator[None]) -> Cost:
     wall, cpu = time.perf_counter(), time.process_time()
-    work()
+    for _ in range(_STRETCH):
+        next(steps)
     return Cost(
-        wall_us=(time.perf_counter() - wall) / steps * 1e6,
-        cpu_us=(time.process_time() - cpu) / steps * 1e6,
+        wall_us=(time.perf_counter() - wall) / _STRETCH * 1e6,
+        cpu_us=(time.process_time() - cpu) / _STRETCH * 1e6,
     )
 
 
-def _parts(steps: int) -> tuple[Any, Any, Any, Any]:
+def _parts() -> tuple[Any, Any, Any, Any]:
     torch.manual_seed(0)
     model = torch.nn.Linear(_WIDTH, _WIDTH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1000, gamma=0.9)
-    dataset = TensorDataset(torch.rand(steps * _BATCH, _WIDTH))
+    dataset = TensorDataset(torch.rand(_STEPS_OF_A_PASS * _BATCH, _WIDTH))
     return model, optimizer, scheduler, DataLoader(dataset, batch_size=_BATCH, shuffle=True)
 
 
-def _by_hand(steps: int) -> Callable[[], None]:
-    model, optimizer, scheduler, loader = _parts(steps)
-
-    def train() -> None:
+def _by_hand() -> Iterator[None]:
+    model, optimizer, scheduler, loader = _parts()
+    while True:
         for (batch,) in loader:
             model(batch).square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+            yield
 
-    return train
 
-
-def _with_facade(accelerator: Any, steps: int) -> Callable[[], None]:
+def _with_facade(accelerator: Any) -> Iterator[None]:
     """Both facades have the same names, so their loop is one text."""
-    model, optimizer, scheduler, loader = accelerator.prepare(*_parts(steps))
-
-    def train() -> None:
+    model, optimizer, scheduler, loader = accelerator.prepare(*_parts())
+    while True:
         for (batch,) in loader:
             with accelerator.accumulate(model):
                 accelerator.backward(model(batch).square().mean())
@@ -125,5 +123,4 @@ def _with_facade(accelerator: Any, steps: int) -> Callable[[], None]:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-
-    return train
+            yield
