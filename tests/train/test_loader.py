@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.train.runs import CountedLoads, Noisy, attempt, plain_script
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from keepstep import Accelerator, skip_first_batches
 from keepstep.errors import UsageError
@@ -78,6 +79,18 @@ def test_skipping_in_a_plain_loader(workers: int, options: dict[str, Any]) -> No
     assert dataset.loads <= 12 - 2
     assert len(list(plain)) == len(list(view)) == whole
     assert len(list(skip_first_batches(range(5), 3))) == 2
+
+
+def test_a_progress_bar_around_a_skipping_loader_shows_the_rest() -> None:
+    plain = DataLoader(Noisy(), 4, shuffle=True)
+    loader = Accelerator(cpu=True).prepare(plain)
+    whole = order(loader)
+    for _ in range(2):  # `tqdm.auto` asks for two iterators, and uses the second
+        loader.set_epoch(0)
+        view = skip_first_batches(loader, 4)
+        assert order(tqdm(view, disable=True)) == whole[4:]
+        assert len(order(tqdm(view, disable=True))) == len(whole)
+    assert len(list(tqdm(skip_first_batches(plain, 4), disable=True))) == len(whole) - 4
 
 
 def accelerator_skip(loader: Any, count: int) -> Any:

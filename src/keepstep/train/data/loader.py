@@ -244,7 +244,14 @@ class _SkippedLoader:
         return max(len(self._loader) - self._skip, 0)
 
     def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
+        return self._first_use(self._from(self._skip))
+
+    def _first_use(self, batches: Iterator[Any]) -> Iterator[Any]:
+        # Used up once a batch is asked for, as `tqdm.auto` makes an iterator before the one that it uses.
+        self._skip = 0
+        yield from batches
+
+    def _from(self, skip: int) -> Iterator[Any]:
         loader = self._loader
         if isinstance(loader, PreparedLoader):
             return loader.pass_from(skip)
