@@ -6,17 +6,26 @@ import subprocess
 import sys
 import types
 
+import accelerate
 import pytest
 
 import keepstep
 
 PUBLIC_NAMES = [
     "Accelerator",
+    "AutocastKwargs",
     "Checkpoint",
     "CheckpointPolicy",
+    "DDPCommunicationHookType",
+    "DataLoaderConfiguration",
+    "DistributedDataParallelKwargs",
     "DistributedType",
+    "FullyShardedDataParallelPlugin",
+    "GradScalerKwargs",
+    "InitProcessGroupKwargs",
     "PartialState",
     "PendingSave",
+    "ProfileKwargs",
     "ProjectConfiguration",
     "Retention",
     "Store",
@@ -24,19 +33,22 @@ PUBLIC_NAMES = [
     "cpu_offload",
     "cpu_offload_with_hook",
     "dcp",
+    "debug_launcher",
     "disk_offload",
     "dispatch_model",
+    "find_executable_batch_size",
     "infer_auto_device_map",
     "init_empty_weights",
     "init_on_device",
+    "is_rich_available",
     "load",
     "load_checkpoint_and_dispatch",
     "load_checkpoint_in_model",
-    "debug_launcher",
     "notebook_launcher",
     "register_codec",
     "save_directory",
     "skip_first_batches",
+    "synchronize_rng_states",
 ]
 
 MAX_IMPORT_S = 0.050
@@ -62,6 +74,17 @@ def test_each_public_name_is_there_and_documented(name: str) -> None:
         assert value.__doc__
         home = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
         assert home.startswith("keepstep.")
+
+
+def test_what_scripts_import_from_accelerate_itself_is_there() -> None:
+    not_supported = {"DeepSpeedPlugin", "ParallelismConfig", "prepare_pippy"}
+    theirs = {
+        name
+        for name, value in vars(accelerate).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert "Accelerator" in theirs
+    assert theirs - set(keepstep.__all__) == not_supported
 
 
 def test_an_unknown_name_says_what_there_is() -> None:

@@ -29,11 +29,22 @@ if TYPE_CHECKING:
     from keepstep.models.loading import load_checkpoint_in_model as load_checkpoint_in_model
     from keepstep.models.objects import load as load
     from keepstep.train.accelerator import Accelerator as Accelerator
+    from keepstep.train.available import is_rich_available as is_rich_available
+    from keepstep.train.batch_size import find_executable_batch_size as find_executable_batch_size
     from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
+    from keepstep.train.config import DataLoaderConfiguration as DataLoaderConfiguration
+    from keepstep.train.config import GradScalerKwargs as GradScalerKwargs
     from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
     from keepstep.train.data.loader import skip_first_batches as skip_first_batches
+    from keepstep.train.plugins import AutocastKwargs as AutocastKwargs
+    from keepstep.train.plugins import DDPCommunicationHookType as DDPCommunicationHookType
+    from keepstep.train.plugins import DistributedDataParallelKwargs as DistributedDataParallelKwargs
+    from keepstep.train.plugins import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
+    from keepstep.train.plugins import InitProcessGroupKwargs as InitProcessGroupKwargs
+    from keepstep.train.plugins import ProfileKwargs as ProfileKwargs
     from keepstep.train.process import DistributedType as DistributedType
     from keepstep.train.process import PartialState as PartialState
+    from keepstep.train.seeding import synchronize_rng_states as synchronize_rng_states
     from keepstep.tree import register_codec as register_codec
 
 __version__ = "0.1.0"
@@ -41,29 +52,40 @@ __version__ = "0.1.0"
 _MODULES = {"dcp": "keepstep.checkpoint.dcp"}
 _HOME_OF_NAME = {
     "Accelerator": "keepstep.train.accelerator",
+    "AutocastKwargs": "keepstep.train.plugins",
     "Checkpoint": "keepstep.checkpoint.version",
     "CheckpointPolicy": "keepstep.train.config",
+    "DDPCommunicationHookType": "keepstep.train.plugins",
+    "DataLoaderConfiguration": "keepstep.train.config",
+    "DistributedDataParallelKwargs": "keepstep.train.plugins",
     "DistributedType": "keepstep.train.process",
+    "FullyShardedDataParallelPlugin": "keepstep.train.plugins",
+    "GradScalerKwargs": "keepstep.train.config",
+    "InitProcessGroupKwargs": "keepstep.train.plugins",
     "PartialState": "keepstep.train.process",
     "PendingSave": "keepstep.checkpoint.pending",
+    "ProfileKwargs": "keepstep.train.plugins",
     "ProjectConfiguration": "keepstep.train.config",
     "Retention": "keepstep.checkpoint.keeping.retention",
     "Store": "keepstep.checkpoint.store",
     "cpu_offload": "keepstep.models.dispatch",
     "cpu_offload_with_hook": "keepstep.models.dispatch",
+    "debug_launcher": "keepstep.launch.notebook",
     "disk_offload": "keepstep.models.dispatch",
     "dispatch_model": "keepstep.models.dispatch",
+    "find_executable_batch_size": "keepstep.train.batch_size",
     "infer_auto_device_map": "keepstep.models.device_map",
     "init_empty_weights": "keepstep.models.empty",
     "init_on_device": "keepstep.models.empty",
+    "is_rich_available": "keepstep.train.available",
     "load": "keepstep.models.objects",
     "load_checkpoint_and_dispatch": "keepstep.models.dispatch",
     "load_checkpoint_in_model": "keepstep.models.loading",
-    "debug_launcher": "keepstep.launch.notebook",
     "notebook_launcher": "keepstep.launch.notebook",
     "register_codec": "keepstep.tree",
     "save_directory": "keepstep.checkpoint.engine",
     "skip_first_batches": "keepstep.train.data.loader",
+    "synchronize_rng_states": "keepstep.train.seeding",
 }
 
 __all__ = ["__version__", *sorted([*_HOME_OF_NAME, *_MODULES])]  # noqa: PLE0604

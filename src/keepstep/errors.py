@@ -309,18 +309,20 @@ class RankFailedError(RankError):
 
     Attributes:
         rank: the rank that raised; its own log has the traceback.
+        kind: name of the class of what it raised; empty if that isn't known.
     """
 
-    def __init__(self, message: str, *, rank: int) -> None:
+    def __init__(self, message: str, *, rank: int, kind: str = "") -> None:
         self.rank = rank
+        self.kind = kind
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _failed, (str(self), self.rank)
+        return _failed, (str(self), self.rank, self.kind)
 
 
-def _failed(message: str, rank: int) -> RankFailedError:
-    return RankFailedError(message, rank=rank)
+def _failed(message: str, rank: int, kind: str) -> RankFailedError:
+    return RankFailedError(message, rank=rank, kind=kind)
 
 
 class CollectiveMismatchError(RankError):

@@ -196,7 +196,8 @@ class _StoreMeeting:
         """Tell the others; whatever step they are in, they raise."""
         rank = error.rank if isinstance(error, RankFailedError) else self._topic.rank
         text = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
-        news: dict[str, Any] = {"rank": rank, "message": text[:10_000]}
+        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
+        news: dict[str, Any] = {"rank": rank, "message": text[:10_000], "kind": kind}
         if isinstance(error, RankMissingError):
             news["missing"] = list(error.ranks)
         with contextlib.suppress(RankMissingError):  # no store, nobody to tell
@@ -242,7 +243,7 @@ class _StoreMeeting:
                 if told.startswith(f"rank {news['rank']} failed")
                 else f"rank {news['rank']} failed: {told}"
             )
-            raise RankFailedError(text, rank=news["rank"])
+            raise RankFailedError(text, rank=news["rank"], kind=news["kind"])
 
     # --------------------------------------------------------------------------------------- keys
 

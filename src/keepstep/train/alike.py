@@ -1,4 +1,4 @@
-"""Whether the ranks made the same model: what is shared among them has to fit."""
+"""Whether the ranks made the same model, and save alike: what they share has to fit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from keepstep.errors import RanksDifferError
 from keepstep.world import World
 
-__all__ = ["check_models_alike"]
+__all__ = ["check_models_alike", "check_saving_alike"]
 
 
 def check_models_alike(world: World, model: torch.nn.Module) -> None:
-    """Compare names, shapes and dtypes of parameters and buffers over the ranks; all ranks call it.
+    """Compare names, shapes and dtypes of parameters and buffers, and what is trained, over the ranks.
+
+    All ranks call it.
 
     Raises:
         RanksDifferError: on every rank, naming the first difference.
@@ -23,6 +25,7 @@ def check_models_alike(world: World, model: torch.nn.Module) -> None:
         return
     mine = [
         f"{name}: {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        + (" frozen" if isinstance(value, torch.nn.Parameter) and not value.requires_grad else "")
         for name, value in [*model.named_parameters(), *model.named_buffers()]
     ]
     digests = world.exchange(hashlib.sha256("\n".join(mine).encode()).hexdigest())
@@ -36,3 +39,31 @@ def check_models_alike(world: World, model: torch.nn.Module) -> None:
         f"Ranks made different models of class {type(model).__name__}: rank 0 has {first}, rank {other} has "
         f"{second}. Build the same model on every rank."
     )
+
+
+def check_saving_alike(world: World, place: str, policy: object = None) -> None:
+    """Compare where, and when, the ranks are about to save; all ranks call it.
+
+    Args:
+        world: the ranks.
+        place: directory or address of a store or a checkpoint.
+        policy: when checkpoints are due; its text says all of it.
+
+    Raises:
+        RanksDifferError: on every rank, naming the first one that differs.
+    """
+    if world.size == 1:
+        return
+    said = world.exchange([place, repr(policy)], purpose="saving or restoring")
+    for rank, (there, policy_there) in enumerate(said):
+        if there != said[0][0]:
+            raise RanksDifferError(
+                f"Ranks name different places for one checkpoint: {said[0][0]} on rank 0, {there} on rank "
+                f"{rank}. All ranks write to one directory. If a time or something drawn is in its name, "
+                "let rank 0 choose it: keepstep.utils.broadcast_object_list([name])[0]."
+            )
+        if policy_there != said[0][1]:
+            raise RanksDifferError(
+                f"Ranks save by different policies: {said[0][1]} on rank 0, {policy_there} on rank {rank}. "
+                "Give all of them the same CheckpointPolicy."
+            )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import dataclass
 
-__all__ = ["CheckpointCounts"]
+__all__ = ["CheckpointCounts", "Complaints"]
+
+_log = logging.getLogger(__name__)
+
+_NUMBERS = re.compile(r"[0-9]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,3 +32,27 @@ class CheckpointCounts:
     waited: int = 0
     waited_s: float = 0.0
     redone: int = 0
+
+
+class Complaints:
+    """Failed saves that the training goes on after: told in full once, then only how many it were."""
+
+    def __init__(self) -> None:
+        self._reason = ""
+        self._times = 0
+
+    def failed(self, error: Exception) -> None:
+        """Tell of a save that failed; for the same reason as before at the 2nd, 4th, 8th ... time only."""
+        reason = _NUMBERS.sub("", str(error))  # each names another checkpoint
+        self._times = self._times + 1 if reason == self._reason else 1
+        self._reason = reason
+        if self._times == 1:
+            _log.error("A checkpoint was not saved; the training goes on as the policy says: %s", error)
+        elif self._times.bit_count() == 1:
+            _log.error("%d checkpoints in a row were not saved, for the same reason", self._times)
+
+    def saved(self) -> None:
+        """Tell that saves succeed again."""
+        if self._times:
+            _log.warning("Checkpoints are saved again.")
+        self._reason, self._times = "", 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +27,14 @@ from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,
     NotPreparedError,
+    RankFailedError,
     StateChangedError,
     StoreError,
     UsageError,
 )
+from keepstep.train.alike import check_saving_alike
 from keepstep.train.config import CheckpointPolicy, ProjectConfiguration
-from keepstep.train.counts import CheckpointCounts
+from keepstep.train.counts import CheckpointCounts, Complaints
 from keepstep.train.decision import Decision
 from keepstep.train.hooked import StateHooks
 from keepstep.train.importing import Importer, tell_of_earlier
@@ -47,8 +48,6 @@ _log = logging.getLogger(__name__)
 
 _Loaded = TypeVar("_Loaded", Checkpoint, AccelerateState)
 
-_NUMBERS = re.compile(r"[0-9]+")
-
 
 @dataclass(frozen=True, kw_only=True)
 class _About:
@@ -56,30 +55,6 @@ class _About:
 
     metrics: Mapping[str, Any] | None = None
     tags: Sequence[str] = ()
-
-
-class _Complaints:
-    """Failed saves that the training goes on after: told in full once, then only how many it were."""
-
-    def __init__(self) -> None:
-        self._reason = ""
-        self._times = 0
-
-    def failed(self, error: Exception) -> None:
-        """Tell of a save that failed; for the same reason as before at the 2nd, 4th, 8th ... time only."""
-        reason = _NUMBERS.sub("", str(error))  # each names another checkpoint
-        self._times = self._times + 1 if reason == self._reason else 1
-        self._reason = reason
-        if self._times == 1:
-            _log.error("A checkpoint was not saved; the training goes on as the policy says: %s", error)
-        elif self._times.bit_count() == 1:
-            _log.error("%d checkpoints in a row were not saved, for the same reason", self._times)
-
-    def saved(self) -> None:
-        """Tell that saves succeed again."""
-        if self._times:
-            _log.warning("Checkpoints are saved again.")
-        self._reason, self._times = "", 0
 
 
 class Saver:
@@ -120,8 +95,9 @@ class Saver:
         many = state.world.size > 1 and policy.staging == "auto"
         self._staging: Staging = "awaited" if many else policy.staging
         self._about = _About()
-        self._complaints = _Complaints()
+        self._complaints = Complaints()
         self._looked_for_others = False
+        self._compared = False
         self._lonely_run = secrets.token_hex(8)
         self._step_saved_elsewhere = 0
         self._lost: _About | None = None
@@ -171,8 +147,10 @@ class Saver:
         state, entered_s = self._state, self._pacer.clock()
         if not state.window.sync_gradients or state.ranks_apart:
             return None
+        self._compare(store)
         due = self._decision.take(self._pacer, state.step, busy=busy)
-        if due is not Due.YES and self._lost is None:
+        # Ranks learn at different steps that a checkpoint was lost: it is made again when the next is due.
+        if due is not Due.YES and (self._lost is None or self._world.size > 1):
             self._pacer.leave(busy=busy)
             if not state.optimizers:
                 raise NotPreparedError(
@@ -194,6 +172,12 @@ class Saver:
                 steps,
             )
 
+    def _compare(self, store: Store) -> None:
+        """Once: ranks that save elsewhere, or at other times, would wait for each other."""
+        if not self._compared:
+            self._compared = True
+            check_saving_alike(self._world, str(store.address), self._policy)
+
     def _warn_of_other_runs(self, store: Store) -> None:
         """Once: a forgotten resume() is a run that begins anew beside the one it was meant to go on with."""
         if self._looked_for_others or self._world.rank:
@@ -211,6 +195,8 @@ class Saver:
 
     def _begin(self, store: Store, about: _About) -> None:
         self._warn_of_other_runs(store)
+        if self._world.size > 1:
+            self._ask_finished()  # or one rank would begin a save, and another learn that the last one failed
         # An earlier save that fails while this one waits for it is reported here, once.
         state, self._pending, self._lost = self._state, None, None
         captured = self._captured(store.address)
@@ -251,7 +237,7 @@ class Saver:
                 self._complaints.saved()
 
     def _failed(self, error: StoreError | BackgroundSaveError, about: _About) -> None:
-        if isinstance(error.__cause__, StateChangedError):
+        if _is_of_changed_state(error):
             _log.warning(
                 "%s. The checkpoint is made again, and from now on each is copied at once.", error.__cause__
             )
@@ -273,6 +259,10 @@ class Saver:
         """Save now; durable on return."""
         self.wait()
         place = output_dir or self._require_store("save_state() without output_dir").address
+        if output_dir is not None and not self._project.automatic_checkpoint_naming:
+            check_saving_alike(self._world, os.fspath(output_dir))
+        elif self._store is not None:
+            self._compare(self._store)
         state, captured = self._state, self._captured(place)
         about: dict[str, Any] = {
             "per_rank": captured.own,
@@ -335,6 +325,7 @@ class Saver:
         store = self._require_store("resume()")
         if self._state.is_empty:
             raise NotPreparedError("resume() has nothing to restore into. Call prepare() first.")
+        self._compare(store)
         with self._together("claiming the store"):
             store.claim()  # whoever still writes there is named now, not at the first checkpoint
         loaded = self._restore(self._newest_of(store))
@@ -386,7 +377,7 @@ class Saver:
             try:
                 pending.wait()
             except BackgroundSaveError as error:
-                if not isinstance(error.__cause__, StateChangedError):
+                if not _is_of_changed_state(error):
                     raise
                 self._failed(error, self._about)
         if self._store is not None:
@@ -397,3 +388,10 @@ class Saver:
                 self.wait()
                 if begun:
                     self._pacer.saved_by_hand()
+
+
+def _is_of_changed_state(error: StoreError | BackgroundSaveError) -> bool:
+    """Whether tensors were written to, on this rank or another, while they were copied."""
+    cause = error.__cause__
+    elsewhere = isinstance(cause, RankFailedError) and cause.kind == StateChangedError.__name__
+    return elsewhere or isinstance(cause, StateChangedError)
