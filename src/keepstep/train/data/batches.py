@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
 
 from keepstep.train.data.agreement import check_alike
 from keepstep.train.data.generators import KeptGenerator, Replacement, find_generators
@@ -223,6 +223,8 @@ class _KeyedDataset(Dataset[Any]):
         self.dataset = loader.dataset
         self._collate: Callable[[Any], Any] = loader.collate_fn
         self._in_batches = loader.batch_sampler is not None
+        # Nothing of these draws a number, so there is nothing to seed: it would be most of a batch's cost.
+        self._draws_nothing = type(self.dataset) is TensorDataset and self._collate is default_collate
         self._kept: list[KeptGenerator] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,6 +233,9 @@ class _KeyedDataset(Dataset[Any]):
 
     def __getitems__(self, key: Key) -> Any:
         seed, indices = key
+        if self._draws_nothing:
+            drop_held_gaussian()  # as where something is seeded
+            return self._collate(self._samples(indices))
         if self._kept is None:
             self._kept = [*find_generators(self.dataset), *find_generators(self._collate)]
         if get_worker_info() is not None:
