@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from benchmarks.methods import fsync_all, remove
 from benchmarks.settings import EveryStep
 from keepstep.train.accelerator import Accelerator
-from keepstep.train.config import CheckpointPolicy
+from keepstep.train.settings.config import CheckpointPolicy
 
 __all__ = ["AccelerateLoop", "DcpLoop", "KeepstepLoop", "PlainLoop", "Segment", "TorchLoop"]
 

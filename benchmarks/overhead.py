@@ -22,7 +22,7 @@ from keepstep.checkpoint.format.manifest import MANIFEST_NAME, dump_manifest
 from keepstep.checkpoint.keeping.catalog import checkpoint_name
 from keepstep.checkpoint.store import Store
 from keepstep.train.accelerator import Accelerator
-from keepstep.train.config import CheckpointPolicy
+from keepstep.train.settings.config import CheckpointPolicy
 
 __all__ = ["many_checkpoints", "run"]
 

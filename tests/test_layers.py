@@ -48,17 +48,17 @@ TORCH_FREE = [
 
 # ruff can lift its ban on names (TID251) for a whole file only, so here is who may use what.
 ALLOWED_IN = {
-    "torch.distributed": {"world/", "train/parallel.py", "checkpoint/dcp/", "launch/elastic.py"}
+    "torch.distributed": {"world/", "train/ranks/parallel.py", "checkpoint/dcp/", "launch/elastic.py"}
     | {"checkpoint/convert/dcp_files.py"},
     # A profile is asked for in the environment of whoever looks at a bucket, the command line included.
     "os.environ": {
-        "train/environment.py",
+        "train/settings/environment.py",
         "track/here.py",
         "train/patching.py",
         "checkpoint/place/profile.py",
         "launch/environment.py",
     },
-    "os.getenv": {"train/environment.py"},
+    "os.getenv": {"train/settings/environment.py"},
     "os.putenv": set(),
     "pickle": {"checkpoint/convert/"},
     "torch.load": {"checkpoint/convert/"},
@@ -130,12 +130,12 @@ def test_banned_names_stay_where_they_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("source", "file", "is_misuse"),
     [
-        ("import torch.distributed as dist", "train/state.py", True),
+        ("import torch.distributed as dist", "train/resuming/state.py", True),
         ("import torch.distributed as dist\ndist.barrier()", "world/ranks.py", False),
-        ("import torch\ntorch.distributed.barrier()", "train/state.py", True),
+        ("import torch\ntorch.distributed.barrier()", "train/resuming/state.py", True),
         ("from torch import distributed", "checkpoint/store.py", True),
         ("import os\nos.environ['A'] = '1'", "world/ranks.py", True),
-        ("import os\nos.environ.get('A')", "train/environment.py", False),
+        ("import os\nos.environ.get('A')", "train/settings/environment.py", False),
         ("from os import environ as e", "files.py", True),
         ("from pickle import loads", "train/build.py", True),
         ("import torch as t\nt.load('x')", "checkpoint/convert/torch_save.py", False),

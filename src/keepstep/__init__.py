@@ -31,20 +31,22 @@ if TYPE_CHECKING:
     from keepstep.train.accelerator import Accelerator as Accelerator
     from keepstep.train.available import is_rich_available as is_rich_available
     from keepstep.train.batch_size import find_executable_batch_size as find_executable_batch_size
-    from keepstep.train.config import CheckpointPolicy as CheckpointPolicy
-    from keepstep.train.config import DataLoaderConfiguration as DataLoaderConfiguration
-    from keepstep.train.config import GradScalerKwargs as GradScalerKwargs
-    from keepstep.train.config import ProjectConfiguration as ProjectConfiguration
     from keepstep.train.data.loader import skip_first_batches as skip_first_batches
-    from keepstep.train.plugins import AutocastKwargs as AutocastKwargs
-    from keepstep.train.plugins import DDPCommunicationHookType as DDPCommunicationHookType
-    from keepstep.train.plugins import DistributedDataParallelKwargs as DistributedDataParallelKwargs
-    from keepstep.train.plugins import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
-    from keepstep.train.plugins import InitProcessGroupKwargs as InitProcessGroupKwargs
-    from keepstep.train.plugins import ProfileKwargs as ProfileKwargs
-    from keepstep.train.process import DistributedType as DistributedType
-    from keepstep.train.process import PartialState as PartialState
-    from keepstep.train.seeding import synchronize_rng_states as synchronize_rng_states
+    from keepstep.train.ranks.process import DistributedType as DistributedType
+    from keepstep.train.ranks.process import PartialState as PartialState
+    from keepstep.train.ranks.seeding import synchronize_rng_states as synchronize_rng_states
+    from keepstep.train.settings.config import CheckpointPolicy as CheckpointPolicy
+    from keepstep.train.settings.config import DataLoaderConfiguration as DataLoaderConfiguration
+    from keepstep.train.settings.config import GradScalerKwargs as GradScalerKwargs
+    from keepstep.train.settings.config import ProjectConfiguration as ProjectConfiguration
+    from keepstep.train.settings.plugins import AutocastKwargs as AutocastKwargs
+    from keepstep.train.settings.plugins import DDPCommunicationHookType as DDPCommunicationHookType
+    from keepstep.train.settings.plugins import DistributedDataParallelKwargs as DistributedDataParallelKwargs
+    from keepstep.train.settings.plugins import (
+        FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin,
+    )
+    from keepstep.train.settings.plugins import InitProcessGroupKwargs as InitProcessGroupKwargs
+    from keepstep.train.settings.plugins import ProfileKwargs as ProfileKwargs
     from keepstep.tree import register_codec as register_codec
 
 __version__ = "0.1.0"
@@ -52,20 +54,20 @@ __version__ = "0.1.0"
 _MODULES = {"dcp": "keepstep.checkpoint.dcp"}
 _HOME_OF_NAME = {
     "Accelerator": "keepstep.train.accelerator",
-    "AutocastKwargs": "keepstep.train.plugins",
+    "AutocastKwargs": "keepstep.train.settings.plugins",
     "Checkpoint": "keepstep.checkpoint.version",
-    "CheckpointPolicy": "keepstep.train.config",
-    "DDPCommunicationHookType": "keepstep.train.plugins",
-    "DataLoaderConfiguration": "keepstep.train.config",
-    "DistributedDataParallelKwargs": "keepstep.train.plugins",
-    "DistributedType": "keepstep.train.process",
-    "FullyShardedDataParallelPlugin": "keepstep.train.plugins",
-    "GradScalerKwargs": "keepstep.train.config",
-    "InitProcessGroupKwargs": "keepstep.train.plugins",
-    "PartialState": "keepstep.train.process",
+    "CheckpointPolicy": "keepstep.train.settings.config",
+    "DDPCommunicationHookType": "keepstep.train.settings.plugins",
+    "DataLoaderConfiguration": "keepstep.train.settings.config",
+    "DistributedDataParallelKwargs": "keepstep.train.settings.plugins",
+    "DistributedType": "keepstep.train.ranks.process",
+    "FullyShardedDataParallelPlugin": "keepstep.train.settings.plugins",
+    "GradScalerKwargs": "keepstep.train.settings.config",
+    "InitProcessGroupKwargs": "keepstep.train.settings.plugins",
+    "PartialState": "keepstep.train.ranks.process",
     "PendingSave": "keepstep.checkpoint.pending",
-    "ProfileKwargs": "keepstep.train.plugins",
-    "ProjectConfiguration": "keepstep.train.config",
+    "ProfileKwargs": "keepstep.train.settings.plugins",
+    "ProjectConfiguration": "keepstep.train.settings.config",
     "Retention": "keepstep.checkpoint.keeping.retention",
     "Store": "keepstep.checkpoint.store",
     "cpu_offload": "keepstep.models.dispatch",
@@ -85,7 +87,7 @@ _HOME_OF_NAME = {
     "register_codec": "keepstep.tree",
     "save_directory": "keepstep.checkpoint.engine",
     "skip_first_batches": "keepstep.train.data.loader",
-    "synchronize_rng_states": "keepstep.train.seeding",
+    "synchronize_rng_states": "keepstep.train.ranks.seeding",
 }
 
 __all__ = ["__version__", *sorted([*_HOME_OF_NAME, *_MODULES])]  # noqa: PLE0604

@@ -11,7 +11,7 @@ from tests.launch.machines import Imagined
 from keepstep.errors import UsageError
 from keepstep.launch.plan import LaunchPlan, Manner, Script, override, plan_launch
 from keepstep.launch.settings import Settings
-from keepstep.train.environment import read_environment
+from keepstep.train.settings.environment import read_environment
 
 SCRIPT = Script(target="train.py", arguments=("--lr", "0.1"))
 
@@ -63,7 +63,7 @@ def test_a_machine_without_gpus_is_told_so() -> None:
 
 
 def test_each_setting_reaches_the_script_under_the_name_that_training_reads() -> None:
-    """The names are told twice, here and in `keepstep.train.environment`; this holds them together."""
+    """The names are told twice, here and in `train.settings.environment`; this holds them together."""
     settings = Settings(
         num_processes=2,
         use_cpu=True,

@@ -13,7 +13,7 @@ from tests.ranks.spawn import run_ranks
 
 import keepstep
 from keepstep.errors import MismatchError, RankFailedError, StoreError
-from keepstep.train.plugins import FullyShardedDataParallelPlugin
+from keepstep.train.settings.plugins import FullyShardedDataParallelPlugin
 
 
 def network(seed: int) -> torch.nn.Module:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from keepstep import Accelerator, CheckpointPolicy
-from keepstep.train.config import DataLoaderConfiguration
+from keepstep.train.settings.config import DataLoaderConfiguration
 
 SAMPLES, BATCH, EPOCHS = 28, 2, 2
 SOURCES = ("map", "iterable with state", "iterable without", "custom sampler", "dispatch")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from keepstep import Accelerator
 from keepstep.errors import UsageError
 from keepstep.local_sgd import LocalSGD
-from keepstep.train.config import CheckpointPolicy
+from keepstep.train.settings.config import CheckpointPolicy
 
 
 def work(directory: str, rank: int, size: int) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from keepstep import Accelerator
 from keepstep.errors import UsageError
-from keepstep.train.config import GradientAccumulationPlugin, GradScalerKwargs
+from keepstep.train.settings.config import GradientAccumulationPlugin, GradScalerKwargs
 
 
 def test_what_prepare_returns() -> None:

@@ -9,7 +9,11 @@ import torch
 
 from keepstep import Accelerator, CheckpointPolicy, ProjectConfiguration
 from keepstep.errors import UsageError
-from keepstep.train.config import DataLoaderConfiguration, GradientAccumulationPlugin, GradScalerKwargs
+from keepstep.train.settings.config import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    GradScalerKwargs,
+)
 
 
 @pytest.mark.parametrize(

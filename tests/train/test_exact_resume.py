@@ -13,7 +13,7 @@ from tests.train.runs import Noisy, Tape, assert_exact, attempt, noisy_collate, 
 from torch.utils.data import DataLoader, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from keepstep import Accelerator
-from keepstep.train.config import GradientAccumulationPlugin, GradScalerKwargs
+from keepstep.train.settings.config import GradientAccumulationPlugin, GradScalerKwargs
 
 LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "in order": lambda: DataLoader(Noisy(), 4),

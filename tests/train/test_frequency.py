@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from keepstep import CheckpointPolicy
-from keepstep.train.frequency import Cost, CostMeter, space, young_interval_s
-from keepstep.train.schedule import Due, LastSave, is_due
+from keepstep.train.pace.frequency import Cost, CostMeter, space, young_interval_s
+from keepstep.train.pace.schedule import Due, LastSave, is_due
 
 
 @dataclass

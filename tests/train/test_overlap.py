@@ -17,7 +17,7 @@ from tests.holding import Held
 from keepstep.checkpoint.store import Store
 from keepstep.errors import BackgroundSaveError
 from keepstep.train.accelerator import Accelerator
-from keepstep.train.config import CheckpointPolicy
+from keepstep.train.settings.config import CheckpointPolicy
 
 OVERLAPPED = CheckpointPolicy(every_n_steps=1, staging="overlapped")
 

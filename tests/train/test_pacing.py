@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from keepstep import Accelerator, CheckpointPolicy, Store
-from keepstep.train.counts import CheckpointCounts
-from keepstep.train.pacing import Pacer
-from keepstep.train.schedule import Due
+from keepstep.train.pace.counts import CheckpointCounts
+from keepstep.train.pace.pacing import Pacer
+from keepstep.train.pace.schedule import Due
 
 
 class Run:
@@ -151,7 +151,7 @@ def test_what_was_chosen_is_logged_when_it_changes_and_not_each_time(
             pacer.leave(busy=False)
 
     run.step = 0  # type: ignore[attr-defined]
-    with caplog.at_level(logging.INFO, logger="keepstep.train.pacing"):
+    with caplog.at_level(logging.INFO, logger="keepstep.train.pace.pacing"):
         run(500, 0.1)
         assert len(caplog.records) == 1
         assert "max_overhead=0.01: one save every 9.9 s, about 10 steps" in caplog.text

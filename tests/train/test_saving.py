@@ -197,7 +197,7 @@ def test_a_failure_that_comes_back_is_told_in_full_once(
     step()
     step()
     assert caplog.text.count("ended in flames") == 1
-    told = [record.getMessage() for record in caplog.records if record.name == "keepstep.train.counts"]
+    told = [record.getMessage() for record in caplog.records if record.name == "keepstep.train.pace.counts"]
     assert [text.partition(" in a row")[0] for text in told[1:]] == [
         *(f"{count} checkpoints" for count in (2, 4, 8)),
         "Checkpoints are saved again.",

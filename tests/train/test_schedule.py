@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from keepstep import CheckpointPolicy
-from keepstep.train.frequency import Cost, space
-from keepstep.train.schedule import Due, LastSave, is_due
+from keepstep.train.pace.frequency import Cost, space
+from keepstep.train.pace.schedule import Due, LastSave, is_due
 
 START = LastSave(step=0, at_s=0.0)
 

@@ -24,7 +24,7 @@ from keepstep.launch.plan import LaunchPlan, Manner, Rendezvous, Script, plan_la
 from keepstep.launch.restarts import Restarts
 from keepstep.launch.settings import settings_of
 from keepstep.launch.values import as_int
-from keepstep.train.environment import read_environment
+from keepstep.train.settings.environment import read_environment
 from keepstep.train.states import accelerator_was_made
 
 __all__ = ["debug_launcher", "notebook_launcher"]

@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from keepstep.train.accelerator import Accelerator
-from keepstep.train.operations import broadcast_object_list, gather_object
-from keepstep.train.seeding import set_seed, synchronize_rng_states
+from keepstep.train.ranks.operations import broadcast_object_list, gather_object
+from keepstep.train.ranks.seeding import set_seed, synchronize_rng_states
 
 __all__ = ["main"]
 

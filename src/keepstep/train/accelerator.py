@@ -13,29 +13,29 @@ from typing import Any
 from keepstep.checkpoint.store import Store
 from keepstep.track.trackers import Trackers
 from keepstep.train.build import Parts, Wishes, build_parts
-from keepstep.train.config import (
-    CheckpointPolicy,
-    DataLoaderConfiguration,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-)
 from keepstep.train.facade.checkpointing import Checkpointing
 from keepstep.train.facade.communication import Communication
 from keepstep.train.facade.loop import Loop
 from keepstep.train.facade.models import Models
 from keepstep.train.facade.preparation import Preparation
 from keepstep.train.facade.tracking import Tracking
-from keepstep.train.plugins import (
+from keepstep.train.preparing import Preparer
+from keepstep.train.progress import Progress
+from keepstep.train.ranks.seeding import check_rng_type, synchronize_rng_states
+from keepstep.train.resuming.saving import Saver
+from keepstep.train.resuming.state import TrainState
+from keepstep.train.settings.config import (
+    CheckpointPolicy,
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
+from keepstep.train.settings.plugins import (
     DynamoBackend,
     FullyShardedDataParallelPlugin,
     RNGType,
     TorchDynamoPlugin,
 )
-from keepstep.train.preparing import Preparer
-from keepstep.train.progress import Progress
-from keepstep.train.saving import Saver
-from keepstep.train.seeding import check_rng_type, synchronize_rng_states
-from keepstep.train.state import TrainState
 from keepstep.train.states import AcceleratorState, GradientState
 from keepstep.train.step import AccumulationWindow
 

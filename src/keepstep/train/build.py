@@ -14,24 +14,24 @@ import torch
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.errors import UsageError
-from keepstep.train.config import (
+from keepstep.train.placement import LeaveInPlace, MoveTo, Placement
+from keepstep.train.precision import BFloat16, Float16, FullPrecision, Precision
+from keepstep.train.ranks.parallel import Alone, Copies, Parallel, Shards
+from keepstep.train.ranks.process import PartialState
+from keepstep.train.settings.config import (
     CheckpointPolicy,
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
     ProjectConfiguration,
 )
-from keepstep.train.environment import Environment, read_environment
-from keepstep.train.handlers import Handlers, compiling_of, sharding_of
-from keepstep.train.parallel import Alone, Copies, Parallel, Shards
-from keepstep.train.placement import LeaveInPlace, MoveTo, Placement
-from keepstep.train.plugins import (
+from keepstep.train.settings.environment import Environment, read_environment
+from keepstep.train.settings.handlers import Handlers, compiling_of, sharding_of
+from keepstep.train.settings.plugins import (
     DynamoBackend,
     FullyShardedDataParallelPlugin,
     ProfileKwargs,
     TorchDynamoPlugin,
 )
-from keepstep.train.precision import BFloat16, Float16, FullPrecision, Precision
-from keepstep.train.process import PartialState
 
 __all__ = ["Parts", "Wishes", "build_parts"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from keepstep.train.plugins import TorchDynamoPlugin
+from keepstep.train.settings.plugins import TorchDynamoPlugin
 
 __all__ = ["compiled"]
 

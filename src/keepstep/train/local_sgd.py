@@ -14,7 +14,7 @@ import torch
 
 from keepstep.errors import UsageError
 from keepstep.train.accelerator import Accelerator
-from keepstep.train.process import DistributedType
+from keepstep.train.ranks.process import DistributedType
 
 __all__ = ["LocalSGD"]
 

@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from keepstep.errors import UsageError
-from keepstep.train.plugins import AutocastKwargs
+from keepstep.train.settings.plugins import AutocastKwargs
 
 __all__ = ["BFloat16", "Float16", "FullPrecision", "Precision"]
 

@@ -12,16 +12,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from keepstep.errors import NotPreparedError
-from keepstep.train.alike import check_models_alike
 from keepstep.train.compiling import compiled
-from keepstep.train.config import DataLoaderConfiguration
 from keepstep.train.data.loader import PreparedLoader
 from keepstep.train.data.shares import Share
 from keepstep.train.data.sources import make_source
-from keepstep.train.parallel import Parallel, without_wrappers
 from keepstep.train.placement import LeaveInPlace, Placement
-from keepstep.train.plugins import TorchDynamoPlugin
-from keepstep.train.state import TrainState
+from keepstep.train.ranks.alike import check_models_alike
+from keepstep.train.ranks.parallel import Parallel, without_wrappers
+from keepstep.train.resuming.state import TrainState
+from keepstep.train.settings.config import DataLoaderConfiguration
+from keepstep.train.settings.plugins import TorchDynamoPlugin
 from keepstep.train.step import PreparedOptimizer, PreparedScheduler
 from keepstep.tree import is_stateful
 

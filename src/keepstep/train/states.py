@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from keepstep.errors import UsageError
-from keepstep.train.process import DistributedType, PartialState
 from keepstep.train.progress import Progress
+from keepstep.train.ranks.process import DistributedType, PartialState
 from keepstep.train.step import AccumulationWindow
 
 __all__ = ["AcceleratorState", "GradientState", "accelerator_was_made"]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from keepstep.train.config import GradientAccumulationPlugin
 from keepstep.train.gate import StagingGate
 from keepstep.train.precision import Precision
+from keepstep.train.settings.config import GradientAccumulationPlugin
 
 __all__ = ["AccumulationWindow", "PreparedOptimizer", "PreparedScheduler"]
 

@@ -6,13 +6,13 @@ import torch
 
 from keepstep.track.trackers import Trackers
 from keepstep.train.build import Parts
-from keepstep.train.config import ProjectConfiguration
-from keepstep.train.parallel import Parallel
 from keepstep.train.precision import Precision
 from keepstep.train.preparing import Preparer
-from keepstep.train.process import PartialState
-from keepstep.train.saving import Saver
-from keepstep.train.state import TrainState
+from keepstep.train.ranks.parallel import Parallel
+from keepstep.train.ranks.process import PartialState
+from keepstep.train.resuming.saving import Saver
+from keepstep.train.resuming.state import TrainState
+from keepstep.train.settings.config import ProjectConfiguration
 from keepstep.train.states import AcceleratorState, GradientState
 from keepstep.train.step import AccumulationWindow
 from keepstep.world import World

@@ -12,9 +12,9 @@ from keepstep.checkpoint.pending import PendingSave
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import UsageError
 from keepstep.track.trackers import Origin
-from keepstep.train.counts import CheckpointCounts
 from keepstep.train.facade.base import Facade
-from keepstep.train.hooked import LoadHook, SaveHook
+from keepstep.train.pace.counts import CheckpointCounts
+from keepstep.train.resuming.hooked import LoadHook, SaveHook
 
 __all__ = ["Checkpointing"]
 

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from keepstep.train.control import ProcessControl
 from keepstep.train.facade.base import Facade
-from keepstep.train.operations import gather_objects, pad_across_ranks, reduce_over_ranks
-from keepstep.train.process import DistributedType
-from keepstep.train.tensors import slice_tensors
+from keepstep.train.ranks.control import ProcessControl
+from keepstep.train.ranks.operations import gather_objects, pad_across_ranks, reduce_over_ranks
+from keepstep.train.ranks.process import DistributedType
+from keepstep.train.ranks.tensors import slice_tensors
 from keepstep.world import Reduction
 from keepstep.world.nested import leaves_of
 

@@ -12,7 +12,7 @@ import torch
 from keepstep.errors import UsageError
 from keepstep.train.data.loader import skip_first_batches
 from keepstep.train.facade.base import Facade
-from keepstep.train.plugins import AutocastKwargs, ProfileKwargs
+from keepstep.train.settings.plugins import AutocastKwargs, ProfileKwargs
 
 __all__ = ["Loop"]
 

@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from keepstep.errors import UsageError
-from keepstep.train.plugins import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from keepstep.train.precision import FullPrecision
-from keepstep.train.process import DistributedType
+from keepstep.train.ranks.process import DistributedType
+from keepstep.train.settings.plugins import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 
 __all__ = [
     "Alone",

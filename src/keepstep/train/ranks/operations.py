@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 
 from keepstep.errors import CollectiveMismatchError, UsageError
-from keepstep.train.objects import from_bytes, to_bytes
-from keepstep.train.process import current_world
+from keepstep.train.ranks.objects import from_bytes, to_bytes
+from keepstep.train.ranks.process import current_world
 from keepstep.world import Reduction, World
 from keepstep.world.nested import replaced, tensors_of
 

@@ -23,7 +23,7 @@ from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import UsageError
 from keepstep.models.states import full_state
-from keepstep.train.rank_state import numbered
+from keepstep.train.resuming.rank_state import numbered
 from keepstep.tree import items_of
 from keepstep.world import World
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from keepstep.train.config import CheckpointPolicy
+from keepstep.train.settings.config import CheckpointPolicy
 
 __all__ = ["Cost", "CostMeter", "Spacing", "space", "young_interval_s"]
 

@@ -9,7 +9,7 @@ import torch
 from keepstep.errors import MismatchError
 from keepstep.train import rng
 from keepstep.train.data.order import derive_seed
-from keepstep.train.parallel import gradient_like, part_here
+from keepstep.train.ranks.parallel import gradient_like, part_here
 from keepstep.train.step import PreparedOptimizer
 
 __all__ = ["Buffers", "Generators", "Gradients", "numbered"]

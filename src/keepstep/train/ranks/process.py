@@ -15,8 +15,8 @@ import torch
 
 from keepstep.errors import UsageError
 from keepstep.track import here
-from keepstep.train.control import ProcessControl
-from keepstep.train.environment import Environment, Launched, read_environment
+from keepstep.train.ranks.control import ProcessControl
+from keepstep.train.settings.environment import Environment, Launched, read_environment
 from keepstep.world import DEFAULT_TIMEOUT_S, OneRank, World, join_ranks, joined_group
 
 __all__ = ["DistributedType", "PartialState", "current_world", "device_of", "join_world"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepstep.errors import UsageError
-from keepstep.train.config import GradScalerKwargs
-from keepstep.train.plugins import (
+from keepstep.train.settings.config import GradScalerKwargs
+from keepstep.train.settings.plugins import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,

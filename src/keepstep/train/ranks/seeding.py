@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from keepstep.errors import UsageError
-from keepstep.train.process import current_world
+from keepstep.train.ranks.process import current_world
 from keepstep.world import World
 
 __all__ = ["check_rng_type", "set_seed", "synchronize_rng_state", "synchronize_rng_states"]

@@ -32,15 +32,15 @@ from keepstep.errors import (
     StoreError,
     UsageError,
 )
-from keepstep.train.alike import check_saving_alike
-from keepstep.train.config import CheckpointPolicy, ProjectConfiguration
-from keepstep.train.counts import CheckpointCounts, Complaints
-from keepstep.train.decision import Decision
-from keepstep.train.hooked import StateHooks
-from keepstep.train.importing import Importer, tell_of_earlier
-from keepstep.train.pacing import Pacer
-from keepstep.train.schedule import Due
-from keepstep.train.state import Captured, TrainState
+from keepstep.train.pace.counts import CheckpointCounts, Complaints
+from keepstep.train.pace.decision import Decision
+from keepstep.train.pace.pacing import Pacer
+from keepstep.train.pace.schedule import Due
+from keepstep.train.ranks.alike import check_saving_alike
+from keepstep.train.resuming.hooked import StateHooks
+from keepstep.train.resuming.importing import Importer, tell_of_earlier
+from keepstep.train.resuming.state import Captured, TrainState
+from keepstep.train.settings.config import CheckpointPolicy, ProjectConfiguration
 
 __all__ = ["Saver"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from keepstep.train.config import CheckpointPolicy
-from keepstep.train.pacing import Pacer
-from keepstep.train.schedule import Due
+from keepstep.train.pace.pacing import Pacer
+from keepstep.train.pace.schedule import Due
+from keepstep.train.settings.config import CheckpointPolicy
 from keepstep.world import World
 
 __all__ = ["Decision"]

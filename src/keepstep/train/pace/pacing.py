@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from keepstep.checkpoint.pending import PendingSave
-from keepstep.train.config import CheckpointPolicy
-from keepstep.train.counts import CheckpointCounts
-from keepstep.train.frequency import CostMeter, Spacing, space
-from keepstep.train.schedule import Due, LastSave, is_due
+from keepstep.train.pace.counts import CheckpointCounts
+from keepstep.train.pace.frequency import CostMeter, Spacing, space
+from keepstep.train.pace.schedule import Due, LastSave, is_due
+from keepstep.train.settings.config import CheckpointPolicy
 
 __all__ = ["Pacer"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from keepstep.train.config import CheckpointPolicy
-from keepstep.train.frequency import Spacing
+from keepstep.train.pace.frequency import Spacing
+from keepstep.train.settings.config import CheckpointPolicy
 
 __all__ = ["Due", "LastSave", "is_due"]
 

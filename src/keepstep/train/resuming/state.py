@@ -27,12 +27,12 @@ from keepstep.errors import MismatchError, RestoreError, UsageError
 from keepstep.track.position import LogState
 from keepstep.train.data.loader import PreparedLoader
 from keepstep.train.gate import StagingGate
-from keepstep.train.options import options_of, warn_of_replaced
-from keepstep.train.parallel import Parallel
 from keepstep.train.precision import Precision
 from keepstep.train.progress import Progress
-from keepstep.train.rank_state import Buffers, Generators, Gradients, numbered
-from keepstep.train.shared_state import SharedState
+from keepstep.train.ranks.parallel import Parallel
+from keepstep.train.resuming.options import options_of, warn_of_replaced
+from keepstep.train.resuming.rank_state import Buffers, Generators, Gradients, numbered
+from keepstep.train.resuming.shared_state import SharedState
 from keepstep.train.step import AccumulationWindow, PreparedOptimizer, PreparedScheduler
 from keepstep.world import World
 

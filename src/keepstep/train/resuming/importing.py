@@ -17,8 +17,8 @@ import torch
 from keepstep.checkpoint.convert.accelerate import AccelerateState, newest_accelerate_state
 from keepstep.errors import MismatchError, RestoreError
 from keepstep.models.loading import differences_of, fill
-from keepstep.train.rank_state import Generators
-from keepstep.train.state import TrainState
+from keepstep.train.resuming.rank_state import Generators
+from keepstep.train.resuming.state import TrainState
 
 __all__ = ["Importer", "tell_of_earlier"]
 

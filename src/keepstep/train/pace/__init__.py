@@ -1,0 +1,1 @@
+"""How often to save: what a save costs, and when the next one is due."""
