@@ -75,6 +75,9 @@ def a_model_is_wrapped_and_known(folder: Path, rank: int, size: int) -> None:
     assert (accelerator.process_index, accelerator.num_processes) == (rank, size)
     assert accelerator.is_last_process == (rank == size - 1)
     assert AcceleratorState().num_processes == size
+    for number in range(2):
+        accelerator.backward(model(inputs(rank, number)).sum())
+    assert not model._has_rebuilt_buckets, "a resumed run would round otherwise in its first step"
     frozen = net()
     frozen.requires_grad_(False)
     assert accelerator.prepare(frozen) is frozen

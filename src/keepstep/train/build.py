@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from keepstep.checkpoint.place.registry import is_address
 from keepstep.errors import UsageError
 from keepstep.train.placement import LeaveInPlace, MoveTo, Placement
 from keepstep.train.precision import BFloat16, Float16, FullPrecision, Precision
-from keepstep.train.ranks.parallel import Alone, Copies, Parallel, Shards
+from keepstep.train.ranks.parallel import Alone, Copies, Parallel
 from keepstep.train.ranks.process import PartialState
 from keepstep.train.settings.config import (
     CheckpointPolicy,
@@ -159,7 +160,8 @@ def _parallel(
     if not process.use_distributed:
         return Alone()
     if sharding is not None:
-        return Shards(sharding, precision.dtype)
+        shards: Parallel = import_module("keepstep.train.ranks.shards").Shards(sharding, precision.dtype)
+        return shards
     return Copies(process.distributed_type, handlers.copies)
 
 

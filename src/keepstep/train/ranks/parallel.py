@@ -1,4 +1,4 @@
-"""How the ranks share one model: not at all, by equal copies (DDP), or by shards (FSDP2).
+"""How the ranks share one model: not at all, or by equal copies (DDP); `shards.py` has the third way.
 
 `Alone` is the whole of the seam with nothing to do in it; the other two replace what differs.
 """
@@ -10,39 +10,43 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.join import Join
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn import parallel as torch_parallel
 from torch.optim import Optimizer
 
-from keepstep.errors import UsageError
 from keepstep.train.precision import FullPrecision
 from keepstep.train.ranks.process import DistributedType
-from keepstep.train.settings.plugins import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from keepstep.train.settings.plugins import DistributedDataParallelKwargs
 
 __all__ = [
     "Alone",
     "Copies",
     "Parallel",
-    "Shards",
     "extract_model_from_parallel",
     "gradient_like",
     "part_here",
     "without_wrappers",
 ]
+
+
+class DistributedDataParallel(torch_parallel.DistributedDataParallel):
+    """DDP whose gradients travel in the same buckets from the first backward on.
+
+    DDP itself begins with buckets in the order in which parameters were registered, last ones first, and
+    sorts them anew after the first backward, in the order in which gradients came. With more than two ranks
+    the order decides how sums are rounded, so that the first step after a resume would differ from what it
+    would have been in a run that was never interrupted. Here the first order stays.
+    """
+
+    def _build_params_for_reducer(self) -> tuple[list[torch.nn.Parameter], list[bool]]:
+        parameters, are_sparse = super()._build_params_for_reducer()  # type: ignore[no-untyped-call]
+        return parameters[::-1], are_sparse[::-1]
+
+    def settle(self) -> None:
+        """Sort the buckets now, by the order of the reducer's parameters, instead of after a backward."""
+        self.reducer._push_all_rebuilt_params()
+        self.reducer._rebuild_buckets()
 
 
 class Parallel:
@@ -106,7 +110,7 @@ class Copies(Parallel):
         self._options = options
 
     def wrap(self, model: torch.nn.Module, device: torch.device | None) -> torch.nn.Module:
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, torch_parallel.DistributedDataParallel):
             return model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model  # nothing to average
@@ -114,10 +118,11 @@ class Copies(Parallel):
         wrapped = DistributedDataParallel(
             model, device_ids=at, output_device=at and at[0], **self._options.to_kwargs()
         )
+        wrapped.settle()
         self._hook(wrapped)
         return wrapped
 
-    def _hook(self, model: DistributedDataParallel) -> None:
+    def _hook(self, model: torch_parallel.DistributedDataParallel) -> None:
         options = self._options
         hooks: dict[str, Callable[..., Any]] = {
             "fp16": default_hooks.fp16_compress_hook,
@@ -161,124 +166,32 @@ class Copies(Parallel):
         return Join(found, enable=True, throw_on_early_termination=False)
 
 
-class Shards(Parallel):
-    """Each rank holds a part of every parameter, its gradient and its optimizer state (FSDP2).
-
-    Args:
-        plugin: which modules are units, and more.
-        autocast_dtype: what to compute in, of the run's mixed precision; None for the parameters' own.
-    """
-
-    def __init__(self, plugin: FullyShardedDataParallelPlugin, autocast_dtype: torch.dtype | None) -> None:
-        super().__init__(DistributedType.FSDP)
-        self._plugin = plugin
-        self._dtype = autocast_dtype
-        self._replaced: dict[int, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
-
-    def wrap(self, model: torch.nn.Module, device: torch.device | None) -> torch.nn.Module:
-        if isinstance(model, FSDPModule):
-            return model
-        plugin = self._plugin
-        for value in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(value.detach(), 0)  # each rank cuts its part out of its own copy
-        units = plugin.units(model)
-        if plugin.activation_checkpointing:
-            chosen = {id(unit) for unit in units}
-            apply_activation_checkpointing(
-                model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda module: id(module) in chosen
-            )
-        before = dict(model.named_parameters(remove_duplicate=False))
-        ignored = {p for module in plugin.ignored_modules or () for p in module.parameters()}
-        options: dict[str, Any] = {
-            "reshard_after_forward": plugin.reshard_after_forward,
-            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(param_dtype=self._dtype),
-            "offload_policy": CPUOffloadPolicy() if plugin.cpu_offload else OffloadPolicy(),
-            "ignored_params": ignored or None,
-        }
-        for unit in units:
-            fully_shard(unit, **options)
-        fully_shard(model, **options)
-        after = dict(model.named_parameters(remove_duplicate=False))
-        # The old ones are kept: an id is theirs only while they live.
-        self._replaced.update((id(old), (old, after[name])) for name, old in before.items())
-        return model
-
-    def adopt(self, optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
-            group["params"] = [self._replaced.get(id(p), (p, p))[1] for p in group["params"]]
-        for old in [p for p in optimizer.state if id(p) in self._replaced]:
-            optimizer.state[self._replaced[id(old)][1]] = optimizer.state.pop(old)
-        self.place_state(optimizer)
-
-    @contextmanager
-    def no_sync(self, model: torch.nn.Module) -> Iterator[None]:
-        inner = without_wrappers(model)
-        if not isinstance(inner, FSDPModule):
-            yield
-            return
-        inner.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            inner.set_requires_gradient_sync(True)
-
-    def clip_norm(self, parameters: Sequence[torch.Tensor], most: float, kind: float) -> torch.Tensor:
-        norm = super().clip_norm(parameters, most, kind)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def join(self, joinables: Sequence[Any]) -> AbstractContextManager[Any]:
-        raise UsageError(
-            "join_uneven_inputs works with whole copies of a model (DDP). With sharded parameters every rank "
-            "takes part in every forward; let even_batches fill the last batch."
-        )
-
-    def place_state(self, optimizer: Optimizer) -> None:
-        for parameter, state in optimizer.state.items():
-            if not isinstance(parameter, DTensor):
-                continue
-            for name, value in state.items():
-                is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
-                if is_whole and value.shape == parameter.shape:
-                    state[name] = distribute_tensor(
-                        value.to(parameter.device),
-                        parameter.device_mesh,
-                        parameter.placements,
-                        src_data_rank=None,
-                    )
-
-    def check_capturable(self, models: Sequence[torch.nn.Module], inside_window: bool) -> None:
-        if inside_window and any(isinstance(model, FSDPModule) for model in models):
-            raise UsageError(
-                "A checkpoint was asked for inside an accumulation window. Sharded models keep unfinished "
-                "gradients where they can't be saved. Save where accelerator.sync_gradients is True, after "
-                "the optimizer's step."
-            )
-
-
-def _ddp_of(model: Any) -> DistributedDataParallel | None:
+def _ddp_of(model: Any) -> torch_parallel.DistributedDataParallel | None:
     inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, DistributedDataParallel) else None
+    return inner if isinstance(inner, torch_parallel.DistributedDataParallel) else None
 
 
 def part_here(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor: all of it, if it isn't sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    to_local: Callable[[], torch.Tensor] | None = getattr(tensor, "to_local", None)  # of a DTensor
+    return tensor if to_local is None else to_local()
 
 
 def gradient_like(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """A gradient of a parameter, of what this rank holds of it."""
-    here = part_here(parameter.detach())
-    gradient = torch.empty_like(here, dtype=part.dtype).copy_(part)
-    if not isinstance(parameter, DTensor):
+    whole: Any = parameter.detach()
+    gradient = torch.empty_like(part_here(whole), dtype=part.dtype).copy_(part)
+    if not hasattr(whole, "to_local"):
         return gradient
-    return DTensor.from_local(
+    sharded: torch.Tensor = type(whole).from_local(
         gradient,
-        parameter.device_mesh,
-        parameter.placements,
+        whole.device_mesh,
+        whole.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=whole.shape,
+        stride=whole.stride(),
     )
+    return sharded
 
 
 def without_wrappers(model: torch.nn.Module) -> torch.nn.Module:
@@ -286,7 +199,7 @@ def without_wrappers(model: torch.nn.Module) -> torch.nn.Module:
     inner: Any = model
     while True:
         inner = getattr(inner, "_orig_mod", inner)
-        if not isinstance(inner, DistributedDataParallel):
+        if not isinstance(inner, torch_parallel.DistributedDataParallel):
             break
         inner = inner.module
     return inner if isinstance(inner, torch.nn.Module) else model
