@@ -9,7 +9,7 @@ import torch
 from tests.train.runs import Noisy
 from torch.utils.data import DataLoader
 
-from keepstep import Accelerator, Store
+from keepstep import Accelerator, CheckpointPolicy, Store
 from keepstep.errors import UsageError
 
 
@@ -105,3 +105,22 @@ def test_finishing_needs_a_place(tmp_path: Path) -> None:
         break
     with pytest.raises(UsageError, match="project_dir"):
         accelerator.end_training(finished=True)
+
+
+def test_the_last_steps_of_a_finished_run_are_saved_once(tmp_path: Path) -> None:
+    for attempt in range(3):
+        accelerator = Accelerator(
+            cpu=True, project_dir=tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=4)
+        )
+        model = torch.nn.Linear(2, 1)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator.resume()
+        for _ in accelerator.epochs(1):
+            for _ in range(6):
+                accelerator.backward(model(torch.ones(1, 2)).sum())
+                optimizer.step()
+                optimizer.zero_grad()
+                accelerator.checkpoint()
+        accelerator.end_training(finished=True)
+        steps = [checkpoint.step for checkpoint in Store(tmp_path / "checkpoints").list()]
+        assert steps == [4, 6], f"attempt {attempt}"

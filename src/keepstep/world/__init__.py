@@ -13,6 +13,15 @@ from __future__ import annotations
 
 from keepstep.world.one import OneRank
 from keepstep.world.protocol import Reduction, World
-from keepstep.world.ranks import DEFAULT_TIMEOUT_S, Ranks, join_ranks, joined_group
+from keepstep.world.ranks import DEFAULT_TIMEOUT_S, Ranks, join_ranks, joined_group, leave_ranks
 
-__all__ = ["DEFAULT_TIMEOUT_S", "OneRank", "Ranks", "Reduction", "World", "join_ranks", "joined_group"]
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "OneRank",
+    "Ranks",
+    "Reduction",
+    "World",
+    "join_ranks",
+    "joined_group",
+    "leave_ranks",
+]

@@ -20,7 +20,7 @@ from keepstep.world.mail import Mail
 from keepstep.world.protocol import Parcel, Reduction, no_parcel
 from keepstep.world.roll_call import NotDoneError, RollCall
 
-__all__ = ["DEFAULT_TIMEOUT_S", "Ranks", "join_ranks", "joined_group"]
+__all__ = ["DEFAULT_TIMEOUT_S", "Ranks", "join_ranks", "joined_group", "leave_ranks"]
 
 T = TypeVar("T")
 
@@ -174,3 +174,9 @@ def join_ranks(
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(timeout_s=timeout_s, local_rank=local_rank, local_size=local_size)
+
+
+def leave_ranks() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

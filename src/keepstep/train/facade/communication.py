@@ -115,6 +115,16 @@ class Communication(ProcessControl, Facade):
         return triggered
 
     @property
+    def multi_device(self) -> bool:
+        """Whether there is more than one process."""
+        return self._world.size > 1
+
+    @property
+    def is_fsdp2(self) -> bool:
+        """Whether models are sharded over the ranks."""
+        return self.state.is_fsdp2
+
+    @property
     def distributed_type(self) -> DistributedType:
         """How ranks work together."""
         return self.state.distributed_type

@@ -17,7 +17,7 @@ from keepstep.errors import UsageError
 from keepstep.track import here
 from keepstep.train.ranks.control import ProcessControl
 from keepstep.train.settings.environment import Environment, Launched, read_environment
-from keepstep.world import DEFAULT_TIMEOUT_S, OneRank, World, join_ranks, joined_group
+from keepstep.world import DEFAULT_TIMEOUT_S, OneRank, World, join_ranks, joined_group, leave_ranks
 
 __all__ = ["DistributedType", "PartialState", "current_world", "device_of", "join_world"]
 
@@ -151,6 +151,21 @@ class PartialState(ProcessControl):
     def distributed_type(self) -> DistributedType:
         """How ranks work together."""
         return DistributedType(self._world.kind)
+
+    @property
+    def default_device(self) -> torch.device:
+        """The kind of device that this machine trains on, whatever was asked for."""
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else torch.device(found.type)
+
+    @property
+    def initialized(self) -> bool:
+        """True: an instance knows its process."""
+        return True
+
+    def destroy_process_group(self) -> None:
+        """Leave the other ranks, at the end of a script."""
+        leave_ranks()
 
     def __repr__(self) -> str:
         return (

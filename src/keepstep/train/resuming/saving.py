@@ -164,13 +164,19 @@ class Saver:
 
     def tell_what_is_unsaved(self) -> None:
         """A run that ends has steps that no checkpoint holds, unless the last one was saved."""
-        steps = self._state.step - max(self._pacer.safe_step, self._step_saved_elsewhere)
-        if self._store is not None and steps > 0 and not self._world.rank:
+        if self.unsaved_steps > 0 and not self._world.rank:
             _log.warning(
                 "The run ends %d optimizer steps after its last checkpoint, which are not saved. Call "
-                "save_state() before end_training() if they count.",
-                steps,
+                "end_training(finished=True) if they count.",
+                self.unsaved_steps,
             )
+
+    @property
+    def unsaved_steps(self) -> int:
+        """Optimizer steps since the last checkpoint; 0 where none is kept."""
+        if self._store is None:
+            return 0
+        return self._state.step - max(self._pacer.safe_step, self._step_saved_elsewhere)
 
     def _compare(self, store: Store) -> None:
         """Once: ranks that save elsewhere, or at other times, would wait for each other."""
