@@ -67,7 +67,9 @@ class Watch:
                 else ""
             )
             source = path.endswith(".py")  # of the program itself, to show a line of it
-            if path and not source and not path.startswith((self.root, "/proc/self")):
+            # Who claims a store writes down which process of which boot it is.
+            me = ("/proc/self", f"/proc/{os.getpid()}/", "/proc/sys/kernel/random/boot_id")
+            if path and not source and not path.startswith((self.root, *me)):
                 self.trespasses.append(f"{event} {path}")
         elif event.startswith(FORBIDDEN):
             self.trespasses.append(f"{event} {args!r:.200}")

@@ -27,16 +27,20 @@ from keepstep.checkpoint.format.manifest import MANIFEST_NAME, STATE_NAME
 from keepstep.checkpoint.place.local import explained
 from keepstep.errors import DirectoryNotOursError, UsageError
 from keepstep.files import Files, LocalFiles
+from keepstep.models.names import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 from keepstep.models.shards import FORMAT_KEY, apart_from_aliases, shard_names, split
 from keepstep.models.sizes import convert_file_size_to_int
 from keepstep.models.writing import unfinished_name, write_weights, writing_in
 
-__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "check_export", "export_weights"]
+__all__ = ["check_export", "export_weights"]
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"model(?:-next)?-\d{5}-of-\d{5}\.safetensors\Z")
-_TORCH_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_TORCH_NAMES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 _log = logging.getLogger(__name__)
 
@@ -122,9 +126,9 @@ class _Export:
             )
 
     def _single(self, kept: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> None:
-        self._write(WEIGHTS_NAME, kept, aliases)  # <- commit: readers take this file before any index
+        self._write(SAFE_WEIGHTS_NAME, kept, aliases)  # <- commit: readers take this file before any index
         self._files.sync_directory(self._directory)
-        self._remove([INDEX_NAME])
+        self._remove([SAFE_WEIGHTS_INDEX_NAME])
         self._remove_shards(but=())
 
     def _sharded(
@@ -139,7 +143,7 @@ class _Export:
         self._files.sync_directory(self._directory)
         total = sum(tensor.numel() * tensor.itemsize for tensor in kept.values())
         self._write_index(names, parts, total)  # <- commit, unless there is an old single file
-        self._remove([WEIGHTS_NAME])  # <- commit then
+        self._remove([SAFE_WEIGHTS_NAME])  # <- commit then
         self._remove_shards(but=names)
         if names != final:
             self._rename_shards(names, final)
@@ -160,7 +164,7 @@ class _Export:
         body = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         unfinished = self._directory / unfinished_name()
         self._files.write_file(unfinished, json.dumps(body, indent=2).encode() + b"\n")
-        self._files.rename(unfinished, self._directory / INDEX_NAME)
+        self._files.rename(unfinished, self._directory / SAFE_WEIGHTS_INDEX_NAME)
         self._files.sync_directory(self._directory)
 
     def _names(self) -> list[str]:
@@ -168,7 +172,7 @@ class _Export:
 
     def _named_by_index(self) -> set[str]:
         try:
-            index: Any = json.loads((self._directory / INDEX_NAME).read_bytes())
+            index: Any = json.loads((self._directory / SAFE_WEIGHTS_INDEX_NAME).read_bytes())
             return set(index["weight_map"].values())
         except FileNotFoundError:
             return set()

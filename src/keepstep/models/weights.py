@@ -14,11 +14,16 @@ from keepstep.checkpoint.convert.torch_files import read_torch_file
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, STATE_NAME
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, MissingFileError, UsageError
-from keepstep.models.export import INDEX_NAME, WEIGHTS_NAME
+from keepstep.models.names import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 __all__ = ["open_safetensors", "read_weights"]
 
-_IN_ORDER = (WEIGHTS_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_IN_ORDER = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 def read_weights(checkpoint: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
