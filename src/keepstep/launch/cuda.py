@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -12,7 +14,7 @@ from keepstep.errors import UsageError
 __all__ = ["refuse_used_cuda", "watch_cuda"]
 
 _PACKAGES: Final = ("torch", "IPython", "ipykernel", "tornado", "asyncio", "keepstep")
-"""Whose lines are not the user's."""
+"""Whose lines are not the user's; by where they lie, as a project's folder may have the same name."""
 
 _initialized_at: list[str] = []
 """The lines that led to CUDA's initialization, if somebody watched."""
@@ -23,9 +25,8 @@ def _remember() -> None:
 
 
 def _is_the_users(frame: str) -> bool:
-    return not any(
-        f"/{package}/" in frame for package in ("torch", "IPython", "ipykernel", "keepstep", "asyncio")
-    )
+    files = [getattr(sys.modules.get(package), "__file__", None) for package in _PACKAGES]
+    return not any(f'"{Path(file).parent}/' in frame for file in files if file)
 
 
 def watch_cuda() -> None:
