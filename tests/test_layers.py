@@ -44,6 +44,8 @@ TORCH_FREE = [
     "keepstep.track.bars",
     "keepstep.track.trackers",
     "keepstep.tracking",
+    "keepstep.tune",
+    "keepstep.tune.settings",
 ]
 
 # ruff can lift its ban on names (TID251) for a whole file only, so here is who may use what.

@@ -34,6 +34,12 @@ Each message says what happened, the value, what is allowed and what to do next.
     │   ├── RankFailedError        another rank raised
     │   ├── CollectiveMismatchError  ranks called different things, or gave them other shapes
     │   └── RanksDifferError       ranks hold states that are not of one model (also a StateError)
+    ├── TuneError                  an experiment of many trials
+    │   ├── TrialError             a trial failed; its message names it
+    │   ├── ExperimentExistsError  another experiment has that name (also a FileExistsError)
+    │   ├── ExperimentNotFoundError  no experiment there (also a FileNotFoundError)
+    │   ├── ExperimentBusyError    another process runs this experiment
+    │   └── JournalError           an experiment's journal is damaged
     └── UsageError                 a call or configuration that cannot work (also a ValueError)
         ├── MissingPackageError    an optional package is not installed (also an ImportError)
         ├── NotTensorError         something else where tensors are expected (also a TypeError)
@@ -56,8 +62,12 @@ __all__ = [
     "DamagedCheckpointError",
     "DigestError",
     "DirectoryNotOursError",
+    "ExperimentBusyError",
+    "ExperimentExistsError",
+    "ExperimentNotFoundError",
     "FileSizeError",
     "ForeignTypeError",
+    "JournalError",
     "KeepstepError",
     "ManifestError",
     "MirrorError",
@@ -82,6 +92,8 @@ __all__ = [
     "StoreError",
     "StoreReadOnlyError",
     "TensorNotSavableError",
+    "TrialError",
+    "TuneError",
     "UnsupportedTypeError",
     "UsageError",
 ]
@@ -366,3 +378,33 @@ class MissingPackageError(UsageError, ImportError):
 
 class NotPreparedError(UsageError):
     """An object has to go through `Accelerator.prepare()` first."""
+
+
+class TuneError(KeepstepError):
+    """Something of an experiment of many trials."""
+
+
+class TrialError(TuneError):
+    """A trial failed; the message names it, and holds its traceback."""
+
+
+class ExperimentExistsError(TuneError, FileExistsError):
+    """Another experiment has that name; nothing of it was touched."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1]) if self.args else ""
+
+
+class ExperimentNotFoundError(TuneError, FileNotFoundError):
+    """There is no experiment there."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1]) if self.args else ""
+
+
+class ExperimentBusyError(TuneError):
+    """Another process runs this experiment."""
+
+
+class JournalError(TuneError):
+    """An experiment's journal is damaged in the middle; a torn end is none."""

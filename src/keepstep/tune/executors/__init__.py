@@ -1,0 +1,1 @@
+"""Runs trials: in processes, in this one, on a Ray cluster."""

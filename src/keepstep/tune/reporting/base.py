@@ -1,0 +1,58 @@
+"""Who shows how an experiment goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from keepstep.tune.executors.protocol import Resources
+from keepstep.tune.experiment.trial import Trial
+
+__all__ = ["Overview", "ProgressReporter"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """How an experiment stands.
+
+    Attributes:
+        name: of the experiment.
+        path: the address of its directory.
+        trials: all of them.
+        expected_trials: how many there will be, if that is known.
+        metric: what counts, if that was said.
+        mode: "min" or "max".
+        elapsed_s: since it began, time between restarts not counted.
+        used: what running trials hold.
+        total: what there is.
+        scheduler: in one line.
+        messages: what was said since the last look, for people: a failure, a skipped option.
+    """
+
+    name: str
+    path: str
+    trials: Sequence[Trial]
+    expected_trials: int | None
+    metric: str | None
+    mode: Literal["min", "max"] | None
+    elapsed_s: float
+    used: Resources
+    total: Resources
+    scheduler: str
+    messages: Sequence[str] = ()
+
+
+class ProgressReporter:
+    """Base class."""
+
+    def should_report(self, trials: Sequence[Trial], done: bool = False) -> bool:
+        """Whether it is time; asked after everything that happens and twice a second."""
+        raise NotImplementedError
+
+    def report(self, overview: Overview, done: bool) -> None:
+        """Show it; `done`: for the last time."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the terminal back; called whatever happened."""
