@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 from keepstep.tune.experiment.trial import CheckpointRecord, Trial
 from keepstep.tune.search.base import Suggestible
@@ -35,12 +36,20 @@ class Controller(Protocol):
     def stop_trial(self, trial: Trial) -> None:
         """End a trial for good: at once if it is paused or waits, after its next result if it runs."""
 
+    def save_trial(self, trial: Trial) -> None:
+        """Let the trial that reports save a checkpoint before it trains on.
+
+        Without effect for a function, which saves when it wants to, and if one came with this result.
+        """
+
     def exploit(
         self, trial: Trial, source: CheckpointRecord, config: Mapping[str, Any], evaluated: Mapping[str, Any]
     ) -> None:
         """Let a trial go on from another trial's checkpoint, with a new configuration.
 
-        Until it does, the checkpoint is kept. A running trial is stopped first, without a checkpoint.
+        Until it does, the checkpoint is kept. A running trial is stopped first, without a checkpoint; where
+        that is the one that reports, the decision is "NOOP". The source may be the trial's own checkpoint: then
+        only the configuration changes.
 
         Args:
             trial: the one that changes.
@@ -63,6 +72,15 @@ class TrialScheduler(Suggestible):
     STOP: Final = "STOP"
     NOOP: Final = "NOOP"
 
+    whole_population: ClassVar[bool] = False
+    """Whether all trials have to be there before the first of them starts, as far as the searcher gives them
+    at once: where they take turns, or wait for each other."""
+
+    @cached_property
+    def messages(self) -> list[str]:
+        """What people should be told; the driver takes it out after each call."""
+        return []
+
     def describe(self) -> dict[str, Any] | None:
         """The arguments that make it anew, as JSON; None: it has to be handed over again.
 
@@ -72,6 +90,18 @@ class TrialScheduler(Suggestible):
 
     def set_seed(self, seed: int) -> None:
         """The experiment's seed, for a scheduler that was not given one of its own."""
+
+    def complete_config(self, number: int, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the searcher suggested, before a trial is made of it.
+
+        Args:
+            number: of the trial.
+            config: not to be changed.
+
+        Returns:
+            The configuration that the trial gets, and what was drawn for it here, as in `evaluated_params`.
+        """
+        return config, {}
 
     def on_trial_add(self, tune_controller: Controller, trial: Trial) -> None:
         """A trial was made."""
