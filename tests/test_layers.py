@@ -45,6 +45,10 @@ TORCH_FREE = [
     "keepstep.track.trackers",
     "keepstep.tracking",
     "keepstep.tune",
+    "keepstep.tune.checkpoint",
+    "keepstep.tune.experiment.keeping",
+    "keepstep.tune.experiment.removal",
+    "keepstep.tune.saving",
     "keepstep.tune.settings",
 ]
 

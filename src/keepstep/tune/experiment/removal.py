@@ -1,0 +1,44 @@
+"""Deletes checkpoints of trials, and sweeps what starts of trials that died have left."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+__all__ = ["delete", "sweep"]
+
+
+def delete(path: str, names: Iterable[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Delete checkpoints of a trial; one that is gone already is no error.
+
+    Args:
+        path: the address of the trial's directory.
+        names: of its checkpoints.
+        storage_options: for a bucket.
+
+    Returns:
+        The names of those that are being read; they have to be deleted later.
+
+    Raises:
+        StoreError: the place refuses.
+    """
+    raise NotImplementedError(path, names, storage_options)
+
+
+def sweep(path: str, known: Collection[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Remove what starts of a trial that died have left: unfinished checkpoints, and unreported ones.
+
+    Only for a trial that does not run.
+
+    Args:
+        path: the address of the trial's directory; it may be missing.
+        known: the names of the checkpoints that the journal has, those that may go included.
+        storage_options: for a bucket.
+
+    Returns:
+        The names of the committed checkpoints that were removed.
+
+    Raises:
+        StoreError: the place refuses.
+    """
+    raise NotImplementedError(path, known, storage_options)
