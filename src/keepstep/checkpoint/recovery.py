@@ -19,11 +19,15 @@ from keepstep.errors import (
     NoValidCheckpointError,
     StoreError,
 )
+from keepstep.meetings import Meeting
 from keepstep.world import World
 
-__all__ = ["newest_whole", "restore_newest"]
+__all__ = ["Restore", "newest_whole", "restore_newest"]
 
 log = logging.getLogger(__name__)
+
+Restore = Callable[[Checkpoint, Callable[[], object]], None]
+"""Loads a checkpoint into live objects; calls what it is handed before it overwrites any, see `load_into`."""
 
 _ALL_DAMAGED = (
     "every checkpoint in {path} is damaged:\n  {damaged}\nThe live objects may be in a mixed state. Restore "
@@ -69,7 +73,7 @@ def newest_whole(root: catalog.Root) -> Checkpoint | None:
 
 def restore_newest(
     root: catalog.Root,
-    restore: Callable[[Checkpoint], None],
+    restore: Restore,
     set_aside: Callable[[Place, str], bool],
     world: World,
 ) -> Checkpoint | None:
@@ -101,7 +105,7 @@ def restore_newest(
         passed.add(entry.number)
         try:
             checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
-            restore(checkpoint)
+            restore(checkpoint, lambda: None)
         except CheckpointNotFoundError:
             continue  # dropped meanwhile by the process that writes; it has a newer one
         except DamagedCheckpointError as error:
@@ -149,7 +153,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _restore_together(
     root: catalog.Root,
-    restore: Callable[[Checkpoint], None],
+    restore: Restore,
     set_aside: Callable[[Place, str], bool],
     world: World,
 ) -> Checkpoint | None:
@@ -165,7 +169,7 @@ def _restore_together(
             if number < 0:
                 break
             passed.add(number)
-            checkpoint, problem = _try(root, number, restore)
+            checkpoint, problem = _try(root, number, restore, meeting)
             problems = [json.loads(data) for data in meeting.exchange(json.dumps(problem).encode())]
             found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
             gone = [rank for rank, text in enumerate(problems) if text == _GONE]
@@ -186,7 +190,32 @@ def _restore_together(
     return None
 
 
+class _HeldBackError(Exception):
+    """Another rank can't restore the checkpoint, so this one overwrites nothing."""
+
+
 def _try(
+    root: catalog.Root, number: int, restore: Restore, meeting: Meeting
+) -> tuple[Checkpoint | None, str | None]:
+    """Restore one checkpoint, if all ranks can: it, or what is wrong with it."""
+    told = False
+
+    def agree() -> None:
+        nonlocal told
+        told = True
+        if not all(meeting.exchange(b"ready")):
+            raise _HeldBackError
+
+    try:
+        tried = _try_alone(root, number, lambda checkpoint: restore(checkpoint, agree))
+    except _HeldBackError:
+        return None, None
+    if not told:  # damaged, or gone: the others hold back
+        meeting.exchange(b"")
+    return tried
+
+
+def _try_alone(
     root: catalog.Root, number: int, restore: Callable[[Checkpoint], None]
 ) -> tuple[Checkpoint | None, str | None]:
     """Restore one checkpoint: it, or what is wrong with it; nothing is wrong with one that is gone."""

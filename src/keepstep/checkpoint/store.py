@@ -24,7 +24,7 @@ from keepstep.checkpoint.pending import PendingSave, forget_unseen_failures
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.pulling import pull_if_newer
-from keepstep.checkpoint.recovery import newest_whole, restore_newest
+from keepstep.checkpoint.recovery import Restore, newest_whole, restore_newest
 from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import NoValidCheckpointError, UsageError
@@ -355,11 +355,15 @@ class Store:
         """
         rank = self._blueprint.world.rank
         return self.load_latest_with(
-            lambda checkpoint: checkpoint.load_into(objects, per_rank=per_rank, rank=rank)
+            lambda checkpoint, agree: checkpoint.load_into(objects, per_rank=per_rank, rank=rank, agree=agree)
         )
 
-    def load_latest_with(self, load: Callable[[Checkpoint], None]) -> Checkpoint | None:
-        """As `load_latest_into`, by a function that is handed checkpoints, newest first, until one loads."""
+    def load_latest_with(self, load: Restore) -> Checkpoint | None:
+        """As `load_latest_into`, by a function that is handed checkpoints, newest first, until one loads.
+
+        Args:
+            load: is handed a checkpoint, and what to pass on as `agree` of `Checkpoint.load_into`.
+        """
         self.wait()
         self._pull()
         checkpoint = restore_newest(self._backend, load, self._replace_damaged, self._blueprint.world)

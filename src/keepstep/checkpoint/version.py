@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,7 @@ class Checkpoint:
         *,
         per_rank: Any = None,
         rank: int = 0,
+        agree: Callable[[], object] | None = None,
     ) -> None:
         """Restore live objects in place: all of it or nothing.
 
@@ -183,6 +184,9 @@ class Checkpoint:
             per_rank: live objects that take what rank `rank` saved as its own. If so many ranks did not
                 save, they stay as they are, and a warning says so.
             rank: which one this is.
+            agree: of ranks that restore together: called when everything fits and objects have taken their
+                state, before anything is overwritten, as `meeting.exchange(b"")`. If it raises, objects are
+                given their earlier state back, nothing else was changed, and its error is raised.
 
         Raises:
             MismatchError: something does not fit; all differences are named and nothing was changed.
@@ -192,7 +196,7 @@ class Checkpoint:
                 overwritten by then. Load another checkpoint into the same objects before going on.
         """
         with self._held():
-            load_into(self.reader(), objects, only=_patterns(only), own=per_rank, rank=rank)
+            load_into(self.reader(), objects, only=_patterns(only), own=per_rank, rank=rank, agree=agree)
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         """Hold off its deletion, where a place can."""

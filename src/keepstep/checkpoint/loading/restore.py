@@ -5,7 +5,8 @@ Three phases:
 1. *Fit*: walk the saved tree and the live objects side by side. Every difference is collected; one
    `MismatchError` names them all, and nothing has been changed. Then plain values are read and decoded.
 2. *Hand over*: objects with a `load_state_dict` of their own get their state, read and verified first.
-   If one refuses, those before it get their earlier state back.
+   If one refuses, those before it get their earlier state back. So they do if another rank can't come
+   this far: the ranks agree before anything is overwritten.
 3. *Read in place*: tensors of modules, optimizers and containers are read straight into the live memory
    and verified in the same pass; then optimizers and containers take their plain values.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +53,13 @@ def load_tree(reader: Reader, *, only: tuple[str, ...] | None, verify: bool) -> 
 
 @collector_paused()
 def load_into(
-    reader: Reader, objects: Any, *, only: tuple[str, ...] | None, own: Any = None, rank: int = 0
+    reader: Reader,
+    objects: Any,
+    *,
+    only: tuple[str, ...] | None,
+    own: Any = None,
+    rank: int = 0,
+    agree: Callable[[], object] | None = None,
 ) -> None:
     """Restore live objects; see the module's docstring and `Checkpoint.load_into`."""
     tree = reader.tree if only is None else over_untrusted(reader, lambda: select(reader.tree, only))
@@ -67,7 +74,7 @@ def load_into(
     finally:
         plan.settling.clear()  # they hold the plan that holds them; nothing live waits for the collector
     hand_over = _HandOver(reader, plan.handed_over)
-    hand_over.run()
+    hand_over.run(agree)
     try:
         _read_in_place(reader, plan.places, already=hand_over.done)
         for finish in finishing:
@@ -120,12 +127,14 @@ class _HandOver:
         """Names of the objects that hold the saved state now."""
         return [address_of(handed.path) for handed, _ in self._undo]
 
-    def run(self) -> None:
+    def run(self, agree: Callable[[], object] | None) -> None:
         try:
             for handed in self._handed:
                 state, live = self._state_of(handed), state_of(handed.owner, handed.path)
                 self._undo.append((handed, _copied(live)))
                 call_load(handed.owner, _distributed_as(live, state), handed.path)
+            if agree is not None:
+                agree()
         except BaseException as error:
             self._roll_back(error)
             raise

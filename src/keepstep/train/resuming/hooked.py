@@ -126,7 +126,12 @@ class StateHooks:
     # ---------------------------------------------------------------------------------------- loading
 
     def load_into(
-        self, checkpoint: Checkpoint, models: Sequence[torch.nn.Module], shared: dict[str, Any], own: Any
+        self,
+        checkpoint: Checkpoint,
+        models: Sequence[torch.nn.Module],
+        shared: dict[str, Any],
+        own: Any,
+        agree: Callable[[], object],
     ) -> None:
         """Call the hooks, then restore what they left.
 
@@ -135,10 +140,11 @@ class StateHooks:
             models: of the run.
             shared: live objects.
             own: those of this rank alone.
+            agree: see `Checkpoint.load_into`.
         """
         holds_files = any(name.startswith(FILES) for name in checkpoint.manifest.files)
         if not self._loading and not holds_files:
-            checkpoint.load_into(shared, per_rank=own, rank=self._world.rank)
+            checkpoint.load_into(shared, per_rank=own, rank=self._world.rank, agree=agree)
             return
         names = [str(key) for key, _ in items_of(checkpoint.reader().tree) or ()]
         left = list(models)
@@ -156,7 +162,7 @@ class StateHooks:
         live = {name: value for name, value in shared.items() if name not in left_out}
         wanted = [name for name in names if name != FILES and name not in left_out]
         only = wanted if len(wanted) < len(names) else None
-        checkpoint.load_into(live, only, per_rank=own, rank=self._world.rank)
+        checkpoint.load_into(live, only, per_rank=own, rank=self._world.rank, agree=agree)
 
 
 def _mapped(directory: Path) -> dict[str, torch.Tensor]:

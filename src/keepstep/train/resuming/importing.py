@@ -67,17 +67,19 @@ class Importer:
                 different=different,
             )
 
-    def run(self, generators: Generators) -> AccelerateState:
+    def run(self, generators: Generators, agree: Callable[[], object]) -> AccelerateState:
         """Restore it; `check` comes first.
 
         Args:
             generators: take note of those saved, and are put into effect once everything else is.
+            agree: called once objects have taken their state, before anything is overwritten; if it raises,
+                they are given their earlier one back.
 
         Raises:
             RestoreError: an object refused its state; those before it have their earlier one again.
         """
         state, found = self._state, self._found
-        self._hand_over()
+        self._hand_over(agree)
         for prepared, saved in zip(state.optimizers, found.optimizers, strict=True):
             prepared.optimizer.load_state_dict(saved)
             prepared.steps_done, prepared.step_was_skipped = _steps(saved), False
@@ -90,23 +92,30 @@ class Importer:
         self._tell_what_is_not_there()
         return found
 
-    def _hand_over(self) -> None:
-        """Schedulers and registered objects: all of them or none."""
+    def _hand_over(self, agree: Callable[[], object]) -> None:
+        """Schedulers and registered objects: all of them or none, on all ranks or none."""
         state, found = self._state, self._found
         schedulers = [prepared.scheduler for prepared in state.schedulers]
         undo: list[tuple[Callable[[Any], Any], Any]] = []
         pairs = zip([*schedulers, *state.registered], [*found.schedulers, *found.registered], strict=True)
-        for owner, saved in pairs:
-            undo.append((owner.load_state_dict, copy.deepcopy(owner.state_dict())))
-            try:
-                owner.load_state_dict(saved)
-            except Exception as error:  # the object's own code
-                for load, before in reversed(undo):
-                    load(before)
-                raise RestoreError(
-                    f"{type(owner).__name__}.load_state_dict refused what {found.path} holds: "
-                    f"{error!r}. Nothing was changed"
-                ) from error
+        try:
+            for owner, saved in pairs:
+                undo.append((owner.load_state_dict, copy.deepcopy(owner.state_dict())))
+                self._call_load(owner, saved)
+            agree()
+        except BaseException:
+            for load, before in reversed(undo):
+                load(before)
+            raise
+
+    def _call_load(self, owner: Any, saved: Any) -> None:
+        try:
+            owner.load_state_dict(saved)
+        except Exception as error:  # the object's own code
+            raise RestoreError(
+                f"{type(owner).__name__}.load_state_dict refused what {self._found.path} holds: "
+                f"{error!r}. Nothing was changed"
+            ) from error
 
     def _tell_what_is_not_there(self) -> None:
         ignored = f" ({', '.join(self._found.loaders)} not read)" if self._found.loaders else ""

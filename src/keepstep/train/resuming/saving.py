@@ -319,8 +319,8 @@ class Saver:
             checkpoint = Checkpoint.open(input_dir)
 
         def load_into(live: Captured) -> Checkpoint:
-            with self._together("loading a checkpoint"):
-                self.hooks.load_into(checkpoint, self._state.models, live.shared, live.own)
+            with self._together("loading a checkpoint") as agree:
+                self.hooks.load_into(checkpoint, self._state.models, live.shared, live.own, agree)
             return checkpoint
 
         self._restore(load_into)
@@ -340,16 +340,16 @@ class Saver:
         return loaded
 
     @contextmanager
-    def _together(self, topic: str) -> Iterator[None]:
-        """What raises on one rank raises on all."""
+    def _together(self, topic: str) -> Iterator[Callable[[], object]]:
+        """What raises on one rank raises on all; hands out what lets ranks agree on the way, once."""
         with self._world.meeting(topic) as meeting:
-            yield
+            yield lambda: meeting.exchange(b"")
             meeting.exchange(b"")
 
     def _newest_of(self, store: Store) -> Callable[[Captured], Checkpoint | None]:
         models = self._state.models
         return lambda live: store.load_latest_with(
-            lambda checkpoint: self.hooks.load_into(checkpoint, models, live.shared, live.own)
+            lambda checkpoint, agree: self.hooks.load_into(checkpoint, models, live.shared, live.own, agree)
         )
 
     def _import(self, input_dir: str | os.PathLike[str]) -> None:
@@ -359,8 +359,8 @@ class Saver:
             importer.check()
 
         def load(live: Captured) -> AccelerateState:
-            with self._together("loading a checkpoint of Accelerate's"):
-                return importer.run(live.own["generators"])
+            with self._together("loading a checkpoint of Accelerate's") as agree:
+                return importer.run(live.own["generators"], agree)
 
         self._restore(load)
 

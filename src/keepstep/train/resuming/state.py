@@ -184,13 +184,15 @@ class TrainState:
         try:
             loaded = load(Captured(shared=self._tree(shared), own=own))
             if loaded is not None:
-                for prepared in self.optimizers:
-                    self.parallel.place_state(prepared.optimizer)
-                gradients.apply()
-                buffers.apply()
-                shared.apply()
-                # Last, so that nothing which restoring draws can shift them.
-                generators.apply(seed=self.seed or 0, rank=self.world.rank, step=self.step)
+                with self.world.meeting("putting a restored run into effect") as meeting:
+                    for prepared in self.optimizers:
+                        self.parallel.place_state(prepared.optimizer)
+                    gradients.apply()
+                    buffers.apply()
+                    shared.apply()
+                    # Last, so that nothing which restoring draws can shift them.
+                    generators.apply(seed=self.seed or 0, rank=self.world.rank, step=self.step)
+                    meeting.exchange(b"")  # a sampler may have refused what it remembered
                 warn_of_replaced(before, self._options())
             return loaded
         except RestoreError as error:
