@@ -58,10 +58,8 @@ class Run:
 
     def held(self) -> str:
         """Everything that a restore changes."""
-        return repr(
-            (self.model.state_dict(), self.optimizer.state_dict(), self.first.value, self.counter.value)
-            + (self.accelerator.step, torch.get_rng_state().sum())
-        )
+        made = [self.model.state_dict(), self.optimizer.state_dict(), self.first.value, self.counter.value]
+        return repr([*made, self.accelerator.step, torch.get_rng_state().sum()])
 
 
 def an_object_that_refuses_on_one_rank(folder: Path, rank: int) -> None:
