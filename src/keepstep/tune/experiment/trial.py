@@ -43,7 +43,7 @@ class CheckpointRecord:
         iteration: the trial's `training_iteration` when it was made.
         time_total_s: and its seconds of training.
         bytes: what it takes on disk.
-        metrics: the result it was reported with, without the automatic fields.
+        metrics: the result it was reported with.
     """
 
     trial_id: str

@@ -1,0 +1,1 @@
+"""One process runs an experiment: it asks, launches, writes down, and answers."""

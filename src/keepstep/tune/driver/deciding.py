@@ -1,0 +1,179 @@
+"""Who decides: searcher, scheduler and stopper, told of everything in the order of the journal.
+
+They are told the same while an experiment runs and when its journal is read again, so they come to stand where
+they stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from keepstep.errors import TuneError
+from keepstep.tune.driver.plain import plain
+from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.records import Act
+from keepstep.tune.experiment.trial import CheckpointRecord, Trial
+from keepstep.tune.result import DONE
+from keepstep.tune.schedulers.base import Decision, TrialScheduler
+from keepstep.tune.search.base import Searcher
+from keepstep.tune.stopper import Stopper
+
+__all__ = ["Decider", "Ledger", "Verdict"]
+
+_DECISIONS: Final = ("CONTINUE", "PAUSE", "STOP", "NOOP")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What becomes of a trial that reported, and what a scheduler did to others with it."""
+
+    decision: Decision
+    why: str | None
+    acts: tuple[Act, ...]
+
+
+class Ledger:
+    """What a scheduler does to trials: it takes effect at once, and is kept for the journal.
+
+    Args:
+        history: the trials.
+    """
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._acts: list[Act] = []
+        self.configs: dict[int, dict[str, Any]] = {}
+
+    def get_trials(self) -> Sequence[Trial]:
+        return list(self._history.trials.values())
+
+    def get_live_trials(self) -> Sequence[Trial]:
+        return list(self._history.live.values())
+
+    def pause_trial(self, trial: Trial) -> None:
+        self._do(Act(do="pause", trial=trial.trial_id))
+
+    def unpause_trial(self, trial: Trial) -> None:
+        self._do(Act(do="unpause", trial=trial.trial_id))
+
+    def stop_trial(self, trial: Trial) -> None:
+        self._do(Act(do="stop", trial=trial.trial_id))
+
+    def exploit(
+        self, trial: Trial, source: CheckpointRecord, config: Mapping[str, Any], evaluated: Mapping[str, Any]
+    ) -> None:
+        act = Act(
+            do="exploit",
+            trial=trial.trial_id,
+            source=source.trial_id,
+            checkpoint=source.name,
+            config=plain(config),
+            evaluated=plain(evaluated) or {},
+        )
+        self._do(act)
+        trial.config = dict(config)  # of what JSON does not hold there is only this
+
+    def _do(self, act: Act) -> None:
+        self._history.act((act,))
+        self._acts.append(act)
+
+    def take(self) -> tuple[Act, ...]:
+        """What was done since the last time."""
+        acts, self._acts = tuple(self._acts), []
+        return acts
+
+
+class Decider:
+    """Tells all three, and collects what they say.
+
+    Args:
+        history: the trials.
+        searcher: who suggests.
+        scheduler: who decides which trials go on.
+        stopper: who ends trials.
+    """
+
+    def __init__(
+        self, history: History, *, searcher: Searcher, scheduler: TrialScheduler, stopper: Stopper
+    ) -> None:
+        self.ledger = Ledger(history)
+        self.searcher = searcher
+        self.scheduler = scheduler
+        self.stopper = stopper
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The configuration of a new trial; None: not now; `Searcher.FINISHED`: no more."""
+        return self.searcher.suggest(trial_id)
+
+    def evaluated(self, trial_id: str) -> dict[str, Any]:
+        """What of a suggestion was drawn or picked."""
+        return self.searcher.evaluated(trial_id)
+
+    def added(self, trial: Trial) -> None:
+        """A trial was made."""
+        self.scheduler.on_trial_add(self.ledger, trial)
+        self._no_acts(trial)
+
+    def resulted(self, trial: Trial, result: dict[str, Any], *, done: bool) -> Verdict:
+        """A trial reported.
+
+        Args:
+            trial: it.
+            result: what it reported.
+            done: whether it ends with it by its own word.
+        """
+        why = "done" if done else "stop" if self.stopper(trial.trial_id, result) else None
+        decision: Decision
+        if why is not None:
+            self.scheduler.on_trial_complete(self.ledger, trial, result)
+            decision = "STOP"
+        else:
+            decision = self.scheduler.on_trial_result(self.ledger, trial, result)
+            if decision not in _DECISIONS:
+                raise TuneError(
+                    f"{type(self.scheduler).__name__}.on_trial_result returned {decision!r} for {trial}; "
+                    f"allowed: {', '.join(_DECISIONS)}"
+                )
+            why = "scheduler" if decision == "STOP" else None
+        if decision == "STOP":
+            self.searcher.on_trial_complete(trial.trial_id, {**result, DONE: True})
+        else:
+            self.searcher.on_trial_result(trial.trial_id, result)
+        return Verdict(decision=decision, why=why, acts=self._taken())
+
+    def completed(self, trial: Trial) -> tuple[Act, ...]:
+        """A trial's code came to its end."""
+        self.scheduler.on_trial_complete(self.ledger, trial, trial.last_result)
+        self.searcher.on_trial_complete(trial.trial_id, trial.last_result or None)
+        return self._taken()
+
+    def failed(self, trial: Trial) -> tuple[Act, ...]:
+        """A trial failed for good."""
+        self.scheduler.on_trial_error(self.ledger, trial)
+        self.searcher.on_trial_complete(trial.trial_id, None, error=True)
+        return self._taken()
+
+    def again(self, trial: Trial) -> None:
+        """A trial that had ended is run again."""
+        self.scheduler.on_trial_add(self.ledger, trial)
+        self._no_acts(trial)
+
+    def choose(self) -> Trial | None:
+        """Which trial starts next."""
+        return self.scheduler.choose_trial_to_run(self.ledger)
+
+    def _taken(self) -> tuple[Act, ...]:
+        acts = self.ledger.take()
+        for act in acts:
+            if act.do == "stop":
+                self.searcher.on_trial_complete(act.trial, None)
+        return acts
+
+    def _no_acts(self, trial: Trial) -> None:
+        if self.ledger.take():
+            raise TuneError(
+                f"{type(self.scheduler).__name__}.on_trial_add did something to trials when {trial} was made; "
+                "it may only do so when one reports or ends"
+            )
