@@ -20,7 +20,7 @@ from keepstep.tune.schedulers.base import Decision, TrialScheduler
 from keepstep.tune.search.base import Searcher
 from keepstep.tune.stopper import Stopper
 
-__all__ = ["Decider", "Ledger", "Verdict"]
+__all__ = ["Decider", "Ledger", "Suggestion", "Verdict"]
 
 _DECISIONS: Final = ("CONTINUE", "PAUSE", "STOP", "NOOP")
 
@@ -32,6 +32,15 @@ class Verdict:
     decision: Decision
     why: str | None
     acts: tuple[Act, ...]
+    save: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suggestion:
+    """A configuration, and what of it was drawn or picked."""
+
+    config: dict[str, Any]
+    evaluated: dict[str, Any]
 
 
 class Ledger:
@@ -44,7 +53,7 @@ class Ledger:
     def __init__(self, history: History) -> None:
         self._history = history
         self._acts: list[Act] = []
-        self.configs: dict[int, dict[str, Any]] = {}
+        self._saves: set[str] = set()
 
     def get_trials(self) -> Sequence[Trial]:
         return list(self._history.trials.values())
@@ -60,6 +69,9 @@ class Ledger:
 
     def stop_trial(self, trial: Trial) -> None:
         self._do(Act(do="stop", trial=trial.trial_id))
+
+    def save_trial(self, trial: Trial) -> None:
+        self._saves.add(trial.trial_id)
 
     def exploit(
         self, trial: Trial, source: CheckpointRecord, config: Mapping[str, Any], evaluated: Mapping[str, Any]
@@ -78,6 +90,11 @@ class Ledger:
     def _do(self, act: Act) -> None:
         self._history.act((act,))
         self._acts.append(act)
+
+    def take_saves(self) -> set[str]:
+        """The ids of trials that are to save, since the last time."""
+        saves, self._saves = self._saves, set()
+        return saves
 
     def take(self) -> tuple[Act, ...]:
         """What was done since the last time."""
@@ -103,13 +120,28 @@ class Decider:
         self.scheduler = scheduler
         self.stopper = stopper
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The configuration of a new trial; None: not now; `Searcher.FINISHED`: no more."""
-        return self.searcher.suggest(trial_id)
+    def suggest(self, trial_id: str, number: int) -> Suggestion | str | None:
+        """The configuration of a new trial; None: not now; `Searcher.FINISHED`: no more.
 
-    def evaluated(self, trial_id: str) -> dict[str, Any]:
-        """What of a suggestion was drawn or picked."""
-        return self.searcher.evaluated(trial_id)
+        Raises:
+            TuneError: the searcher gave something else.
+        """
+        found = self.searcher.suggest(trial_id)
+        if found is None or found == Searcher.FINISHED:
+            return None if found is None else Searcher.FINISHED
+        if not isinstance(found, dict):
+            raise TuneError(
+                f"{type(self.searcher).__name__}.suggest returned {found!r:.200}; expected a dict, None or "
+                "Searcher.FINISHED"
+            )
+        config, drawn = self.scheduler.complete_config(number, found)
+        return Suggestion(config=config, evaluated={**self.searcher.evaluated(trial_id), **drawn})
+
+    def messages(self) -> list[str]:
+        """What the scheduler has to say since the last time."""
+        said = list(self.scheduler.messages)
+        self.scheduler.messages.clear()
+        return said
 
     def added(self, trial: Trial) -> None:
         """A trial was made."""
@@ -141,7 +173,8 @@ class Decider:
             self.searcher.on_trial_complete(trial.trial_id, {**result, DONE: True})
         else:
             self.searcher.on_trial_result(trial.trial_id, result)
-        return Verdict(decision=decision, why=why, acts=self._taken())
+        save = trial.trial_id in self.ledger.take_saves()
+        return Verdict(decision=decision, why=why, acts=self._taken(), save=save)
 
     def completed(self, trial: Trial) -> tuple[Act, ...]:
         """A trial's code came to its end."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keepstep.errors import UsageError
+from keepstep.tune.driver.deciding import Suggestion
 from keepstep.tune.driver.plain import plain
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.records import TrialMade
 from keepstep.tune.experiment.trial import Resources, Trial
-from keepstep.tune.search.base import Searcher
 
 __all__ = ["Maker", "Naming"]
 
@@ -37,7 +37,6 @@ class Maker:
 
     Args:
         history: the trials so far.
-        searcher: who is asked what a suggestion drew.
         resources: what a trial needs: fixed, or a function of its configuration.
         naming: what the user says of names.
     """
@@ -46,12 +45,10 @@ class Maker:
         self,
         history: History,
         *,
-        searcher: Searcher,
         resources: Resources | Callable[[dict[str, Any]], Resources],
         naming: Naming,
     ) -> None:
         self._history = history
-        self._searcher = searcher
         self._resources = resources
         self._naming = naming
 
@@ -59,13 +56,13 @@ class Maker:
         """The id of the next trial."""
         return f"{self._history.made.id[:5]}_{len(self._history.trials):05d}"
 
-    def record(self, trial_id: str, config: dict[str, Any], time: float) -> TrialMade:
+    def record(self, trial_id: str, suggested: Suggestion, time: float) -> TrialMade:
         """What is written down of a new trial.
 
         Raises:
             UsageError: the resources, or a name, that the user's function gave can't be.
         """
-        evaluated = self._searcher.evaluated(trial_id)
+        config, evaluated = suggested.config, suggested.evaluated
         number = len(self._history.trials)
         tag = _tag(number, evaluated)
         dirname = _safe(f"{self._history.made.trainable}_{trial_id}_{tag}")[:_LONGEST_NAME]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keepstep.errors import TuneError
-from keepstep.tune.driver.deciding import Decider
+from keepstep.tune.driver.deciding import Decider, Suggestion
 from keepstep.tune.driver.plain import plain, same
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.records import (
@@ -20,7 +20,6 @@ from keepstep.tune.experiment.records import (
     TrialMade,
 )
 from keepstep.tune.experiment.trial import Trial
-from keepstep.tune.search.base import Searcher
 
 __all__ = ["replay"]
 
@@ -61,28 +60,29 @@ class _Replay:
         }
 
     def _made(self, record: TrialMade) -> None:
-        suggested = self._decider.suggest(record.trial)
+        suggested = self._decider.suggest(record.trial, len(self._history.trials))
         config = self._agreed(record, suggested)
         self._history.apply(record)
         trial = self._history.trial(record.trial)
         trial.config = config
         self._decider.added(trial)
 
-    def _agreed(self, record: TrialMade, suggested: dict[str, Any] | str | None) -> dict[str, Any]:
+    def _agreed(self, record: TrialMade, suggested: Suggestion | str | None) -> dict[str, Any]:
         """The suggestion itself, which may hold what JSON doesn't; else what was written down."""
-        said = plain(suggested) if isinstance(suggested, dict) else None
-        if isinstance(suggested, dict) and (record.config is None or same(said, dict(record.config))):
-            return suggested
+        found = suggested.config if isinstance(suggested, Suggestion) else None
+        if found is not None and (record.config is None or same(plain(found), dict(record.config))):
+            return found
+        shown = "nothing" if found is None else f"{found!r:.300}"
         if record.config is None:
             raise TuneError(
                 f"trial {record.trial} has a configuration that JSON does not hold, and the search does not "
-                f"suggest it again (but {_shown(suggested)}). Give the same param_space and search_alg that the "
-                "experiment was started with"
+                f"suggest it again, but {shown}. Give the same param_space and search_alg that the experiment "
+                "was started with"
             )
         _log.warning(
             "the search suggests %s for trial %s, where it once suggested %s: was its code or the param_space "
             "changed? What was written down counts",
-            _shown(suggested),
+            shown,
             record.trial,
             dict(record.config),
         )
@@ -132,9 +132,3 @@ def _same_acts(was: Sequence[Act], now: Sequence[Act]) -> bool:
 
 def _told(decision: str, acts: Sequence[Act]) -> str:
     return ", ".join(filter(None, [decision, *(f"{act.do} {act.trial}" for act in acts)])) or "nothing"
-
-
-def _shown(suggested: dict[str, Any] | str | None) -> str:
-    if suggested is None or suggested == Searcher.FINISHED:
-        return "nothing"
-    return f"{suggested!r:.300}"

@@ -242,7 +242,7 @@ class History:
         self._pass_time(record)
         trial = self.trial(record.trial)
         trial.num_failures += 1
-        trial.error = record.error
+        trial.error, trial.traceback = record.error, record.traceback
         if record.final:
             self._finish(trial, ERROR)
         elif trial.status == RUNNING:

@@ -193,6 +193,7 @@ class TrialFailed:
         trial: its id.
         error: in one line.
         final: whether it is not tried again.
+        traceback: if an exception was raised.
         acts: what the scheduler did to trials with it.
     """
 
@@ -201,6 +202,7 @@ class TrialFailed:
     trial: str
     error: str
     final: bool
+    traceback: str = ""
     acts: Sequence[Act] = ()
 
 

@@ -75,6 +75,7 @@ class Trial:
         num_failures: how often it failed.
         starts: how often it was started.
         error: of the last failure: what it was, for people; None: it never failed.
+        traceback: of the last failure, if it was an exception.
         checkpoints: those that are still there, oldest first.
         resume_from: the checkpoint that the next start goes on from; it may lie with another trial.
         next_checkpoint: the number of the next checkpoint in its directory.
@@ -97,6 +98,7 @@ class Trial:
     num_failures: int = 0
     starts: int = 0
     error: str | None = None
+    traceback: str = ""
     checkpoints: list[CheckpointRecord] = field(default_factory=list)
     resume_from: CheckpointRecord | None = None
     next_checkpoint: int = 0

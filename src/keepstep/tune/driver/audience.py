@@ -1,0 +1,96 @@
+"""Everybody who is told what happens, but decides nothing: callbacks, files, the reporter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keepstep.tune.callback import Callback
+from keepstep.tune.driver.plain import plain, same
+from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.trial import CheckpointRecord, Trial
+
+__all__ = ["Audience"]
+
+
+class Audience:
+    """Tells callbacks, in the order in which they were given.
+
+    Args:
+        history: the trials.
+        callbacks: the user's, and those that write a trial's files.
+    """
+
+    def __init__(self, history: History, callbacks: Sequence[Callback]) -> None:
+        self._history = history
+        self._callbacks = list(callbacks)
+        self._states: dict[str, Any] = {}
+        self._turn = 0
+
+    def setup(self, stop: Any, num_samples: int | None) -> None:
+        """Before anything else; callbacks that keep a state get the one that was written down last."""
+        for number, callback in enumerate(self._callbacks):
+            callback.setup(stop=stop, num_samples=num_samples)
+            state = self._history.callbacks.get(str(number))
+            if state is not None:
+                callback.set_state(state)
+                self._states[str(number)] = state
+
+    def changed_states(self) -> dict[str, Any]:
+        """{number of a callback: its state} where it is another than before."""
+        changed = {}
+        for number, callback in enumerate(self._callbacks):
+            state = callback.get_state()
+            if state is not None:
+                state = plain(dict(state))
+                if not same(state, self._states.get(str(number))):
+                    changed[str(number)] = self._states[str(number)] = state
+        return changed
+
+    def turn_begins(self) -> None:
+        """The driver is about to look for news."""
+        self._turn += 1
+        for callback in self._callbacks:
+            callback.on_step_begin(self._turn, self._history.all)
+
+    def turn_ends(self) -> None:
+        """The driver has dealt with the news."""
+        for callback in self._callbacks:
+            callback.on_step_end(self._turn, self._history.all)
+
+    def started(self, trial: Trial, *, restored: bool) -> None:
+        """A trial starts; `restored`: from a checkpoint."""
+        for callback in self._callbacks:
+            callback.on_trial_start(self._turn, self._history.all, trial)
+            if restored:
+                callback.on_trial_restore(self._turn, self._history.all, trial)
+
+    def resulted(self, trial: Trial, result: dict[str, Any]) -> None:
+        """A trial reported; they may change the result."""
+        for callback in self._callbacks:
+            callback.on_trial_result(self._turn, self._history.all, trial, result)
+
+    def checkpointed(self, trial: Trial, made: CheckpointRecord, *, asked: bool) -> None:
+        """A checkpoint was committed and is in the journal; `asked`: a class was told to."""
+        for callback in self._callbacks:
+            if asked:
+                callback.on_trial_save(self._turn, self._history.all, trial)
+            callback.on_checkpoint(self._turn, self._history.all, trial, made)
+
+    def completed(self, trial: Trial) -> None:
+        """A trial ended well."""
+        for callback in self._callbacks:
+            callback.on_trial_complete(self._turn, self._history.all, trial)
+
+    def failed(self, trial: Trial, *, final: bool) -> None:
+        """A trial failed."""
+        for callback in self._callbacks:
+            tell: Callable[..., None] = callback.on_trial_error if final else callback.on_trial_recover
+            tell(self._turn, self._history.all, trial)
+
+    def ended(self) -> None:
+        """All is done."""
+        for callback in self._callbacks:
+            callback.on_experiment_end(self._history.all)
+
+

@@ -1,0 +1,370 @@
+"""The driver of an experiment: one thread, one turn after the other.
+
+A turn: take the executor's news; decide; write all of it into the journal, durably; only then answer the trials
+that wait, start others, and delete what is not kept. So whatever a kill leaves undone, nothing was done that the
+journal does not know.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from keepstep.tune.driver.audience import Audience
+from keepstep.tune.driver.deciding import Decider, Verdict
+from keepstep.tune.driver.halting import Halt
+from keepstep.tune.driver.keeper import Keeper
+from keepstep.tune.driver.options import Options
+from keepstep.tune.driver.runs import Run, job_of
+from keepstep.tune.driver.starting import Starter
+from keepstep.tune.executors.protocol import (
+    Ended,
+    Event,
+    Executor,
+    Failed,
+    Go,
+    Next,
+    Order,
+    Reported,
+    Saved,
+    Started,
+    Stop,
+)
+from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.journal import Journal
+from keepstep.tune.experiment.records import (
+    CheckpointSaved,
+    ExperimentEnded,
+    ResultReported,
+    TrialEnded,
+    TrialFailed,
+    TrialStarted,
+)
+from keepstep.tune.experiment.trial import RUNNING, Trial
+from keepstep.tune.result import AUTOMATIC_FIELDS, DONE, SHOULD_CHECKPOINT
+
+__all__ = ["Driver"]
+
+_TURN_S = 0.5
+"""How long a turn waits for news: then it is looked whether time is over, or somebody is silent for too long."""
+
+_log = logging.getLogger(__name__)
+
+
+class Driver:
+    """Runs an experiment to its end.
+
+    Args:
+        history: how it stands.
+        journal: what it writes down.
+        decider: who decides.
+        starter: which trial starts next.
+        executor: what runs trials.
+        audience: who is told.
+        keeper: which checkpoints stay.
+        halt: why it may end before all is done.
+        options: what the user said.
+    """
+
+    def __init__(
+        self,
+        *,
+        history: History,
+        journal: Journal,
+        decider: Decider,
+        starter: Starter,
+        executor: Executor,
+        audience: Audience,
+        keeper: Keeper,
+        halt: Halt,
+        options: Options,
+    ) -> None:
+        self._history = history
+        self._journal = journal
+        self._decider = decider
+        self._starter = starter
+        self._executor = executor
+        self._audience = audience
+        self._keeper = keeper
+        self._halt = halt
+        self._options = options
+        self._runs: dict[str, Run] = {}
+        self._answers: list[tuple[Run, Order]] = []
+
+    def run(self) -> str:
+        """Run until there is nothing left to do, or to be done.
+
+        Returns:
+            Why it ended, as `ExperimentEnded` has it.
+        """
+        while True:
+            self._audience.turn_begins()
+            self._start_trials()
+            self._settle()
+            if not self._runs:
+                break
+            for event in self._executor.wait(_TURN_S):
+                self._take(event)
+            self._watch()
+            self._audience.turn_ends()
+        why = self._halt.reason or "all"
+        self._journal.add(ended := ExperimentEnded(time=_now(), why=why))
+        self._history.apply(ended)
+        self._settle()
+        return why
+
+    # ---------------------------------------------------------------------------------- starting
+
+    def _start_trials(self) -> None:
+        while self._halt.reason is None and self._room():
+            trial = self._starter.next_trial()
+            if trial is None or not self._executor.fits(trial.resources) or self._still_ends(trial):
+                return
+            self._launch(trial)
+
+    def _room(self) -> bool:
+        most = self._options.max_concurrent
+        return most is None or len(self._runs) < most
+
+    def _still_ends(self, trial: Trial) -> bool:
+        """Whether its last start is not over yet."""
+        return any(run.trial is trial for run in self._runs.values())
+
+    def _launch(self, trial: Trial) -> None:
+        run = self._new_run(trial)
+        self._settle()
+        self._audience.started(trial, restored=run.job.checkpoint is not None)
+        self._executor.launch(run.job)
+
+    def _new_run(self, trial: Trial) -> Run:
+        job = job_of(self._history, trial, self._options)
+        run = Run(job=job, trial=trial, total_s=job.time_total_s)
+        self._runs[run.id] = run
+        self._history.launched(trial)
+        return run
+
+    # -------------------------------------------------------------------------------------- news
+
+    def _take(self, event: Event) -> None:
+        run = self._runs.get(event.run)
+        if run is None:
+            return  # killed, or replaced by the next in its process
+        run.heard_s = time.monotonic()
+        match event:
+            case Started():
+                self._started(run, event)
+            case Reported():
+                self._reported(run, event)
+            case Saved():
+                self._saved(run, event)
+            case Ended():
+                self._ended(run)
+            case Failed():
+                self._failed(run, event)
+
+    def _started(self, run: Run, event: Started) -> None:
+        if not run.over:
+            record = TrialStarted(
+                time=_now(), trial=run.trial.trial_id, pid=event.pid, host=event.host, ip=event.node_ip
+            )
+            self._journal.add(record)
+            self._history.apply(record)
+
+    def _reported(self, run: Run, event: Reported) -> None:
+        run.total_s += event.time_this_iter_s
+        run.since += 1
+        if run.over:
+            self._answer(run, Stop())
+        elif event.iteration <= run.trial.iteration:
+            self._reported_again(run, event)
+        else:
+            self._resulted(run, event)
+
+    def _reported_again(self, run: Run, event: Reported) -> None:
+        """What the journal has already: a kill had taken the training behind it."""
+        if event.checkpoint is not None:
+            self._note_checkpoint(run, event.iteration, event.checkpoint.name, event.checkpoint.bytes)
+        self._answer(run, self._ending(run, Stop()) if self._halt.reason is not None else Go())
+
+    def _resulted(self, run: Run, event: Reported) -> None:
+        trial = run.trial
+        draft = ResultReported(
+            time=_now(),
+            trial=trial.trial_id,
+            iteration=event.iteration,
+            metrics=event.metrics,
+            this_s=event.time_this_iter_s,
+            total_s=run.total_s,
+            since=run.since,
+            checkpoint=event.checkpoint.name if event.checkpoint is not None else None,
+            bytes=event.checkpoint.bytes if event.checkpoint is not None else 0,
+            left_out=event.left_out,
+        )
+        self._history.reported(draft)
+        result = trial.last_result
+        result[DONE] = bool(event.metrics.get(DONE))
+        self._audience.resulted(trial, result)
+        done, result[DONE] = bool(result[DONE]), False
+        verdict = self._decider.resulted(trial, result, done=done)
+        record = replace(
+            draft,
+            metrics={name: value for name, value in result.items() if name not in AUTOMATIC_FIELDS},
+            decision=verdict.decision,
+            why=verdict.why,
+            acts=verdict.acts,
+            callbacks=self._audience.changed_states(),
+        )
+        self._journal.add(record)
+        self._history.decided(record, acted=True)
+        saved = event.checkpoint is not None
+        if saved:
+            self._keep(trial, asked=False)
+        self._carry_out(run, verdict, save=bool(result.get(SHOULD_CHECKPOINT)) and not saved, saved=saved)
+
+    def _carry_out(self, run: Run, verdict: Verdict, *, save: bool, saved: bool) -> None:
+        """Answer the trial that reported, and end others that a scheduler stopped."""
+        trial, is_class = run.trial, self._options.is_class
+        for other in list(self._runs.values()):
+            if other is not run and not other.over and other.trial.status != RUNNING:
+                self._end_others(other)
+        exploited = any(act.do == "exploit" and act.trial == trial.trial_id for act in verdict.acts)
+        if exploited:
+            self._answer(run, self._ending(run, Stop()))
+        elif trial.is_finished():
+            self._audience.completed(trial)
+            self._keeper.finished(trial)
+            self._answer(run, self._ending(run, Stop(save=self._options.save_at_end and not saved)))
+        elif trial.status != RUNNING or self._halt.reason is not None:
+            self._answer(run, self._ending(run, Stop(save=is_class and not saved)))
+        else:
+            self._answer(run, Go(save=is_class and not saved and (save or verdict.save)))
+
+    def _end_others(self, other: Run) -> None:
+        """A scheduler decided about a trial that did not report: its process is ended where it is."""
+        other.over = True
+        self._executor.kill(other.id)
+        if other.trial.is_finished():
+            self._audience.completed(other.trial)
+            self._keeper.finished(other.trial)
+
+    def _ending(self, run: Run, order: Stop) -> Order:
+        """The last order to a run; without a checkpoint to wait for, its process may take the next trial."""
+        run.over = True
+        return order if order.save else self._replaced(run, order)
+
+    def _replaced(self, run: Run, order: Stop) -> Order:
+        if not self._options.reuse or self._halt.reason is not None:
+            return order
+        trial = self._starter.next_trial()
+        if trial is None or trial.resources != run.trial.resources:
+            return order
+        if any(other.trial is trial for other in self._runs.values() if other is not run):
+            return order
+        del self._runs[run.id]
+        found = self._new_run(trial)
+        self._audience.started(trial, restored=found.job.checkpoint is not None)
+        return Next(job=found.job)
+
+    def _saved(self, run: Run, event: Saved) -> None:
+        if event.checkpoint is not None:
+            self._note_checkpoint(run, event.iteration, event.checkpoint.name, event.checkpoint.bytes)
+        self._answer(run, self._replaced(run, Stop()) if run.over else Go())
+
+    def _note_checkpoint(self, run: Run, iteration: int, name: str, size: int) -> None:
+        record = CheckpointSaved(
+            time=_now(),
+            trial=run.trial.trial_id,
+            iteration=iteration,
+            total_s=run.total_s,
+            checkpoint=name,
+            bytes=size,
+        )
+        self._journal.add(record)
+        self._history.apply(record)
+        self._keep(run.trial, asked=True)
+
+    def _keep(self, trial: Trial, *, asked: bool) -> None:
+        made = trial.checkpoints[-1]
+        self._audience.checkpointed(trial, made, asked=asked)
+        self._keeper.added(trial)
+
+    def _ended(self, run: Run) -> None:
+        del self._runs[run.id]
+        if run.over:
+            return
+        trial = run.trial
+        draft = TrialEnded(time=_now(), trial=trial.trial_id)
+        self._history.completed(draft, acted=True)
+        self._journal.add(replace(draft, acts=self._decider.completed(trial)))
+        self._audience.completed(trial)
+        self._keeper.finished(trial)
+
+    def _failed(self, run: Run, event: Failed) -> None:
+        del self._runs[run.id]
+        if run.over:
+            if not event.killed:
+                _log.warning("%s raised while it ended, after all was saved: %s", run.trial, event.error)
+            return
+        error = event.error
+        if run.silenced is not None:
+            error = (
+                f"nothing was heard of it for {run.silenced:.0f} s, more than FailureConfig.max_silence_s; it was "
+                "killed"
+            )
+        self._fail(run.trial, error, event.traceback)
+
+    def refuse(self, trial: Trial, problem: str) -> None:
+        """A trial can never start."""
+        self._fail(trial, problem, "", final=True)
+
+    def _fail(self, trial: Trial, error: str, traceback: str, *, final: bool = False) -> None:
+        failures = self._options.failures
+        final = final or (failures.max_failures != -1 and trial.num_failures >= failures.max_failures)
+        draft = TrialFailed(
+            time=_now(), trial=trial.trial_id, error=error, traceback=traceback, final=final
+        )
+        self._history.failed(draft, acted=True)
+        acts = self._decider.failed(trial) if final else ()
+        self._journal.add(replace(draft, acts=acts))
+        self._audience.failed(trial, final=final)
+        if final:
+            self._keeper.finished(trial)
+            if failures.fail_fast:
+                self._halt.because("failed")
+
+    # ---------------------------------------------------------------------------------- settling
+
+    def _answer(self, run: Run, order: Order) -> None:
+        self._answers.append((run, order))
+
+    def _settle(self) -> None:
+        """Write down what was decided; then do it."""
+        doomed = self._keeper.doomed()
+        self._journal.commit()
+        answers, self._answers = self._answers, []
+        for run, order in answers:
+            self._executor.order(run.id, order)
+        self._keeper.delete(doomed)
+
+    def _watch(self) -> None:
+        """Is the time over, is a trial silent for too long, does somebody want to end all?"""
+        self._halt.look(self._history, self._decider.stopper)
+        silence = self._options.failures.max_silence_s
+        now = time.monotonic()
+        for run in self._overdue(self._runs.values(), now):
+            _log.info("%s does not report in time and is killed: %s", run.trial, self._halt.reason)
+            run.over = True
+            self._executor.kill(run.id)
+        for run in self._runs.values():
+            if silence is not None and not run.over and now - run.heard_s > silence:
+                run.silenced = now - run.heard_s
+                self._executor.kill(run.id)
+
+    def _overdue(self, runs: Sequence[Run], now: float) -> list[Run]:
+        return [run for run in runs if not run.over] if self._halt.overdue(now, self._options.grace_s) else []
+
+
+def _now() -> float:
+    return round(time.time(), 3)

@@ -1,0 +1,102 @@
+"""Which trial starts next, and its start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from keepstep.tune.driver.deciding import Decider, Suggestion
+from keepstep.tune.driver.making import Maker
+from keepstep.tune.driver.options import Options
+from keepstep.tune.executors.protocol import Executor
+from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.journal import Journal
+from keepstep.tune.experiment.trial import Resources, Trial
+
+__all__ = ["Starter"]
+
+
+class Starter:
+    """Makes trials of suggestions, and says which one may start.
+
+    Args:
+        history: the trials.
+        journal: where new ones are written down.
+        decider: who suggests and chooses.
+        maker: of trials.
+        executor: what there is to run on.
+        options: of the driver.
+        refuse: called with a trial that can never start, and why.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        journal: Journal,
+        decider: Decider,
+        maker: Maker,
+        executor: Executor,
+        options: Options,
+        refuse: Callable[[Trial, str], None],
+    ) -> None:
+        self._history = history
+        self._journal = journal
+        self._decider = decider
+        self._maker = maker
+        self._executor = executor
+        self._options = options
+        self._refuse = refuse
+        self.exhausted = False
+        """Whether the searcher has nothing more."""
+
+    def next_trial(self) -> Trial | None:
+        """The trial that starts next if there is room for it; None: none, as things stand."""
+        self._stock_up()
+        while (trial := self._decider.choose()) is not None:
+            problem = self._impossible(trial.resources)
+            if problem is None:
+                return trial
+            self._refuse(trial, problem)
+            self._stock_up()
+        return None
+
+    def _stock_up(self) -> None:
+        """Make trials of suggestions, as many as may wait."""
+        limit = None if self._decider.scheduler.whole_population else self._decider.searcher.pending_limit
+        while not self.exhausted and (limit is None or self._pending() < limit):
+            if self._options.num_samples is not None and len(self._history.trials) >= self._options.num_samples:
+                self.exhausted = True
+                return
+            trial_id, number = self._maker.next_id(), len(self._history.trials)
+            suggested = self._decider.suggest(trial_id, number)
+            if suggested is None:
+                return
+            if not isinstance(suggested, Suggestion):
+                self.exhausted = True
+                return
+            self._make(trial_id, suggested)
+
+    def _pending(self) -> int:
+        return sum(trial.status == "PENDING" for trial in self._history.live.values())
+
+    def _make(self, trial_id: str, suggested: Suggestion) -> None:
+        record = self._maker.record(trial_id, suggested, round(time.time(), 3))
+        self._journal.add(record)
+        self._history.apply(record)
+        trial = self._history.trial(trial_id)
+        trial.config = suggested.config
+        self._decider.added(trial)
+
+    def _impossible(self, wanted: Resources) -> str | None:
+        total = self._executor.total
+        missing = [
+            f"{amount:g} {name} (there are {total.get(name, 0):g})"
+            for name, amount in wanted.items()
+            if amount > total.get(name, 0) + 1e-9
+        ]
+        if not missing:
+            return None
+        return (
+            f"it asks for {', '.join(missing)}, more than there is: ask for less with "
+            "tune.with_resources(trainable, {...}), or run on a larger machine or a cluster"
+        )
