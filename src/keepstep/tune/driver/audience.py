@@ -92,5 +92,3 @@ class Audience:
         """All is done."""
         for callback in self._callbacks:
             callback.on_experiment_end(self._history.all)
-
-

@@ -1,7 +1,7 @@
 """Who decides: searcher, scheduler and stopper, told of everything in the order of the journal.
 
-They are told the same while an experiment runs and when its journal is read again, so they come to stand where
-they stood.
+They are told the same while an experiment runs and when its journal is read again, so they come to stand
+where they stood.
 """
 
 from __future__ import annotations
@@ -207,6 +207,7 @@ class Decider:
     def _no_acts(self, trial: Trial) -> None:
         if self.ledger.take():
             raise TuneError(
-                f"{type(self.scheduler).__name__}.on_trial_add did something to trials when {trial} was made; "
+                f"{type(self.scheduler).__name__}.on_trial_add did something to trials when {trial} was "
+                f"made; "
                 "it may only do so when one reports or ends"
             )

@@ -1,21 +1,21 @@
 """The driver of an experiment: one thread, one turn after the other.
 
-A turn: take the executor's news; decide; write all of it into the journal, durably; only then answer the trials
-that wait, start others, and delete what is not kept. So whatever a kill leaves undone, nothing was done that the
-journal does not know.
+A turn: take the executor's news; decide; write all of it into the journal, durably; only then answer the
+trials that wait, start others, and delete what is not kept. So whatever a kill leaves undone, nothing was
+done that the journal does not know.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 from keepstep.tune.driver.audience import Audience
 from keepstep.tune.driver.deciding import Decider, Verdict
 from keepstep.tune.driver.halting import Halt
 from keepstep.tune.driver.keeper import Keeper
+from keepstep.tune.driver.making import Maker
 from keepstep.tune.driver.options import Options
 from keepstep.tune.driver.runs import Run, job_of
 from keepstep.tune.driver.starting import Starter
@@ -48,7 +48,7 @@ from keepstep.tune.result import AUTOMATIC_FIELDS, DONE, SHOULD_CHECKPOINT
 __all__ = ["Driver"]
 
 _TURN_S = 0.5
-"""How long a turn waits for news: then it is looked whether time is over, or somebody is silent for too long."""
+"""How long a turn waits for news before it looks whether time is over, or somebody silent for too long."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Driver:
         history: how it stands.
         journal: what it writes down.
         decider: who decides.
-        starter: which trial starts next.
+        maker: of trials.
         executor: what runs trials.
         audience: who is told.
         keeper: which checkpoints stay.
@@ -74,7 +74,7 @@ class Driver:
         history: History,
         journal: Journal,
         decider: Decider,
-        starter: Starter,
+        maker: Maker,
         executor: Executor,
         audience: Audience,
         keeper: Keeper,
@@ -84,7 +84,7 @@ class Driver:
         self._history = history
         self._journal = journal
         self._decider = decider
-        self._starter = starter
+        self._starter = Starter(history, journal, decider, maker, executor, options, self._refuse)
         self._executor = executor
         self._audience = audience
         self._keeper = keeper
@@ -310,21 +310,20 @@ class Driver:
         error = event.error
         if run.silenced is not None:
             error = (
-                f"nothing was heard of it for {run.silenced:.0f} s, more than FailureConfig.max_silence_s; it was "
+                f"nothing was heard of it for {run.silenced:.0f} s, more than "
+                f"FailureConfig.max_silence_s; it was "
                 "killed"
             )
         self._fail(run.trial, error, event.traceback)
 
-    def refuse(self, trial: Trial, problem: str) -> None:
+    def _refuse(self, trial: Trial, problem: str) -> None:
         """A trial can never start."""
         self._fail(trial, problem, "", final=True)
 
     def _fail(self, trial: Trial, error: str, traceback: str, *, final: bool = False) -> None:
         failures = self._options.failures
         final = final or (failures.max_failures != -1 and trial.num_failures >= failures.max_failures)
-        draft = TrialFailed(
-            time=_now(), trial=trial.trial_id, error=error, traceback=traceback, final=final
-        )
+        draft = TrialFailed(time=_now(), trial=trial.trial_id, error=error, traceback=traceback, final=final)
         self._history.failed(draft, acted=True)
         acts = self._decider.failed(trial) if final else ()
         self._journal.add(replace(draft, acts=acts))
@@ -341,7 +340,7 @@ class Driver:
 
     def _settle(self) -> None:
         """Write down what was decided; then do it."""
-        doomed = self._keeper.doomed()
+        doomed = self._keeper.doomed(_now())
         self._journal.commit()
         answers, self._answers = self._answers, []
         for run, order in answers:
@@ -353,17 +352,15 @@ class Driver:
         self._halt.look(self._history, self._decider.stopper)
         silence = self._options.failures.max_silence_s
         now = time.monotonic()
-        for run in self._overdue(self._runs.values(), now):
-            _log.info("%s does not report in time and is killed: %s", run.trial, self._halt.reason)
-            run.over = True
-            self._executor.kill(run.id)
-        for run in self._runs.values():
-            if silence is not None and not run.over and now - run.heard_s > silence:
+        overdue = self._halt.overdue(now, self._options.grace_s)
+        for run in [run for run in self._runs.values() if not run.over]:
+            if overdue:
+                _log.info("%s does not report in time to end well, and is killed", run.trial)
+                run.over = True
+                self._executor.kill(run.id)
+            elif silence is not None and now - run.heard_s > silence:
                 run.silenced = now - run.heard_s
                 self._executor.kill(run.id)
-
-    def _overdue(self, runs: Sequence[Run], now: float) -> list[Run]:
-        return [run for run in runs if not run.over] if self._halt.overdue(now, self._options.grace_s) else []
 
 
 def _now() -> float:

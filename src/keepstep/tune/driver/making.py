@@ -103,7 +103,8 @@ class Maker:
             if not dirname or dirname != _safe(dirname) or dirname.startswith(".") or taken:
                 raise UsageError(
                     f"trial_dirname_creator gave {dirname!r} for trial {record.trial}"
-                    f"{', which another trial has' if taken else ''}; expected a name of its own for each trial, "
+                    f"{', which another trial has' if taken else ''}; expected a name of its own for each "
+                    f"trial, "
                     "of letters, digits and ._+=,@-, that does not begin with a dot"
                 )
         return replace(record, name=name, dirname=dirname)
@@ -115,8 +116,10 @@ def _tag(number: int, evaluated: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) and 1e-3 <= abs(value) < 1e6 else (
-        f"{value:.3g}" if isinstance(value, float) else str(value)[:30]
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float) and 1e-3 <= abs(value) < 1e6
+        else (f"{value:.3g}" if isinstance(value, float) else str(value)[:30])
     )
 
 
@@ -125,4 +128,6 @@ def _safe(name: str) -> str:
 
 
 def _shown(evaluated: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if plain(value) is not None else repr(value)[:200] for name, value in evaluated.items()}
+    return {
+        name: value if plain(value) is not None else repr(value)[:200] for name, value in evaluated.items()
+    }

@@ -43,5 +43,5 @@ def same(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(same, first, second))
-    both_nan = first != first and second != second  # noqa: PLR0124
+    both_nan = first != first and second != second
     return bool(first == second or both_nan)

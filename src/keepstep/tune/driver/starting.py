@@ -64,7 +64,10 @@ class Starter:
         """Make trials of suggestions, as many as may wait."""
         limit = None if self._decider.scheduler.whole_population else self._decider.searcher.pending_limit
         while not self.exhausted and (limit is None or self._pending() < limit):
-            if self._options.num_samples is not None and len(self._history.trials) >= self._options.num_samples:
+            if (
+                self._options.num_samples is not None
+                and len(self._history.trials) >= self._options.num_samples
+            ):
                 self.exhausted = True
                 return
             trial_id, number = self._maker.next_id(), len(self._history.trials)

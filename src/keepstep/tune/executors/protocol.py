@@ -1,7 +1,8 @@
 """What every executor can do, and what it and the driver tell each other.
 
-A trial's process (or thread, or actor) reports and then waits for an order; the driver answers each `Reported`
-and each `Saved` with one `Order`. So a result is in the driver's journal before the training goes on.
+A trial's process (or thread, or actor) reports and then waits for an order; the driver answers each
+`Reported` and each `Saved` with one `Order`. So a result is in the driver's journal before the training goes
+on.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The same methods are called while it runs and when its journal is read again, so
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from keepstep.errors import JournalError
@@ -76,6 +76,8 @@ class History:
         self.ended: str | None = None
         """Why the experiment ended; None: it has not."""
         self.callbacks: dict[str, Any] = {}
+        self.dropped_last: Sequence[tuple[str, str]] = ()
+        """The checkpoints that were deleted last, or were about to be."""
         self._elapsed_s = 0.0
         self._seen_at = made.time
         self._where: dict[str, TrialStarted] = {}
@@ -106,7 +108,9 @@ class History:
         try:
             return self.trials[trial_id]
         except KeyError:
-            raise JournalError(f"the journal of {self.path} speaks of a trial {trial_id!r} it has not") from None
+            raise JournalError(
+                f"the journal of {self.path} speaks of a trial {trial_id!r} it has not"
+            ) from None
 
     # ----------------------------------------------------------------------------------- records
 
@@ -128,7 +132,7 @@ class History:
             self._elapsed_s += max(0.0, record.time - self._seen_at)
         self._seen_at = record.time
 
-    def _driver_started(self, record: DriverStarted) -> None:  # noqa: ARG002
+    def _driver_started(self, record: DriverStarted) -> None:
         self.ended = None
         for trial in self.live.values():
             if trial.status == RUNNING:
@@ -233,6 +237,7 @@ class History:
         self._add_checkpoint(trial, record, trial.last_result if same else {})
 
     def _checkpoints_dropped(self, record: CheckpointsDropped) -> None:
+        self.dropped_last = record.checkpoints
         for trial_id, name in record.checkpoints:
             trial = self.trial(trial_id)
             trial.checkpoints = [made for made in trial.checkpoints if made.name != name]
@@ -301,7 +306,8 @@ class History:
         found = [made for made in donor.checkpoints if made.name == act.checkpoint]
         if not found:
             raise JournalError(
-                f"the journal of {self.path} says that {trial} took over {act.checkpoint} of {donor}, which it "
+                f"the journal of {self.path} says that {trial} took over {act.checkpoint} of {donor}, "
+                f"which it "
                 "does not have"
             )
         trial.resume_from = found[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -66,7 +65,8 @@ class LocalLog:
             return self.path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise ExperimentNotFoundError(
-                f"{self.path.parent} holds no experiment ({JOURNAL_NAME} is missing). Name the directory of an "
+                f"{self.path.parent} holds no experiment ({JOURNAL_NAME} is missing). Name the directory "
+                f"of an "
                 "experiment: <storage_path>/<name>"
             ) from None
 
@@ -128,7 +128,8 @@ def parse_journal(data: bytes, name: str) -> Told:
         if node is None:
             if any(_parse_line(later) for later in lines[number:]):
                 raise JournalError(
-                    f"line {number} of {name} is damaged, and sound ones follow it: it was changed after it was "
+                    f"line {number} of {name} is damaged, and sound ones follow it: it was changed after "
+                    f"it was "
                     "written. Put a copy of the journal in its place; or cut it before that line, and what "
                     "happened later is run again"
                 )
@@ -136,7 +137,9 @@ def parse_journal(data: bytes, name: str) -> Told:
         records.append(_record(node, name, number))
         size += len(line) + 1
     if records and not isinstance(records[0], ExperimentMade):
-        raise JournalError(f"{name} does not begin with a record of the kind 'experiment': its head is missing")
+        raise JournalError(
+            f"{name} does not begin with a record of the kind 'experiment': its head is missing"
+        )
     return Told(records, size)
 
 

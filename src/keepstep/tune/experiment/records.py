@@ -228,7 +228,7 @@ class TrialAgain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExperimentEnded:
-    """Why no more is done: "all" was, "time" is over, a stopper said "stop", a trial "failed", "interrupted"."""
+    """Why no more is done: "all" is, "time" is over, "stop" was said, a trial "failed", "interrupted"."""
 
     kind: ClassVar[str] = "done"
     time: float

@@ -48,8 +48,8 @@ class Controller(Protocol):
         """Let a trial go on from another trial's checkpoint, with a new configuration.
 
         Until it does, the checkpoint is kept. A running trial is stopped first, without a checkpoint; where
-        that is the one that reports, the decision is "NOOP". The source may be the trial's own checkpoint: then
-        only the configuration changes.
+        that is the one that reports, the decision is "NOOP". The source may be the trial's own checkpoint:
+        then only the configuration changes.
 
         Args:
             trial: the one that changes.

@@ -59,7 +59,7 @@ class Searcher(Suggestible):
     """What `suggest` returns when there is nothing more to try."""
 
     pending_limit: int = 1
-    """How many suggestions may wait for room to run: 1, if later ones are better for what earlier ones report."""
+    """How many suggestions may wait for room to run: 1, if later ones are better for earlier reports."""
 
     def __init__(self, metric: str | None = None, mode: Literal["min", "max"] | None = None) -> None:
         self.metric = metric
