@@ -49,6 +49,9 @@ TORCH_FREE = [
     "keepstep.tune.experiment.keeping",
     "keepstep.tune.experiment.removal",
     "keepstep.tune.saving",
+    "keepstep.tune.driver.driver",
+    "keepstep.tune.experiment.history",
+    "keepstep.tune.experiment.journal",
     "keepstep.tune.settings",
 ]
 
