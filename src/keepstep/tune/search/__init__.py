@@ -1,1 +1,39 @@
-"""Which configurations are tried."""
+"""Which configurations are tried.
+
+`Searcher` is what all of them are; `BasicVariantGenerator` walks through grids and draws at random,
+`OptunaSearch` (in `keepstep.tune.search.optuna`) learns from results, `ConcurrencyLimiter` and `Repeater` stand
+around another.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keepstep.tune.search.base import Searcher as Searcher
+    from keepstep.tune.search.basic_variant import BasicVariantGenerator as BasicVariantGenerator
+    from keepstep.tune.search.space import grid_search as grid_search
+
+_HOME_OF_NAME = {
+    "BasicVariantGenerator": "keepstep.tune.search.basic_variant",
+    "Searcher": "keepstep.tune.search.base",
+    "grid_search": "keepstep.tune.search.space",
+}
+
+__all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF_NAME.get(name)
+    if home is None:
+        raise AttributeError(
+            f"module 'keepstep.tune.search' has no attribute {name!r}; it has: {', '.join(__all__)}"
+        )
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

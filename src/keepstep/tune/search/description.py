@@ -1,0 +1,187 @@
+"""A search space, and other arguments, as JSON: to be read by people, compared, and made anew.
+
+What JSON holds stands as it is. Everything else is a dict with the key "$": variables ("choice", ...),
+tuples, dicts whose keys are no text, numbers that are not finite; and what can't be described ("object"),
+functions above all: that has to be handed over again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any, Final
+
+from keepstep.errors import UsageError
+from keepstep.tune.search.sample import Categorical, Domain, Float, Function, Integer
+from keepstep.tune.search.space import shown
+
+__all__ = ["described", "differences", "revived", "undescribed"]
+
+_KIND: Final = "$"
+
+
+def described(value: Any) -> Any:
+    """A nested value as JSON; numbers and arrays of numpy are described as plain numbers and lists.
+
+    Args:
+        value: dicts, lists and tuples of what JSON holds, variables, and anything else, which is marked.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {_KIND: "float", "value": repr(float(value))}
+    if isinstance(value, list):
+        return [described(item) for item in value]
+    if isinstance(value, tuple):
+        return {_KIND: "tuple", "items": [described(item) for item in value]}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and key != _KIND for key in value):
+            return {str(key): described(item) for key, item in value.items()}
+        return {_KIND: "dict", "items": [[described(key), described(item)] for key, item in value.items()]}
+    if isinstance(value, Domain):
+        return _described_domain(value)
+    if isinstance(value, PurePath):
+        return {_KIND: "path", "value": str(value)}
+    if _is_numpy(value) and value.dtype.kind in "biufU":
+        return described(value.tolist())
+    return _described_object(value)
+
+
+def _described_domain(domain: Domain) -> dict[str, Any]:
+    if isinstance(domain, Categorical):
+        return {_KIND: "grid" if domain.is_grid() else "choice", "values": described(list(domain.categories))}
+    if isinstance(domain, Float | Integer):
+        kind = "float" if isinstance(domain, Float) else "int"
+        said: dict[str, Any] = {_KIND: f"{domain.drawn} {kind}"}
+        if domain.drawn == "normal" and isinstance(domain, Float):
+            said.update(mean=domain.mean, sd=domain.sd)
+        else:
+            said.update(lower=described(domain.lower), upper=described(domain.upper))
+        return said if domain.q is None else {**said, "q": domain.q}
+    return _described_object(domain.func if isinstance(domain, Function) else domain)
+
+
+def _is_numpy(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "numpy" and getattr(value, "dtype", None) is not None
+
+
+def _described_object(value: Any) -> dict[str, Any]:
+    name = getattr(value, "__qualname__", None)
+    what = value if name is not None else type(value)
+    said = {_KIND: "object", "type": f"{type(value).__module__}.{type(value).__qualname__}"}
+    return {**said, "name": f"{what.__module__}.{what.__qualname__}"} if name is not None else said
+
+
+def undescribed(description: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, str]]:
+    """What a description can't make anew: where it stands ("opt/schedule"), and what it is."""
+    if isinstance(description, dict):
+        kind = description.get(_KIND)
+        if kind == "object":
+            yield shown(path), str(description.get("name", description["type"]))
+        elif kind == "dict":
+            for key, item in description["items"]:
+                yield from undescribed(item, (*path, key))
+        elif kind is not None:
+            for item in description.values():
+                yield from undescribed(item, path)
+        else:
+            for key, item in description.items():
+                yield from undescribed(item, (*path, key))
+    elif isinstance(description, list):
+        for at, item in enumerate(description):
+            yield from undescribed(item, (*path, at))
+
+
+_DOMAINS: Final[Mapping[str, Callable[[Mapping[str, Any]], Domain]]] = {
+    "choice": lambda said: Categorical(revived(said["values"])),
+    "grid": lambda said: Categorical(revived(said["values"])).grid(),
+    "uniform float": lambda said: Float(revived(said["lower"]), revived(said["upper"]), q=said.get("q")),
+    "loguniform float": lambda said: Float(said["lower"], said["upper"], "loguniform", q=said.get("q")),
+    "normal float": lambda said: Float(
+        drawn="normal", mean=float(said["mean"]), sd=float(said["sd"]), q=said.get("q")
+    ),
+    "uniform int": lambda said: Integer(said["lower"], said["upper"], q=said.get("q")),
+    "loguniform int": lambda said: Integer(said["lower"], said["upper"], "loguniform", q=said.get("q")),
+}
+
+
+def revived(description: Any, *, argument: str = "param_space") -> Any:
+    """What was described, anew.
+
+    Args:
+        description: what `described` gave.
+        argument: by what name it is handed over, for errors.
+
+    Raises:
+        UsageError: it holds what can't be made anew; each place is named.
+    """
+    lost = list(undescribed(description))
+    if lost:
+        places = "; ".join(f"{where!r} ({what})" if where else what for where, what in lost[:10])
+        raise UsageError(
+            f"{argument} holds what is not kept with the experiment: {places}. Functions and objects are "
+            f"never pickled: hand over {argument} again, as it was"
+        )
+    return _revived(description)
+
+
+def _revived(said: Any) -> Any:
+    if isinstance(said, list):
+        return [_revived(item) for item in said]
+    if not isinstance(said, dict):
+        return said
+    kind = said.get(_KIND)
+    if kind is None:
+        return {key: _revived(item) for key, item in said.items()}
+    if kind == "tuple":
+        return tuple(_revived(item) for item in said["items"])
+    if kind == "dict":
+        return {_revived(key): _revived(item) for key, item in said["items"]}
+    if kind == "float":
+        return float(said["value"])
+    if kind == "path":
+        return PurePath(said["value"])
+    if kind in _DOMAINS:
+        return _DOMAINS[kind](said)
+    raise UsageError(
+        f"a description holds {said!r:.200}; this keepstep knows no {kind!r}. A newer one wrote it"
+    )
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """What distinguishes two descriptions, each in words: "lr: uniform float 0 to 1 was, 0.1 is".
+
+    Objects count as the same if they are of one type and name: what they hold can't be told.
+
+    Returns:
+        One entry a place; []: they describe the same.
+    """
+    return list(_differences(old, new, ()))
+
+
+def _differences(old: Any, new: Any, path: tuple[Any, ...]) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict) and _KIND not in old and _KIND not in new:
+        for key in [*old, *(key for key in new if key not in old)]:
+            if key not in old:
+                yield f"{shown((*path, key))}: is new ({_words(new[key])})"
+            elif key not in new:
+                yield f"{shown((*path, key))}: was {_words(old[key])} and is gone"
+            else:
+                yield from _differences(old[key], new[key], (*path, key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for at, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, (*path, at))
+    elif type(old) is not type(new) or old != new:
+        yield f"{shown(path) or 'it'}: was {_words(old)} and is {_words(new)}"
+
+
+def _words(said: Any) -> str:
+    if isinstance(said, dict) and _KIND in said:
+        kind = said[_KIND]
+        if kind == "object":
+            return str(said.get("name", said["type"]))
+        return f"{kind} {', '.join(f'{key}={_words(item)}' for key, item in said.items() if key != _KIND)}"
+    return f"{said!r:.200}"
