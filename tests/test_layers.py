@@ -52,6 +52,9 @@ TORCH_FREE = [
     "keepstep.tune.driver.driver",
     "keepstep.tune.experiment.history",
     "keepstep.tune.experiment.journal",
+    "keepstep.tune.search.basic_variant",
+    "keepstep.tune.search.sample",
+    "keepstep.tune.search.tag",
     "keepstep.tune.settings",
 ]
 

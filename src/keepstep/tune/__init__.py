@@ -7,9 +7,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keepstep.tune.checkpoint import Checkpoint as Checkpoint
+    from keepstep.tune.search.sample import choice as choice
+    from keepstep.tune.search.sample import lograndint as lograndint
+    from keepstep.tune.search.sample import loguniform as loguniform
+    from keepstep.tune.search.sample import qlograndint as qlograndint
+    from keepstep.tune.search.sample import qloguniform as qloguniform
+    from keepstep.tune.search.sample import qrandint as qrandint
+    from keepstep.tune.search.sample import qrandn as qrandn
+    from keepstep.tune.search.sample import quniform as quniform
+    from keepstep.tune.search.sample import randint as randint
+    from keepstep.tune.search.sample import randn as randn
+    from keepstep.tune.search.sample import sample_from as sample_from
+    from keepstep.tune.search.sample import uniform as uniform
+    from keepstep.tune.search.space import grid_search as grid_search
 
 _HOME_OF_NAME = {
     "Checkpoint": "keepstep.tune.checkpoint",
+    "choice": "keepstep.tune.search.sample",
+    "grid_search": "keepstep.tune.search.space",
+    "lograndint": "keepstep.tune.search.sample",
+    "loguniform": "keepstep.tune.search.sample",
+    "qlograndint": "keepstep.tune.search.sample",
+    "qloguniform": "keepstep.tune.search.sample",
+    "qrandint": "keepstep.tune.search.sample",
+    "qrandn": "keepstep.tune.search.sample",
+    "quniform": "keepstep.tune.search.sample",
+    "randint": "keepstep.tune.search.sample",
+    "randn": "keepstep.tune.search.sample",
+    "sample_from": "keepstep.tune.search.sample",
+    "uniform": "keepstep.tune.search.sample",
 }
 
 __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605

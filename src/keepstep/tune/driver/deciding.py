@@ -138,9 +138,11 @@ class Decider:
         return Suggestion(config=config, evaluated={**self.searcher.evaluated(trial_id), **drawn})
 
     def messages(self) -> list[str]:
-        """What the scheduler has to say since the last time."""
-        said = list(self.scheduler.messages)
-        self.scheduler.messages.clear()
+        """What the three have to say since the last time."""
+        said: list[str] = []
+        for who in (self.searcher, self.scheduler, self.stopper):
+            said += who.messages
+            who.messages.clear()
         return said
 
     def added(self, trial: Trial) -> None:

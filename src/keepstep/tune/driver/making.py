@@ -13,6 +13,7 @@ from keepstep.tune.driver.plain import plain
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.records import TrialMade
 from keepstep.tune.experiment.trial import Resources, Trial
+from keepstep.tune.search.tag import experiment_tag
 
 __all__ = ["Maker", "Naming"]
 
@@ -64,7 +65,7 @@ class Maker:
         """
         config, evaluated = suggested.config, suggested.evaluated
         number = len(self._history.trials)
-        tag = _tag(number, evaluated)
+        tag = experiment_tag(number, evaluated)
         dirname = _safe(f"{self._history.made.trainable}_{trial_id}_{tag}")[:_LONGEST_NAME]
         record = TrialMade(
             time=time,
@@ -108,19 +109,6 @@ class Maker:
                     "of letters, digits and ._+=,@-, that does not begin with a dot"
                 )
         return replace(record, name=name, dirname=dirname)
-
-
-def _tag(number: int, evaluated: Mapping[str, Any]) -> str:
-    shown = ",".join(f"{name.rpartition('/')[2]}={_short(value)}" for name, value in evaluated.items())
-    return f"{number}_{shown}" if shown else str(number)
-
-
-def _short(value: Any) -> str:
-    return (
-        f"{value:.4f}"
-        if isinstance(value, float) and 1e-3 <= abs(value) < 1e6
-        else (f"{value:.3g}" if isinstance(value, float) else str(value)[:30])
-    )
 
 
 def _safe(name: str) -> str:

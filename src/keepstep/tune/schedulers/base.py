@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar, Final, Literal, Protocol
 
 from keepstep.tune.experiment.trial import CheckpointRecord, Trial
@@ -75,11 +74,6 @@ class TrialScheduler(Suggestible):
     whole_population: ClassVar[bool] = False
     """Whether all trials have to be there before the first of them starts, as far as the searcher gives them
     at once: where they take turns, or wait for each other."""
-
-    @cached_property
-    def messages(self) -> list[str]:
-        """What people should be told; the driver takes it out after each call."""
-        return []
 
     def describe(self) -> dict[str, Any] | None:
         """The arguments that make it anew, as JSON; None: it has to be handed over again.

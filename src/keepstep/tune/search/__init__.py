@@ -1,8 +1,8 @@
 """Which configurations are tried.
 
 `Searcher` is what all of them are; `BasicVariantGenerator` walks through grids and draws at random,
-`OptunaSearch` (in `keepstep.tune.search.optuna`) learns from results, `ConcurrencyLimiter` and `Repeater` stand
-around another.
+`OptunaSearch` (in `keepstep.tune.search.optuna`) learns from results, `ConcurrencyLimiter` and `Repeater`
+stand around another.
 """
 
 from __future__ import annotations

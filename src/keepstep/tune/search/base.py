@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Final, Literal
 
 from keepstep.errors import UsageError
@@ -16,6 +17,11 @@ class Suggestible:
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
 
+    @cached_property
+    def messages(self) -> list[str]:
+        """What people should be told; the driver takes it out after each call."""
+        return []
+
     def set_search_properties(
         self, metric: str | None, mode: Literal["min", "max"] | None, config: Mapping[str, Any], **spec: Any
     ) -> bool:
@@ -25,7 +31,7 @@ class Suggestible:
             metric: None: it says nothing.
             mode: likewise.
             config: the experiment's `param_space`; {}: there is none.
-            spec: more that may be said one day.
+            spec: more that may be said; a searcher is told `num_samples`.
 
         Returns:
             False if it has its own and this one contradicts it.
@@ -58,6 +64,10 @@ class Searcher(Suggestible):
     FINISHED: Final = "FINISHED"
     """What `suggest` returns when there is nothing more to try."""
 
+    counts_samples: bool = False
+    """Whether it reads `num_samples` by itself, times its grid, and says `FINISHED` when they are over. Of
+    any other searcher `num_samples` suggestions are taken, if it does not finish before."""
+
     pending_limit: int = 1
     """How many suggestions may wait for room to run: 1, if later ones are better for earlier reports."""
 
@@ -84,7 +94,8 @@ class Searcher(Suggestible):
         """The configuration of a new trial.
 
         Returns:
-            It, nested; None: not now, ask again after the next result; `Searcher.FINISHED`: no more.
+            It, nested; None: not now, ask again after the next result; `Searcher.FINISHED`: no more. None
+            must leave the searcher as it was: after a restart only suggestions that were made are asked for.
         """
         raise NotImplementedError
 

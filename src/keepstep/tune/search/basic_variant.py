@@ -37,6 +37,8 @@ class BasicVariantGenerator(Searcher):
         UsageError: an argument is none of these.
     """
 
+    counts_samples = True
+
     def __init__(
         self,
         points_to_evaluate: Sequence[Mapping[str, Any]] | None = None,
