@@ -7,10 +7,10 @@ import datetime as dt
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from keepstep.errors import RankMissingError
+from keepstep.outcome import Outcome
 
 __all__ = ["Connection", "KeyValueStore"]
 
@@ -57,7 +57,7 @@ class Connection:
         self._topic = topic
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._asked: Future[Any] | None = None
+        self._asked: Outcome[Any] | None = None
         self.timeout_s = 0.0
 
     def set(self, key: str, value: str | bytes) -> None:
@@ -95,17 +95,17 @@ class Connection:
         """Ask the store; no answer within the time-out is told as its loss."""
         if self._asked is not None and not self._asked.done():
             raise self._lost("it has not answered yet", 0.0)
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._serve, name="keepstep-meet", daemon=True)
             self._thread.start()
-        answer: Future[_T] = Future()
-        self._asked = answer
-        self._work.put(lambda: _settle(answer, work))
+        answer: Outcome[_T] = Outcome()
+        self._work.put(lambda: answer.settle(work))
+        self._asked = answer  # last: else Ctrl-C might leave it without an answer
         limit_s = may_wait_s + max(_ANSWER_S, self.timeout_s / 10)
+        if not answer.wait(limit_s):
+            raise self._lost("it does not answer", limit_s)
         try:
-            return answer.result(limit_s)
-        except TimeoutError:
-            raise self._lost("it does not answer", limit_s) from None
+            return answer.result()
         except RuntimeError as error:
             raise self._lost(str(error).splitlines()[0], 0.0) from error
 
@@ -120,10 +120,3 @@ class Connection:
             ranks=[0],
             waited_s=waited_s,
         )
-
-
-def _settle(answer: Future[_T], work: Callable[[], _T]) -> None:
-    try:
-        answer.set_result(work())
-    except BaseException as error:  # noqa: BLE001  (it belongs to whoever asked)
-        answer.set_exception(error)

@@ -12,8 +12,8 @@ import torch
 from tests.checkpoint.equality import assert_same
 
 from keepstep.checkpoint import in_flight
+from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.format.manifest import digest_of
-from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests, WriteTracker
 from keepstep.checkpoint.saving.unchanged import is_unchanged

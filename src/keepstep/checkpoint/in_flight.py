@@ -12,21 +12,21 @@ from typing import Any, Final, Literal
 
 import torch
 
+from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.engine import Order
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.keeping.pruning import Which
 from keepstep.checkpoint.mirror import Mirror
-from keepstep.checkpoint.outcome import Latch
 from keepstep.checkpoint.parts import Blueprint, Parts
 from keepstep.checkpoint.pending import PendingSave
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.directory import LocalBackend
-from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.save import Save
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import BackgroundSaveError, StoreError
+from keepstep.outcome import Latch
 
 __all__ = ["Saves", "Staging"]
 

@@ -24,12 +24,12 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention, decide
-from keepstep.checkpoint.outcome import LOOK_UP_S
 from keepstep.checkpoint.place.backend import INTERNAL_NAME
 from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.uploading import upload_checkpoint
 from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, KeepstepError, MirrorError
 from keepstep.files import Files
+from keepstep.outcome import LOOK_UP_S, Bell
 
 __all__ = ["Mirror", "MirrorProgress"]
 
@@ -112,8 +112,8 @@ class Mirror:
         self._pid = os.getpid()
         self._runs: set[str] = set()
         self._linking = threading.Lock()
-        self._lock = threading.RLock()  # entered itself: Ctrl-C may leave a condition locked
-        self._changed = threading.Condition(self._lock)
+        self._lock = threading.RLock()
+        self._changed = Bell()
         self._jobs: list[_Job] = []
         self._running: _Job | None = None
         self._error: Exception | None = None
@@ -164,7 +164,7 @@ class Mirror:
         if self._pid == os.getpid():  # a forked child has no thread, and the lock may be held for ever
             with self._lock:
                 self._stopping = True
-                self._changed.notify_all()
+                self._changed.ring()
 
     def offer(self, directory: Path, manifest: Manifest) -> None:
         """Have a committed checkpoint uploaded. Never raises: the checkpoint itself is safe."""
@@ -187,7 +187,7 @@ class Mirror:
             self._progress = replace(self._progress, skipped=self._progress.skipped + 1)
             log.warning("%s is not mirrored to %s: newer ones overtook it", late.name, self.bucket)
             self._forget(late)
-        self._changed.notify_all()
+        self._changed.ring()
 
     def _link(self, directory: Path, manifest: Manifest) -> Path:
         """The checkpoint's files under a second name; the manifest last."""
@@ -215,10 +215,13 @@ class Mirror:
             MirrorError: one could not be uploaded; the cause is chained. It is tried again after the next
                 save, or by the next process. With `on_error="warn"` this is a warning.
         """
-        with self._lock:
-            while self._thread is not None and (self._is_busy or any(not job.failed for job in self._jobs)):
-                self._changed.wait(LOOK_UP_S)
-            error, self._error = self._error, None
+        while True:
+            with self._lock:
+                if self._thread is None or not (self._is_busy or any(not job.failed for job in self._jobs)):
+                    error, self._error = self._error, None
+                    break
+                changed = self._changed.next_ring
+            changed.wait(LOOK_UP_S)
         if error is None:
             return
         said = MirrorError(
@@ -260,7 +263,7 @@ class Mirror:
             with self._lock:
                 self._error = MirrorError(f"the thread of the mirror {self.bucket} ended: {error!r}")
                 self._running, self._thread, self._catching_up = None, None, False
-                self._changed.notify_all()
+                self._changed.ring()
 
     def _next_job(self) -> _Job | None:
         """Wait for one; None once `stop` was called and none is left."""
@@ -268,17 +271,24 @@ class Mirror:
             self._catch_up()
         with self._lock:
             self._catching_up = False
-            self._changed.notify_all()
-            while not any(not job.failed for job in self._jobs):
+            self._changed.ring()
+        while True:
+            with self._lock:
+                job = next((job for job in self._jobs if not job.failed), None)
+                if job is not None:
+                    return self._begin(job)
                 if self._stopping:
                     self._thread = None
                     return None
-                self._changed.wait()
-            job = self._running = next(job for job in self._jobs if not job.failed)
-            self._jobs.remove(job)
-            total = job.manifest.bytes
-            self._progress = replace(self._progress, uploading=job.name, bytes_done=0, bytes_total=total)
-            return job
+                changed = self._changed.next_ring
+            changed.wait(LOOK_UP_S)
+
+    def _begin(self, job: _Job) -> _Job:
+        self._running = job
+        self._jobs.remove(job)
+        total = job.manifest.bytes
+        self._progress = replace(self._progress, uploading=job.name, bytes_done=0, bytes_total=total)
+        return job
 
     def _settle(self, job: _Job, error: Exception | None) -> None:
         with self._lock:
@@ -294,7 +304,7 @@ class Mirror:
                 mirrored=self._progress.mirrored + (error is None),
                 failed=self._progress.failed + (error is not None),
             )
-            self._changed.notify_all()
+            self._changed.ring()
 
     def _note(self, error: Exception) -> None:
         self._error = error
@@ -315,7 +325,7 @@ class Mirror:
             log.error("the mirror %s could not be brought up to date: %s", self.bucket, error)
             with self._lock:
                 self._note(error)
-                self._changed.notify_all()
+                self._changed.ring()
 
     def _take_up(self, mirrored: set[str]) -> None:
         for directory in sorted(self._uploads.iterdir()) if self._uploads.is_dir() else []:

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 
 from keepstep.checkpoint.format.source import Place
-from keepstep.checkpoint.outcome import Latch, Outcome
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import BackgroundSaveError, StillSavingError
+from keepstep.outcome import Latch, Outcome
 
 __all__ = ["PendingSave", "forget_unseen_failures", "report_unseen_failures"]
 

@@ -7,6 +7,8 @@ from collections.abc import Hashable
 
 import xxhash
 
+from keepstep.outcome import LOOK_UP_S, Bell, Latch
+
 __all__ = ["Aborted", "OrderedHasher"]
 
 
@@ -27,11 +29,11 @@ class OrderedHasher:
     for it ends. Hashing itself runs without the lock and without the GIL.
     """
 
-    def __init__(self, aborted: threading.Event) -> None:
+    def __init__(self, aborted: Latch) -> None:
         self._aborted = aborted
         self._chains: dict[Hashable, _Chain] = {}
-        self._lock = threading.Lock()  # entered itself: Ctrl-C may leave a condition locked
-        self._moved = threading.Condition(self._lock)
+        self._lock = threading.Lock()
+        self._moved = Bell()
 
     def feed(self, key: Hashable, begin: int, size: int, data: memoryview) -> str | None:
         """Hash the part of `key` at `begin`; its digest once all `size` bytes were seen, else None.
@@ -42,22 +44,28 @@ class OrderedHasher:
         end = begin + len(data)
         if begin == 0 and end == size:
             return xxhash.xxh3_128_hexdigest(data)
-        with self._lock:
-            chain = self._chains.setdefault(key, _Chain())
-            while chain.position != begin:
-                if self._aborted.is_set():
-                    raise Aborted
-                self._moved.wait()
+        chain = self._chain_at(key, begin)
         chain.hasher.update(data)
         with self._lock:
             chain.position = end
-            self._moved.notify_all()
+            self._moved.ring()
             if end < size:
                 return None
             del self._chains[key]
         return chain.hasher.hexdigest()
 
+    def _chain_at(self, key: Hashable, begin: int) -> _Chain:
+        while True:
+            with self._lock:
+                chain = self._chains.setdefault(key, _Chain())
+                if chain.position == begin:
+                    return chain
+                moved = self._moved.next_ring
+            if self._aborted.is_open:
+                raise Aborted
+            moved.wait(LOOK_UP_S)
+
     def wake(self) -> None:
         """Let waiting threads see that they were aborted."""
         with self._lock:
-            self._moved.notify_all()
+            self._moved.ring()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from keepstep.checkpoint.crew import in_threads
 from keepstep.checkpoint.format.known import KnownManifests
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
 from keepstep.checkpoint.format.parse import check_files, read_manifest
@@ -21,6 +22,7 @@ from keepstep.checkpoint.place.backend import INTERNAL_NAME, Backend, checkpoint
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
 from keepstep.files import LocalFiles
+from keepstep.outcome import Latch
 
 __all__ = [
     "INTERNAL_NAME",
@@ -103,29 +105,23 @@ _Read = Callable[[Place], Manifest]
 def _entries(found: Sequence[tuple[int, Place]], count: int, read: _Read) -> list[Entry | None]:
     """All at once; no executor, since those take no work once the interpreter exits, and uploads go on."""
     entries: list[Entry | None] = [None] * len(found)
-    errors: list[BaseException] = []
+    stopped = Latch()
     left = iter(range(len(found)))
     taking = threading.Lock()
 
     def work() -> None:
-        while not errors:
+        while not stopped.is_open:
             with taking:
                 index = next(left, None)
             if index is None:
                 return
             try:
                 entries[index] = _entry(found[index], read)
-            except BaseException as error:  # noqa: BLE001  (raised below)
-                errors.append(error)
+            except BaseException:
+                stopped.open()
+                raise
 
-    threads = [
-        threading.Thread(target=work, name=f"keepstep-scan-{n}", daemon=True)
-        for n in range(min(count, len(found)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    errors = in_threads(work, min(count, len(found)), name="keepstep-scan", stop=stopped.open)
     if errors:
         raise errors[0]
     return entries

@@ -15,6 +15,7 @@ from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping.catalog import Entry, Root, scan
 from keepstep.checkpoint.keeping.verify import FileState, Report, verify_checkpoint
 from keepstep.files import yield_to_others
+from keepstep.outcome import LOOK_UP_S, Latch
 
 __all__ = ["SCRUB_BYTES_PER_S", "Scrubber", "next_to_scrub"]
 
@@ -78,7 +79,7 @@ class Scrubber:
         self._clock = clock
         self._verified_s: dict[str, float] = {}
         self._files_s: dict[FileState, float] = {}
-        self._stop = threading.Event()
+        self._stop = Latch()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="keepstep-scrub", daemon=True)
 
@@ -89,9 +90,9 @@ class Scrubber:
     def stop(self) -> None:
         """End within the time that one read of a few MiB takes. A forked child has nothing to stop."""
         if self._pid == os.getpid():
-            self._stop.set()
-            if self._thread.is_alive() and threading.current_thread() is not self._thread:
-                self._thread.join()
+            self._stop.open()
+            while self._thread.is_alive() and threading.current_thread() is not self._thread:
+                self._thread.join(LOOK_UP_S)  # a signal may not wake us
 
     def _run(self) -> None:
         yield_to_others()

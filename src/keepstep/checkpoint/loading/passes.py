@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +12,13 @@ import numpy as np
 import torch
 import xxhash
 
+from keepstep.checkpoint.crew import in_threads
 from keepstep.checkpoint.format.boxes import Box, meeting, run_in
 from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
 from keepstep.checkpoint.format.manifest import ITEMSIZES, Chunk, TensorEntry, stored_parts
 from keepstep.checkpoint.format.source import OpenFile, Place, Source
 from keepstep.errors import DamagedCheckpointError, DigestError, FileSizeError
+from keepstep.outcome import Latch
 
 __all__ = [
     "Goal",
@@ -114,24 +115,27 @@ class Pass:
         self._parts = _in_parts(sorted(goals, key=lambda goal: (goal.stored.file or "", goal.stored.offset)))
         self._started = started
         self._take = threading.Lock()
-        self._aborted = threading.Event()
+        self._aborted = Latch()
         self._hasher = OrderedHasher(self._aborted)
 
     def run(self) -> None:
         """Read everything; raise at the first range that is not what was committed."""
-        _run_threads(self._work, self._source.read_threads)
+        _run_threads(self._work, self._source.read_threads, self._stop)
+
+    def _stop(self) -> None:
+        self._aborted.open()
+        self._hasher.wake()
 
     def _work(self) -> None:
         try:
-            while not self._aborted.is_set():
+            while not self._aborted.is_open:
                 with self._take:
                     part = next(self._parts, None)
                 if part is None:
                     return
                 self._read(part)
         except BaseException:
-            self._aborted.set()
-            self._hasher.wake()
+            self._stop()
             raise
 
     def _read(self, part: _Part) -> None:
@@ -169,7 +173,7 @@ def verify_stored(source: Source, files: Mapping[str, OpenFile], stored: Mapping
         DamagedCheckpointError: any of its kinds.
     """
     jobs = iter(stored.items())
-    taking = threading.Lock()
+    taking, stopped = threading.Lock(), Latch()
     room = min(_PART_BYTES, max((entry.bytes for entry in stored.values()), default=0))
 
     def work() -> None:
@@ -182,11 +186,13 @@ def verify_stored(source: Source, files: Mapping[str, OpenFile], stored: Mapping
             hasher = xxhash.xxh3_128()
             for begin in range(0, entry.bytes, _PART_BYTES):
                 part = scratch[: min(_PART_BYTES, entry.bytes - begin)]
+                if stopped.is_open:
+                    return
                 _fill(source, files, part, entry.offset + begin, entry.file or "")
                 hasher.update(part)
             compare(source.place, address, entry, hasher.hexdigest())
 
-    _run_threads(work, source.read_threads)
+    _run_threads(work, source.read_threads, stopped.open)
 
 
 def _in_parts(goals: Sequence[Goal]) -> Iterator[_Part]:
@@ -232,11 +238,9 @@ def compare(place: Place, address: str, stored: TensorEntry | Chunk, actual: str
         )
 
 
-def _run_threads(work: Any, count: int) -> None:
+def _run_threads(work: Callable[[], None], count: int, stop: Callable[[], None]) -> None:
     """Run `work` in several threads; raise the first real error."""
-    with ThreadPoolExecutor(count, thread_name_prefix="keepstep-read") as threads:
-        futures = [threads.submit(work) for _ in range(count)]
-    errors = [error for future in futures if (error := future.exception()) is not None]
+    errors = in_threads(work, count, name="keepstep-read", stop=stop)
     for error in sorted(errors, key=lambda error: isinstance(error, Aborted)):
         raise error
 

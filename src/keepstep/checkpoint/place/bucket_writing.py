@@ -20,6 +20,7 @@ from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike, 
 from keepstep.checkpoint.place.in_use import KeysInUse
 from keepstep.errors import BucketError, DamagedCheckpointError, KeepstepError, StoreBusyError, StoreError
 from keepstep.files import SegmentFile
+from keepstep.outcome import LOOK_UP_S, Bell, Latch, Outcome
 
 __all__ = ["CLAIM_NAME", "BucketWorkspace", "explained_bucket"]
 
@@ -75,25 +76,16 @@ class _LargeSegment:
 
     def __init__(self, objects: ObjectsLike, key: str, size_bytes: int) -> None:
         self._size_bytes = size_bytes
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = Bell()
         self._waiting: dict[int, memoryview] = {}
-        self._pending: set[threading.Event] = set()
-        self._error: BaseException | None = None
-        self._over = self._abandoned = False
-        self._thread = threading.Thread(
-            target=self._upload, args=(objects, key), name="keepstep-upload", daemon=True
-        )
-        self._thread.start()
-
-    def _upload(self, objects: ObjectsLike, key: str) -> None:
-        try:
-            objects.upload(key, self._parts())
-        except BaseException as error:  # noqa: BLE001  (told to whoever waits)
-            self._error = error
-        with self._changed:
-            self._over = True
-            for released in self._pending:
-                released.set()
+        self._abandoned = False
+        self._uploaded: Outcome[None] = Outcome()
+        threading.Thread(
+            target=lambda: self._uploaded.settle(lambda: objects.upload(key, self._parts())),
+            name="keepstep-upload",
+            daemon=True,
+        ).start()
 
     def _parts(self) -> Iterator[memoryview]:
         position = 0
@@ -104,46 +96,40 @@ class _LargeSegment:
             del part
 
     def _next_part(self, position: int) -> memoryview:
-        with self._changed:
-            while position not in self._waiting:
-                if self._abandoned:
-                    raise _Abandoned
-                self._changed.wait()
-            return self._waiting.pop(position)
+        while True:
+            with self._lock:
+                if position in self._waiting:
+                    return self._waiting.pop(position)
+                changed = self._changed.next_ring
+            if self._abandoned:
+                raise _Abandoned
+            changed.wait(LOOK_UP_S)
 
     def write_at(self, data: memoryview, offset: int) -> None:
-        released = threading.Event()
-        part = data[
-            : self._size_bytes - offset
-        ]  # a view of its own, no copy: it goes when obstore lets go of it
-        gone = weakref.ref(part, lambda _: released.set())
-        with self._changed:
-            if self._over:
-                released.set()
-            self._pending.add(released)
+        released = Latch()
+        # A view of its own, no copy: it goes when obstore lets go of it.
+        part = data[: self._size_bytes - offset]
+        gone = weakref.ref(part, lambda _: released.open())
+        with self._lock:
             self._waiting[offset] = part
             del part
-            self._changed.notify_all()
-        released.wait()
-        del gone
-        with self._changed:
-            self._pending.discard(released)
-        if self._error is not None:
-            raise self._error
+            self._changed.ring()
+        while gone() is not None and not self._uploaded.done():
+            released.wait(LOOK_UP_S)
+        if self._uploaded.done():
+            self._uploaded.result()
 
     def finish(self) -> None:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        self._uploaded.result()
 
     def stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._abandoned = True
-            self._changed.notify_all()
+            self._changed.ring()
 
     def abandon(self) -> None:
         self.stop()
-        self._thread.join()
+        self._uploaded.wait()
 
 
 class BucketWorkspace:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from keepstep.checkpoint.collector import collector_paused
+from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.format.manifest import (
     STATE_NAME,
     FileEntry,
@@ -23,7 +24,6 @@ from keepstep.checkpoint.format.manifest import (
 )
 from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.place.backend import Workspace
-from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.environment import describe_environment
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo, tensor_entries

@@ -17,9 +17,9 @@ import torch
 
 from keepstep.checkpoint.format.hashing import Aborted
 from keepstep.checkpoint.format.manifest import digest_of
-from keepstep.checkpoint.outcome import LOOK_UP_S
 from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.errors import UsageError
+from keepstep.outcome import LOOK_UP_S, Bell, Latch
 
 __all__ = ["BLOCK_BYTES", "Block", "BlockPool", "SideStreams", "TensorBytes", "dense_bytes"]
 
@@ -60,8 +60,8 @@ class BlockPool:
         self._made = 0
         self._pinned = False
         self._free: list[Block] = []
-        self._lock = threading.Lock()  # entered itself: Ctrl-C may leave a condition locked
-        self._changed = threading.Condition(self._lock)
+        self._lock = threading.Lock()
+        self._changed = Bell()
 
     @property
     def allocated_bytes(self) -> int:
@@ -76,33 +76,35 @@ class BlockPool:
                 self._pinned = True
                 self._free.clear()
 
-    def acquire(self, aborted: threading.Event) -> Block:
+    def acquire(self, aborted: Latch) -> Block:
         """A free block, made if the budget allows, else waited for.
 
         Raises:
-            Aborted: `aborted` was set; `wake` must be called after setting it.
+            Aborted: `aborted` was opened; `wake` makes it quick.
         """
-        with self._lock:
-            while not self._free and self._made >= self._most:
-                if aborted.is_set():
-                    raise Aborted
-                self._changed.wait(LOOK_UP_S)
-            if self._free:
-                return self._free.pop()
-            block = Block(BLOCK_BYTES, pinned=self._pinned)
-            self._made += 1
-            return block
+        while True:
+            with self._lock:
+                if self._free:
+                    return self._free.pop()
+                if self._made < self._most:
+                    block = Block(BLOCK_BYTES, pinned=self._pinned)
+                    self._made += 1
+                    return block
+                changed = self._changed.next_ring
+            if aborted.is_open:
+                raise Aborted
+            changed.wait(LOOK_UP_S)
 
     def release(self, block: Block) -> None:
         """Give a block back."""
         with self._lock:
             self._free.append(block)
-            self._changed.notify()
+            self._changed.ring()
 
     def wake(self) -> None:
         """Let waiting threads see that their save was aborted."""
         with self._lock:
-            self._changed.notify_all()
+            self._changed.ring()
 
 
 class TensorBytes:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from keepstep.checkpoint.outcome import Outcome, wait_for_all
-from keepstep.checkpoint.saving.crew import Crew
+from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.saving.staging import TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests
+from keepstep.outcome import Latch, Outcome, wait_for_all
 
 __all__ = ["is_unchanged"]
 
@@ -35,19 +35,19 @@ def is_unchanged(
     unproved = [n for n in reversed(order[_PROBES:]) if not sources[n].provably_matches(digests[n], known)]
     rest = iter(unproved)
     taking = threading.Lock()
-    different = threading.Event()
+    different = Latch()
 
     def compare() -> None:
         try:
-            while not different.is_set():
+            while not different.is_open:
                 with taking:
                     n = next(rest, None)
                 if n is None:
                     return
                 if not sources[n].matches(digests[n], known):
-                    different.set()
+                    different.open()
         except BaseException:
-            different.set()
+            different.open()
             raise
 
     helping: list[Outcome[None]] = []
@@ -56,10 +56,10 @@ def is_unchanged(
             helping.append(crew.submit(compare))  # noqa: PERF401  (if one is refused, the others count)
         compare()
     except BaseException:
-        different.set()  # the others need not go on
+        different.open()  # the others need not go on
         raise
     finally:
         wait_for_all(helping)
     for outcome in helping:
         outcome.result()
-    return not different.is_set()
+    return not different.is_open

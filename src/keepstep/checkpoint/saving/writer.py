@@ -21,17 +21,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
 from keepstep.checkpoint.format.manifest import FileEntry, combine_digests, digest_of
-from keepstep.checkpoint.outcome import Outcome, wait_for_all
 from keepstep.checkpoint.place.backend import Workspace
-from keepstep.checkpoint.saving.crew import Crew
 from keepstep.checkpoint.saving.layout import Layout, Placement, Segment
 from keepstep.checkpoint.saving.linking import Twin
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, Block, BlockPool, TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.checkpoint.saving.unchanged import is_unchanged
 from keepstep.files import PAGE_BYTES, SegmentFile
+from keepstep.outcome import Latch, Outcome, wait_for_all
 
 __all__ = ["WRITER_THREADS", "SegmentWriter"]
 
@@ -145,7 +145,7 @@ class SegmentWriter:
         self._known = known
         self._blocks = self._in_blocks()
         self._next_block = threading.Lock()
-        self._aborted = threading.Event()
+        self._aborted = Latch()
         self._hasher = OrderedHasher(self._aborted)
         self._running: list[Outcome[None]] = []
         self.digests: dict[int, str] = {}
@@ -228,11 +228,6 @@ class SegmentWriter:
             )
         return entries
 
-    @property
-    def linked_bytes(self) -> int:
-        """Bytes of segments that were linked, not written."""
-        return sum(opened.segment.bytes for opened in self._segments if opened.linked)
-
     # ------------------------------------------------------------------------------------ linking
 
     def _link_unchanged(self) -> None:
@@ -276,11 +271,11 @@ class SegmentWriter:
                 self.digests.setdefault(placement.index, digest_of(b""))
 
     def _stop_threads(self) -> None:
-        self._aborted.set()
+        self._aborted.open()
         self._pool.wake()
         self._hasher.wake()
         for opened in self._segments:
-            with opened.lock:  # a file that is made later finds `aborted` set
+            with opened.lock:  # a file that is made later finds `aborted` open
                 if opened.file is not None:
                     opened.file.stop()
 
@@ -329,7 +324,7 @@ class SegmentWriter:
 
     def _copy(self, job: _Job, block: Block) -> None:
         try:
-            if self._aborted.is_set():
+            if self._aborted.is_open:
                 raise Aborted
             self._fill(job, block)
         except BaseException:
@@ -363,7 +358,7 @@ class SegmentWriter:
 
     def _hash_and_write(self, job: _Job, block: Block) -> None:
         try:
-            if self._aborted.is_set():
+            if self._aborted.is_open:
                 raise Aborted
             for piece in self._pieces(job):
                 self._hash(piece, block.view[piece.at : piece.at + piece.end - piece.begin])
@@ -373,7 +368,7 @@ class SegmentWriter:
 
     def _write(self, opened: _OpenSegment, begin: int, end: int, block: Block) -> None:
         with opened.lock:
-            if self._aborted.is_set():
+            if self._aborted.is_open:
                 raise Aborted
             if opened.file is None:
                 segment = opened.segment

@@ -13,13 +13,14 @@ Here nobody sleeps for longer than `LOOK_UP_S`, and whoever is waited for takes 
 
 from __future__ import annotations
 
+import contextlib
 import math
-import threading
+import queue
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
 
-__all__ = ["LOOK_UP_S", "Latch", "Outcome", "wait_for_all"]
+__all__ = ["LOOK_UP_S", "Bell", "Latch", "Outcome", "wait_for_all"]
 
 LOOK_UP_S = 0.2
 """So long a signal may go unnoticed."""
@@ -28,12 +29,11 @@ _T = TypeVar("_T")
 
 
 class Latch:
-    """Shut until one thread opens it, for good; any number of threads may wait."""
+    """Shut until a thread opens it, for good; any number of threads may open it, and wait."""
 
     def __init__(self) -> None:
         self._is_open = False
-        self._shut = threading.Lock()
-        self._shut.acquire()
+        self._opened: queue.SimpleQueue[None] = queue.SimpleQueue()  # C: entered and left in one instruction
 
     @property
     def is_open(self) -> bool:
@@ -41,21 +41,44 @@ class Latch:
         return self._is_open
 
     def open(self) -> None:
-        """Let everybody through; only the one thread whose latch it is calls this, once."""
+        """Let everybody through."""
         self._is_open = True
-        self._shut.release()
+        self._opened.put(None)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Return once it is open, or after so many seconds; whether it is open."""
         ends_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        # The lock only makes it quick. Whoever is interrupted holding it costs the others a while.
+        # The queue only makes it quick. Whoever is interrupted with what it held costs the others a while.
         while not self._is_open:
             left_s = min(LOOK_UP_S, ends_s - time.monotonic())
             if left_s <= 0:
                 return False
-            if self._shut.acquire(timeout=left_s):
-                self._shut.release()
+            with contextlib.suppress(queue.Empty):
+                self._opened.get(timeout=left_s)
+                self._opened.put(None)
         return True
+
+
+class Bell:
+    """Rung whenever something has changed, so that those who wait for it look again.
+
+    What changes is guarded by a lock of its own, and `ring` is called with that lock held. To wait: look, and
+    take `next_ring`, with the lock held; give the lock back; wait for the latch, for `LOOK_UP_S` at most, as
+    whoever rings may be interrupted too; begin again.
+    """
+
+    def __init__(self) -> None:
+        self._next = Latch()
+
+    @property
+    def next_ring(self) -> Latch:
+        """Open once it has rung."""
+        return self._next
+
+    def ring(self) -> None:
+        """Let all who wait look."""
+        rung, self._next = self._next, Latch()
+        rung.open()
 
 
 class Outcome(Generic[_T]):

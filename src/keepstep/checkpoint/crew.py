@@ -1,4 +1,4 @@
-"""The threads of one save."""
+"""The threads of one save or load."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from keepstep.checkpoint.outcome import LOOK_UP_S, Outcome
+from keepstep.outcome import LOOK_UP_S, Outcome, wait_for_all
 
-__all__ = ["Crew"]
+__all__ = ["Crew", "in_threads"]
 
 _NICER_BY = 5
 """About a third of what a thread of the training gets. With 10 the copy comes too late; see decision 0009."""
@@ -95,3 +95,32 @@ class Crew:
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
             work()
             del work  # what it refers to is not ours while we wait
+
+
+def in_threads(
+    work: Callable[[], None], count: int, *, name: str, stop: Callable[[], None]
+) -> list[BaseException]:
+    """Do the same work in several threads, and return once all have ended.
+
+    Args:
+        work: takes what is left to do until nothing is.
+        count: of threads.
+        name: of the threads.
+        stop: makes all of them return soon. Called if this thread is interrupted, or gets too few threads.
+
+    Returns:
+        What they raised.
+    """
+    crew = Crew(count, name)
+    outcomes: list[Outcome[None]] = []
+    try:
+        for _ in range(count):
+            outcomes.append(crew.submit(work))  # noqa: PERF401  (if one is refused, the others count)
+        crew.close()
+        wait_for_all(outcomes)
+    except BaseException:
+        stop()
+        crew.close()
+        crew.wait()
+        raise
+    return [error for outcome in outcomes if (error := outcome.error()) is not None]
