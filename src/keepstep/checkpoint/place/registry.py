@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from keepstep.checkpoint.place.bucket import BucketBackend, ObjectsLike
 from keepstep.errors import UsageError
 
-__all__ = ["is_address", "open_bucket"]
+__all__ = ["is_address", "open_bucket", "open_objects"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _SCHEMES: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
@@ -40,6 +40,15 @@ def open_bucket(address: str, options: Mapping[str, Any] | None = None) -> Bucke
     Raises:
         UsageError: the address is none that keepstep knows, holds credentials, or obstore is missing.
     """
+    return BucketBackend(open_objects(address, options))
+
+
+def open_objects(address: str, options: Mapping[str, Any] | None = None) -> ObjectsLike:
+    """The objects below an address, of any kind; connects to nothing yet.
+
+    Raises:
+        UsageError: the address is none that keepstep knows, holds credentials, or obstore is missing.
+    """
     clean = address.rstrip("/")
     parts = urlsplit(clean)
     if parts.scheme not in _SCHEMES:
@@ -62,4 +71,4 @@ def open_bucket(address: str, options: Mapping[str, Any] | None = None) -> Bucke
             f"{clean} needs obstore, which is not installed: pip install 'keepstep[objects]'"
         ) from None
     objects: ObjectsLike = adapter.Objects.open(clean, dict(options or {}))
-    return BucketBackend(objects)
+    return objects
