@@ -55,6 +55,8 @@ TORCH_FREE = [
     "keepstep.tune.search.basic_variant",
     "keepstep.tune.search.sample",
     "keepstep.tune.search.tag",
+    "keepstep.tune.logger.files",
+    "keepstep.tune.logger.tensorboard",
     "keepstep.tune.settings",
 ]
 

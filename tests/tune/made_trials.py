@@ -9,7 +9,9 @@ from typing import Any
 from keepstep.tune.experiment.trial import CheckpointRecord, Trial
 
 
-def make_trial(root: Path | str, number: int = 0, *, config: dict[str, Any] | None = None, **said: Any) -> Trial:
+def make_trial(
+    root: Path | str, number: int = 0, *, config: dict[str, Any] | None = None, **said: Any
+) -> Trial:
     dirname = f"train_{number:05d}"
     config = {"lr": 0.1, "layer": {"width": number}} if config is None else config
     return Trial(

@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     from keepstep.tune.search.sample import sample_from as sample_from
     from keepstep.tune.search.sample import uniform as uniform
     from keepstep.tune.search.space import grid_search as grid_search
+    from keepstep.tune.logger.base import CSVLoggerCallback as CSVLoggerCallback
+    from keepstep.tune.logger.base import JsonLoggerCallback as JsonLoggerCallback
+    from keepstep.tune.logger.base import LoggerCallback as LoggerCallback
+    from keepstep.tune.logger.mlflow import MLflowLoggerCallback as MLflowLoggerCallback
+    from keepstep.tune.logger.tensorboard import TBXLoggerCallback as TBXLoggerCallback
+    from keepstep.tune.logger.wandb import WandbLoggerCallback as WandbLoggerCallback
 
 _HOME_OF_NAME = {
+    "CSVLoggerCallback": "keepstep.tune.logger",
     "Checkpoint": "keepstep.tune.checkpoint",
     "choice": "keepstep.tune.search.sample",
     "grid_search": "keepstep.tune.search.space",
@@ -36,6 +43,11 @@ _HOME_OF_NAME = {
     "randn": "keepstep.tune.search.sample",
     "sample_from": "keepstep.tune.search.sample",
     "uniform": "keepstep.tune.search.sample",
+    "JsonLoggerCallback": "keepstep.tune.logger",
+    "LoggerCallback": "keepstep.tune.logger",
+    "MLflowLoggerCallback": "keepstep.tune.logger",
+    "TBXLoggerCallback": "keepstep.tune.logger",
+    "WandbLoggerCallback": "keepstep.tune.logger",
 }
 
 __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 
@@ -61,7 +60,13 @@ def test_what_json_has_no_name_for_is_written_for_people(tmp_path: Path) -> None
         def __repr__(self) -> str:
             return "Optimizer()"
 
-    config = {"sizes": np.arange(3), "rate": np.float32(0.5), "of": {1: Optimizer()}, 7: None, "tags": {"b", "a"}}
+    config = {
+        "sizes": np.arange(3),
+        "rate": np.float32(0.5),
+        "of": {1: Optimizer()},
+        7: None,
+        "tags": {"b", "a"},
+    }
     trial = make_trial(tmp_path, config=config)
     files = TrialFiles(str(tmp_path))
     files.start(trial)
@@ -130,12 +135,12 @@ def test_after_a_kill_the_files_are_made_anew_from_the_journal(tmp_path: Path, d
             path.unlink()
         elif damage == "zeros":
             path.write_bytes(b"\0" * len(whole[name]))
-    before = {name: os.stat(tmp_path / "train_00000" / name).st_ino for name in contents(tmp_path)}
+    before = {name: (tmp_path / "train_00000" / name).stat().st_ino for name in contents(tmp_path)}
     files = TrialFiles(str(tmp_path))
     files.rebuild(trial, results)
     assert contents(tmp_path) == whole
     if damage == "none":
-        assert before == {name: os.stat(tmp_path / "train_00000" / name).st_ino for name in before}
+        assert before == {name: (tmp_path / "train_00000" / name).stat().st_ino for name in before}
     files.add(trial, make_result(trial, 4, loss=0.1, new=1))
     files.flush()
     table = pd.read_csv(tmp_path / "train_00000" / "progress.csv")

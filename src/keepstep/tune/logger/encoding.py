@@ -14,7 +14,7 @@ __all__ = ["Table", "json_line", "params_text", "parse_lines", "row_of"]
 
 
 def _otherwise(value: Any) -> Any:
-    """What JSON has no name for: arrays and their numbers as lists and numbers, the rest as Python shows it."""
+    """What JSON has no name for: arrays as lists, the rest as Python shows it."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, set | frozenset):
@@ -52,11 +52,7 @@ def _with_names(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 def parse_lines(text: str) -> list[dict[str, Any]]:
     """The results of a file of lines, without one that was torn at the end."""
-    found = []
-    for line in text.rpartition("\n")[0].splitlines():
-        if line.strip():
-            found.append(json.loads(line))
-    return found
+    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines() if line.strip()]
 
 
 def row_of(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any, Final
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.summary import session_end_pb
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG, create_summary_metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -59,9 +61,7 @@ class TBXLoggerCallback(LoggerCallback):
         directory = Path(trial.path) if self._logdir is None else Path(self._logdir, trial.dirname)
         for old in directory.glob(f"events.out.tfevents.*{_SUFFIX}"):
             old.unlink()
-        self._writers[trial.trial_id] = EventFileWriter(
-            str(directory), flush_secs=5, filename_suffix=_SUFFIX
-        )
+        self._writers[trial.trial_id] = EventFileWriter(str(directory), flush_secs=5, filename_suffix=_SUFFIX)
         self._write(trial, Event(summary=hparams_pb(_texts(trial.evaluated_params), trial.trial_id)))
         results = Path(trial.path, EXPR_RESULT_FILE)
         if trial.last_result and results.exists():
@@ -83,8 +83,10 @@ class TBXLoggerCallback(LoggerCallback):
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
         writer = self._writers.get(trial.trial_id)
         if writer is not None:
-            status = "STATUS_FAILURE" if failed else "STATUS_SUCCESS"
-            self._write(trial, Event(summary=session_end_pb(status)))
+            ended = SessionEndInfo(status=Status.STATUS_FAILURE if failed else Status.STATUS_SUCCESS)
+            about = create_summary_metadata(HParamsPluginData(session_end_info=ended))
+            end = Summary.Value(tag=SESSION_END_INFO_TAG, metadata=about)
+            self._write(trial, Event(summary=Summary(value=[end])))
             writer.close()
             del self._writers[trial.trial_id]
 

@@ -106,8 +106,8 @@ class Uploads:
             self._threads = None
         if self._changed:
             _log.error(
-                "the files of %d trial(s) could not be uploaded to %s; they are made anew from the journal when "
-                "the experiment is restored",
+                "the files of %d trial(s) could not be uploaded to %s; they are made anew from the journal "
+                "when the experiment is restored",
                 len(self._changed),
                 self._objects.address,
             )
