@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keepstep.tune.checkpoint import Checkpoint as Checkpoint
+    from keepstep.tune.logger.base import CSVLoggerCallback as CSVLoggerCallback
+    from keepstep.tune.logger.base import JsonLoggerCallback as JsonLoggerCallback
+    from keepstep.tune.logger.base import LoggerCallback as LoggerCallback
+    from keepstep.tune.logger.mlflow import MLflowLoggerCallback as MLflowLoggerCallback
+    from keepstep.tune.logger.tensorboard import TBXLoggerCallback as TBXLoggerCallback
+    from keepstep.tune.logger.wandb import WandbLoggerCallback as WandbLoggerCallback
     from keepstep.tune.search.sample import choice as choice
     from keepstep.tune.search.sample import lograndint as lograndint
     from keepstep.tune.search.sample import loguniform as loguniform
@@ -20,12 +26,6 @@ if TYPE_CHECKING:
     from keepstep.tune.search.sample import sample_from as sample_from
     from keepstep.tune.search.sample import uniform as uniform
     from keepstep.tune.search.space import grid_search as grid_search
-    from keepstep.tune.logger.base import CSVLoggerCallback as CSVLoggerCallback
-    from keepstep.tune.logger.base import JsonLoggerCallback as JsonLoggerCallback
-    from keepstep.tune.logger.base import LoggerCallback as LoggerCallback
-    from keepstep.tune.logger.mlflow import MLflowLoggerCallback as MLflowLoggerCallback
-    from keepstep.tune.logger.tensorboard import TBXLoggerCallback as TBXLoggerCallback
-    from keepstep.tune.logger.wandb import WandbLoggerCallback as WandbLoggerCallback
 
 _HOME_OF_NAME = {
     "CSVLoggerCallback": "keepstep.tune.logger",
