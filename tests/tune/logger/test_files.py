@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from tests.tune.made_trials import make_result, make_trial
 
+from keepstep.tune.logger.callback import FilesCallback
 from keepstep.tune.logger.files import TrialFiles
 
 
@@ -206,3 +207,26 @@ def test_many_trials_cost_the_same_each(tmp_path: Path) -> None:
     print(f"{first * 1e6:.0f} and {last * 1e6:.0f} us a trial")
     assert last < 3 * first + 1e-4
     assert files._open == files._waiting == {}
+
+
+def test_the_driver_tells_it_as_a_callback(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path)
+    callback = FilesCallback(TrialFiles(str(tmp_path)))
+    callback.on_trial_start(1, [trial], trial)
+    result = make_result(trial, 1, loss=1.0)
+    callback.on_trial_result(1, [trial], trial, result)
+    result["done"] = True  # decided after everybody was told
+    callback.on_step_end(1, [trial])
+    directory = tmp_path / "train_00000"
+    assert lines_of(directory / "result.json")[0]["done"] is True
+    trial.num_failures, trial.error = 1, "ValueError: x"
+    callback.on_trial_recover(1, [trial], trial)
+    trial.num_failures, trial.traceback = 2, "Traceback (most recent call last):\nValueError: y"
+    callback.on_trial_error(1, [trial], trial)
+    callback.on_experiment_end([trial])
+    text = (directory / "error.txt").read_text()
+    assert text.splitlines()[1:2] + text.splitlines()[3:] == [
+        "ValueError: x",
+        "Traceback (most recent call last):",
+        "ValueError: y",
+    ]

@@ -35,10 +35,11 @@ _UPLOAD_EVERY_S: Final = 30.0
 class _Open:
     """What is known of a trial's files while it may still report."""
 
-    __slots__ = ("directory", "lines", "rows", "table")
+    __slots__ = ("directory", "lines", "results", "rows", "table")
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
+        self.results: list[Mapping[str, Any]] = []
         self.lines: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.table: Table | None = None
@@ -85,10 +86,9 @@ class TrialFiles:
         self._attempt(found, self._put_config, params_text(trial.config))
 
     def add(self, trial: Trial, result: Mapping[str, Any]) -> None:
-        """A result that counts, with its automatic fields; written with the next `flush`."""
+        """A result that counts, with its automatic fields; written with the next `flush`, as it is then."""
         found = self._files_of(trial)
-        found.lines.append(json_line(result))
-        found.rows.append(row_of(result))
+        found.results.append(result)
         self._waiting[trial.trial_id] = found
 
     def failed(self, trial: Trial, error: str, time_s: float) -> None:
@@ -181,6 +181,9 @@ class TrialFiles:
         return True
 
     def _write(self, found: _Open) -> None:
+        found.lines += map(json_line, found.results)
+        found.rows += map(row_of, found.results)
+        found.results.clear()
         if found.lines:
             self._append(found, EXPR_RESULT_FILE, "".join(found.lines))
             found.lines.clear()
