@@ -48,6 +48,7 @@ TORCH_FREE = [
     "keepstep.tune.checkpoint",
     "keepstep.tune.experiment.keeping",
     "keepstep.tune.experiment.removal",
+    "keepstep.tune.executors.inline",
     "keepstep.tune.saving",
     "keepstep.tune.driver.driver",
     "keepstep.tune.experiment.history",
@@ -58,6 +59,7 @@ TORCH_FREE = [
     "keepstep.tune.logger.files",
     "keepstep.tune.logger.tensorboard",
     "keepstep.tune.settings",
+    "keepstep.tune.trainable",
 ]
 
 # ruff can lift its ban on names (TID251) for a whole file only, so here is who may use what.
@@ -77,6 +79,7 @@ ALLOWED_IN = {
         "train/patching.py",
         "checkpoint/place/profile.py",
         "launch/environment.py",
+        "tune/executors/environment.py",
     },
     "os.getenv": {"train/settings/environment.py"},
     "os.putenv": set(),

@@ -26,11 +26,29 @@ if TYPE_CHECKING:
     from keepstep.tune.search.sample import sample_from as sample_from
     from keepstep.tune.search.sample import uniform as uniform
     from keepstep.tune.search.space import grid_search as grid_search
+    from keepstep.tune.trainable.bundles import PlacementGroupFactory as PlacementGroupFactory
+    from keepstep.tune.trainable.parameters import with_parameters as with_parameters
+    from keepstep.tune.trainable.resources import with_resources as with_resources
+    from keepstep.tune.trainable.session import TuneContext as TuneContext
+    from keepstep.tune.trainable.session import get_checkpoint as get_checkpoint
+    from keepstep.tune.trainable.session import get_context as get_context
+    from keepstep.tune.trainable.session import report as report
+    from keepstep.tune.trainable.trainable import Trainable as Trainable
 
 _HOME_OF_NAME = {
     "CSVLoggerCallback": "keepstep.tune.logger",
     "Checkpoint": "keepstep.tune.checkpoint",
+    "JsonLoggerCallback": "keepstep.tune.logger",
+    "LoggerCallback": "keepstep.tune.logger",
+    "MLflowLoggerCallback": "keepstep.tune.logger",
+    "PlacementGroupFactory": "keepstep.tune.trainable.bundles",
+    "TBXLoggerCallback": "keepstep.tune.logger",
+    "Trainable": "keepstep.tune.trainable.trainable",
+    "TuneContext": "keepstep.tune.trainable.session",
+    "WandbLoggerCallback": "keepstep.tune.logger",
     "choice": "keepstep.tune.search.sample",
+    "get_checkpoint": "keepstep.tune.trainable.session",
+    "get_context": "keepstep.tune.trainable.session",
     "grid_search": "keepstep.tune.search.space",
     "lograndint": "keepstep.tune.search.sample",
     "loguniform": "keepstep.tune.search.sample",
@@ -41,13 +59,11 @@ _HOME_OF_NAME = {
     "quniform": "keepstep.tune.search.sample",
     "randint": "keepstep.tune.search.sample",
     "randn": "keepstep.tune.search.sample",
+    "report": "keepstep.tune.trainable.session",
     "sample_from": "keepstep.tune.search.sample",
     "uniform": "keepstep.tune.search.sample",
-    "JsonLoggerCallback": "keepstep.tune.logger",
-    "LoggerCallback": "keepstep.tune.logger",
-    "MLflowLoggerCallback": "keepstep.tune.logger",
-    "TBXLoggerCallback": "keepstep.tune.logger",
-    "WandbLoggerCallback": "keepstep.tune.logger",
+    "with_parameters": "keepstep.tune.trainable.parameters",
+    "with_resources": "keepstep.tune.trainable.resources",
 }
 
 __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605
