@@ -38,6 +38,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     │   ├── TrialError             a trial failed; its message names it
     │   ├── ExperimentExistsError  another experiment has that name (also a FileExistsError)
     │   ├── ExperimentNotFoundError  no experiment there (also a FileNotFoundError)
+    │   ├── NoResultError          no trial has what was asked for (also a RuntimeError)
     │   ├── ExperimentBusyError    another process runs this experiment
     │   └── JournalError           an experiment's journal is damaged
     └── UsageError                 a call or configuration that cannot work (also a ValueError)
@@ -75,6 +76,7 @@ __all__ = [
     "MissingFileError",
     "MissingPackageError",
     "NoBatchFitsError",
+    "NoResultError",
     "NoSpaceError",
     "NoValidCheckpointError",
     "NotPreparedError",
@@ -400,6 +402,10 @@ class ExperimentNotFoundError(TuneError, FileNotFoundError):
 
     def __str__(self) -> str:
         return str(self.args[-1]) if self.args else ""
+
+
+class NoResultError(TuneError, RuntimeError):
+    """No trial, or no checkpoint of it, has the metric that was asked for."""
 
 
 class ExperimentBusyError(TuneError):

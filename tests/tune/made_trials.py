@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.records import ExperimentMade
 from keepstep.tune.experiment.trial import CheckpointRecord, Trial
 
 
@@ -61,3 +63,10 @@ def make_checkpoint(trial: Trial, number: int, iteration: int, **metrics: Any) -
     )
     trial.checkpoints.append(made)
     return made
+
+
+def make_history(root: Path | str, trials: list[Trial]) -> History:
+    made = ExperimentMade(time=1.8e9, id="e1", name="e", trainable="train", seed=1, spec={})
+    history = History(made, str(root))
+    history.trials.update({trial.trial_id: trial for trial in trials})
+    return history

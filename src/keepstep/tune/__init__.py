@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keepstep.tune.analysis import ExperimentAnalysis as ExperimentAnalysis
     from keepstep.tune.checkpoint import Checkpoint as Checkpoint
     from keepstep.tune.logger.base import CSVLoggerCallback as CSVLoggerCallback
     from keepstep.tune.logger.base import JsonLoggerCallback as JsonLoggerCallback
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from keepstep.tune.logger.mlflow import MLflowLoggerCallback as MLflowLoggerCallback
     from keepstep.tune.logger.tensorboard import TBXLoggerCallback as TBXLoggerCallback
     from keepstep.tune.logger.wandb import WandbLoggerCallback as WandbLoggerCallback
+    from keepstep.tune.results import Result as Result
+    from keepstep.tune.results import ResultGrid as ResultGrid
     from keepstep.tune.search.sample import choice as choice
     from keepstep.tune.search.sample import lograndint as lograndint
     from keepstep.tune.search.sample import loguniform as loguniform
@@ -64,6 +67,14 @@ _HOME_OF_NAME = {
     "uniform": "keepstep.tune.search.sample",
     "with_parameters": "keepstep.tune.trainable.parameters",
     "with_resources": "keepstep.tune.trainable.resources",
+    "ExperimentAnalysis": "keepstep.tune.analysis",
+    "JsonLoggerCallback": "keepstep.tune.logger",
+    "LoggerCallback": "keepstep.tune.logger",
+    "MLflowLoggerCallback": "keepstep.tune.logger",
+    "Result": "keepstep.tune.results",
+    "ResultGrid": "keepstep.tune.results",
+    "TBXLoggerCallback": "keepstep.tune.logger",
+    "WandbLoggerCallback": "keepstep.tune.logger",
 }
 
 __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605
