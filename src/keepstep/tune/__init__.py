@@ -41,10 +41,13 @@ if TYPE_CHECKING:
 _HOME_OF_NAME = {
     "CSVLoggerCallback": "keepstep.tune.logger",
     "Checkpoint": "keepstep.tune.checkpoint",
+    "ExperimentAnalysis": "keepstep.tune.analysis",
     "JsonLoggerCallback": "keepstep.tune.logger",
     "LoggerCallback": "keepstep.tune.logger",
     "MLflowLoggerCallback": "keepstep.tune.logger",
     "PlacementGroupFactory": "keepstep.tune.trainable.bundles",
+    "Result": "keepstep.tune.results",
+    "ResultGrid": "keepstep.tune.results",
     "TBXLoggerCallback": "keepstep.tune.logger",
     "Trainable": "keepstep.tune.trainable.trainable",
     "TuneContext": "keepstep.tune.trainable.session",
@@ -67,14 +70,6 @@ _HOME_OF_NAME = {
     "uniform": "keepstep.tune.search.sample",
     "with_parameters": "keepstep.tune.trainable.parameters",
     "with_resources": "keepstep.tune.trainable.resources",
-    "ExperimentAnalysis": "keepstep.tune.analysis",
-    "JsonLoggerCallback": "keepstep.tune.logger",
-    "LoggerCallback": "keepstep.tune.logger",
-    "MLflowLoggerCallback": "keepstep.tune.logger",
-    "Result": "keepstep.tune.results",
-    "ResultGrid": "keepstep.tune.results",
-    "TBXLoggerCallback": "keepstep.tune.logger",
-    "WandbLoggerCallback": "keepstep.tune.logger",
 }
 
 __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605
