@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 __all__ = [
     "AUTOMATIC_FIELDS",
@@ -26,6 +27,7 @@ __all__ = [
     "TIME_TOTAL_S",
     "TRAINING_ITERATION",
     "TRIAL_ID",
+    "look_up",
 ]
 
 SHOULD_CHECKPOINT: Final = "should_checkpoint"
@@ -75,3 +77,15 @@ EXPR_RESULT_FILE: Final = "result.json"
 EXPR_PROGRESS_FILE: Final = "progress.csv"
 EXPR_PARAM_FILE: Final = "params.json"
 EXPR_ERROR_FILE: Final = "error.txt"
+
+
+def look_up(result: Mapping[str, Any], name: str) -> Any:
+    """The value of a metric in a result; nested ones by "a/b". None if it is not there."""
+    if name in result:
+        return result[name]
+    found: Any = result
+    for part in name.split("/"):
+        if not isinstance(found, Mapping) or part not in found:
+            return None
+        found = found[part]
+    return found

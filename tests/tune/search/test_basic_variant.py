@@ -12,6 +12,7 @@ import pytest
 
 from keepstep.errors import UsageError
 from keepstep.tune.search import BasicVariantGenerator, Searcher
+from keepstep.tune.search.description import described, revived
 from keepstep.tune.search.sample import choice, randint, uniform
 from keepstep.tune.search.space import grid_search
 
@@ -89,9 +90,19 @@ def test_seeds_decide_and_a_description_makes_it_anew() -> None:
     own = generator(space, 5, random_state=8)
     assert suggestions(own) != suggestions(generator(space, 5))
     from_numpy = generator(space, 5, random_state=np.random.default_rng(8), points_to_evaluate=[{"u": 0.5}])
-    said = json.loads(json.dumps(from_numpy.describe()))
-    assert suggestions(generator(space, 5, **said)) == suggestions(from_numpy)
-    assert generator(space, points_to_evaluate=[{"u": object()}]).describe() is None
+    anew = revived(json.loads(json.dumps(described(from_numpy))))
+    anew.set_search_properties(None, None, space, num_samples=5)
+    assert suggestions(anew) == suggestions(from_numpy)
+    with pytest.raises(UsageError, match="points_to_evaluate/0/u"):
+        revived(described(generator(space, points_to_evaluate=[{"u": object()}])))
+
+
+def test_the_same_object_begins_anew_with_the_next_experiment() -> None:
+    space = {"u": uniform(0, 1)}
+    searcher = generator(space, 3, max_concurrent=3)
+    first = suggestions(searcher, 3)
+    searcher.set_search_properties(None, None, space, num_samples=3)
+    assert suggestions(searcher, 3) == first
 
 
 def test_samples_without_end() -> None:

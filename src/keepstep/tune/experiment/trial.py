@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from keepstep.tune.result import TRAINING_ITERATION
+from keepstep.tune.result import TRAINING_ITERATION, look_up
 
 __all__ = [
     "ERROR",
@@ -120,14 +120,7 @@ class Trial:
 
     def metric(self, name: str) -> Any:
         """The newest value of a metric; nested ones by "a/b". None if it was never reported."""
-        found: Any = self.last_result
-        if name in self.last_result:
-            return self.last_result[name]
-        for part in name.split("/"):
-            if not isinstance(found, Mapping) or part not in found:
-                return None
-            found = found[part]
-        return found
+        return look_up(self.last_result, name)
 
     @property
     def training_iteration(self) -> int:

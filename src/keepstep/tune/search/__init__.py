@@ -10,14 +10,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from keepstep.tune.search.create import NOT_HERE, missing
+
 if TYPE_CHECKING:
     from keepstep.tune.search.base import Searcher as Searcher
     from keepstep.tune.search.basic_variant import BasicVariantGenerator as BasicVariantGenerator
+    from keepstep.tune.search.concurrency_limiter import ConcurrencyLimiter as ConcurrencyLimiter
+    from keepstep.tune.search.create import create_searcher as create_searcher
+    from keepstep.tune.search.repeater import Repeater as Repeater
     from keepstep.tune.search.space import grid_search as grid_search
 
 _HOME_OF_NAME = {
     "BasicVariantGenerator": "keepstep.tune.search.basic_variant",
+    "ConcurrencyLimiter": "keepstep.tune.search.concurrency_limiter",
+    "Repeater": "keepstep.tune.search.repeater",
     "Searcher": "keepstep.tune.search.base",
+    "create_searcher": "keepstep.tune.search.create",
     "grid_search": "keepstep.tune.search.space",
 }
 
@@ -25,6 +33,8 @@ __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
+    if name in NOT_HERE.values():
+        raise missing(name)  # no AttributeError: `from ... import` would say less
     home = _HOME_OF_NAME.get(name)
     if home is None:
         raise AttributeError(

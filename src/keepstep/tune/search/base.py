@@ -76,14 +76,20 @@ class Searcher(Suggestible):
         self.mode = mode
 
     def describe(self) -> dict[str, Any] | None:
-        """The arguments that make it anew, as JSON; None: it has to be handed over again.
+        """The arguments that make it anew, by name; None: it has to be handed over again.
 
-        They are kept with the experiment, so that `Tuner.restore` needs no searcher.
+        They are kept with the experiment, as JSON, so that `Tuner.restore` needs no searcher. One that JSON
+        does not hold, and that is no variable of a search space, has to be handed over again after all.
         """
         return None
 
     def set_seed(self, seed: int) -> None:
         """The experiment's seed, for a searcher that was not given one of its own."""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The metrics it learns from."""
+        return () if self.metric is None else (self.metric,)
 
     @property
     def total_samples(self) -> int | None:

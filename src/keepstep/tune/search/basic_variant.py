@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from keepstep.errors import UsageError
 from keepstep.tune.search.base import Searcher
-from keepstep.tune.search.description import described, undescribed
 from keepstep.tune.search.space import Path, shown, variable
 from keepstep.tune.search.variants import Variant, count, sampling, variants
 
@@ -64,12 +63,9 @@ class BasicVariantGenerator(Searcher):
         self._running: set[str] = set()
         self._evaluated: dict[str, dict[str, Any]] = {}
 
-    def describe(self) -> dict[str, Any] | None:
-        points = described(self.points_to_evaluate)
-        if any(undescribed(points)):
-            return None
+    def describe(self) -> dict[str, Any]:
         return {
-            "points_to_evaluate": points or None,
+            "points_to_evaluate": self.points_to_evaluate or None,
             "max_concurrent": self.max_concurrent,
             "constant_grid_search": self.constant_grid_search,
             "random_state": self._own_seed,
@@ -88,7 +84,7 @@ class BasicVariantGenerator(Searcher):
         num_samples: int = 1,
         **spec: Any,
     ) -> bool:
-        """Take over the search space, and how often it is sampled.
+        """Begin anew, with this search space, sampled that often.
 
         Args:
             metric: not looked at.
@@ -100,6 +96,8 @@ class BasicVariantGenerator(Searcher):
         Raises:
             UsageError: `points_to_evaluate` has a key that `config` has not.
         """
+        self._rest = None
+        self._running, self._evaluated = set(), {}
         self._space = dict(config)
         self._num_samples = num_samples
         self._spaces = [

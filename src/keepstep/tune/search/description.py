@@ -1,14 +1,16 @@
 """A search space, and other arguments, as JSON: to be read by people, compared, and made anew.
 
 What JSON holds stands as it is. Everything else is a dict with the key "$": variables ("choice", ...),
-tuples, dicts whose keys are no text, numbers that are not finite; and what can't be described ("object"),
-functions above all: that has to be handed over again.
+tuples, dicts whose keys are no text, numbers that are not finite; searchers, schedulers and stoppers of
+keepstep's own ("part"); and what can't be described ("object"), functions above all: that has to be handed
+over again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import PurePath
 from typing import Any, Final
 
@@ -19,6 +21,7 @@ from keepstep.tune.search.space import shown
 __all__ = ["described", "differences", "revived", "undescribed"]
 
 _KIND: Final = "$"
+_OURS: Final = "keepstep.tune."
 
 
 def described(value: Any) -> Any:
@@ -43,6 +46,8 @@ def described(value: Any) -> Any:
         return {_KIND: "dict", "items": [[described(key), described(item)] for key, item in value.items()]}
     if isinstance(value, Domain):
         return _described_domain(value)
+    if callable(getattr(value, "describe", None)) and type(value).__module__.startswith(_OURS):
+        return _described_part(value)
     if isinstance(value, PurePath):
         return {_KIND: "path", "value": str(value)}
     if _is_numpy(value) and value.dtype.kind in "biufU":
@@ -62,6 +67,14 @@ def _described_domain(domain: Domain) -> dict[str, Any]:
             said.update(lower=described(domain.lower), upper=described(domain.upper))
         return said if domain.q is None else {**said, "q": domain.q}
     return _described_object(domain.func if isinstance(domain, Function) else domain)
+
+
+def _described_part(part: Any) -> dict[str, Any]:
+    arguments = part.describe()
+    if arguments is None:
+        return _described_object(part)
+    name = f"{type(part).__module__}.{type(part).__qualname__}"
+    return {_KIND: "part", "class": name, "arguments": described(arguments)}
 
 
 def _is_numpy(value: Any) -> bool:
@@ -84,6 +97,8 @@ def undescribed(description: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[
         elif kind == "dict":
             for key, item in description["items"]:
                 yield from undescribed(item, (*path, key))
+        elif kind == "part":
+            yield from undescribed(description["arguments"], path)
         elif kind is not None:
             for item in description.values():
                 yield from undescribed(item, path)
@@ -144,11 +159,22 @@ def _revived(said: Any) -> Any:
         return float(said["value"])
     if kind == "path":
         return PurePath(said["value"])
+    if kind == "part":
+        return _revived_part(said)
     if kind in _DOMAINS:
         return _DOMAINS[kind](said)
     raise UsageError(
         f"a description holds {said!r:.200}; this keepstep knows no {kind!r}. A newer one wrote it"
     )
+
+
+def _revived_part(said: Mapping[str, Any]) -> Any:
+    """A searcher, scheduler or stopper of keepstep's own; no other class is looked up."""
+    module, _, name = str(said["class"]).rpartition(".")
+    found = getattr(import_module(module), name, None) if module.startswith(_OURS) else None
+    if not (isinstance(found, type) and callable(getattr(found, "describe", None))):
+        raise UsageError(f"a description names {said['class']!r}, which this keepstep does not have")
+    return found(**_revived(said["arguments"]))
 
 
 def differences(old: Any, new: Any) -> list[str]:
@@ -171,6 +197,8 @@ def _differences(old: Any, new: Any, path: tuple[Any, ...]) -> Iterator[str]:
                 yield f"{shown((*path, key))}: was {_words(old[key])} and is gone"
             else:
                 yield from _differences(old[key], new[key], (*path, key))
+    elif _same_class(old, new):
+        yield from _differences(old["arguments"], new["arguments"], path)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for at, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from _differences(before, after, (*path, at))
@@ -178,10 +206,17 @@ def _differences(old: Any, new: Any, path: tuple[Any, ...]) -> Iterator[str]:
         yield f"{shown(path) or 'it'}: was {_words(old)} and is {_words(new)}"
 
 
+def _same_class(old: Any, new: Any) -> bool:
+    parts = [said for said in (old, new) if isinstance(said, dict) and said.get(_KIND) == "part"]
+    return len(parts) == 2 and old["class"] == new["class"]
+
+
 def _words(said: Any) -> str:
     if isinstance(said, dict) and _KIND in said:
         kind = said[_KIND]
         if kind == "object":
             return str(said.get("name", said["type"]))
+        if kind == "part":
+            return f"{said['class'].rpartition('.')[2]} {_words(said['arguments'])}"
         return f"{kind} {', '.join(f'{key}={_words(item)}' for key, item in said.items() if key != _KIND)}"
     return f"{said!r:.200}"
