@@ -63,6 +63,7 @@ TORCH_FREE = [
     "keepstep.tune.analysis",
     "keepstep.tune.logger.callback",
     "keepstep.tune.logger.tensorboard",
+    "keepstep.tune.schedulers.pbt",
     "keepstep.tune.settings",
     "keepstep.tune.trainable",
 ]

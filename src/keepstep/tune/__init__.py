@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keepstep.tune.logger.wandb import WandbLoggerCallback as WandbLoggerCallback
     from keepstep.tune.results import Result as Result
     from keepstep.tune.results import ResultGrid as ResultGrid
+    from keepstep.tune.schedulers.registry import create_scheduler as create_scheduler
     from keepstep.tune.search.sample import choice as choice
     from keepstep.tune.search.sample import lograndint as lograndint
     from keepstep.tune.search.sample import loguniform as loguniform
@@ -53,6 +54,7 @@ _HOME_OF_NAME = {
     "TuneContext": "keepstep.tune.trainable.session",
     "WandbLoggerCallback": "keepstep.tune.logger",
     "choice": "keepstep.tune.search.sample",
+    "create_scheduler": "keepstep.tune.schedulers.registry",
     "get_checkpoint": "keepstep.tune.trainable.session",
     "get_context": "keepstep.tune.trainable.session",
     "grid_search": "keepstep.tune.search.space",

@@ -72,8 +72,8 @@ class TrialScheduler(Suggestible):
     NOOP: Final = "NOOP"
 
     whole_population: ClassVar[bool] = False
-    """Whether all trials have to be there before the first of them starts, as far as the searcher gives them
-    at once: where they take turns, or wait for each other."""
+    """Whether trials take turns or wait for each other, so that all of them have to be there before the first
+    one starts; with a searcher that learns from results, as many as it gives."""
 
     def describe(self) -> dict[str, Any] | None:
         """The arguments that make it anew, as JSON; None: it has to be handed over again.

@@ -1,0 +1,83 @@
+"""Names of schedulers -> classes. A scheduler's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from inspect import signature
+from typing import Any, Final
+
+from keepstep.errors import UsageError
+from keepstep.tune.schedulers.base import TrialScheduler
+from keepstep.tune.search.description import revived
+
+__all__ = ["CLASSES", "class_of", "create_scheduler", "describe_scheduler", "make_scheduler"]
+
+CLASSES: Final[Mapping[str, str]] = {
+    "ASHAScheduler": "async_hyperband",
+    "AsyncHyperBandScheduler": "async_hyperband",
+    "FIFOScheduler": "base",
+    "HyperBandScheduler": "hyperband",
+    "MedianStoppingRule": "median_stopping_rule",
+    "PopulationBasedTraining": "pbt",
+}
+"""{class: its module, in this package}."""
+
+_NAMES: Final[Mapping[str, str]] = {
+    "fifo": "FIFOScheduler",
+    "async_hyperband": "AsyncHyperBandScheduler",
+    "asynchyperband": "AsyncHyperBandScheduler",
+    "asha": "AsyncHyperBandScheduler",
+    "hyperband": "HyperBandScheduler",
+    "median_stopping_rule": "MedianStoppingRule",
+    "medianstopping": "MedianStoppingRule",
+    "pbt": "PopulationBasedTraining",
+}
+
+
+def class_of(name: str) -> type[TrialScheduler]:
+    """The class of this name."""
+    found: type[TrialScheduler] = getattr(import_module(f"keepstep.tune.schedulers.{CLASSES[name]}"), name)
+    return found
+
+
+def create_scheduler(scheduler: str, **kwargs: Any) -> TrialScheduler:
+    """A scheduler by name.
+
+    Args:
+        scheduler: "fifo", "async_hyperband" (also "asha"), "hyperband", "median_stopping_rule" or
+            "pbt".
+        kwargs: its arguments.
+
+    Raises:
+        UsageError: there is none of that name, or it has no such argument.
+    """
+    name = _NAMES.get(scheduler.lower()) if isinstance(scheduler, str) else None
+    if name is None:
+        raise UsageError(f"there is no scheduler {scheduler!r}; allowed: {', '.join(sorted(_NAMES))}")
+    kind = class_of(name)
+    allowed = list(signature(kind).parameters)
+    unknown = [argument for argument in kwargs if argument not in allowed]
+    if unknown:
+        raise UsageError(
+            f"{name} has no argument {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed) or 'none'}"
+        )
+    return kind(**kwargs)
+
+
+def describe_scheduler(scheduler: TrialScheduler) -> dict[str, Any] | None:
+    """What makes a scheduler anew, as JSON; None: it is not one of ours, or has arguments that JSON lacks."""
+    names = [name for name, kind in _NAMES.items() if kind == type(scheduler).__name__]
+    if not names or class_of(_NAMES[names[0]]) is not type(scheduler):
+        return None
+    arguments = scheduler.describe()
+    return None if arguments is None else {"name": names[0], "arguments": arguments}
+
+
+def make_scheduler(description: Mapping[str, Any]) -> TrialScheduler:
+    """The scheduler that `describe_scheduler` described.
+
+    Raises:
+        UsageError: there is none of that name, or it has no such argument.
+    """
+    return create_scheduler(description["name"], **revived(description["arguments"]))
