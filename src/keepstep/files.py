@@ -18,9 +18,12 @@ import platform
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
+
+from keepstep.outcome import Outcome, wait_for_all
 
 __all__ = [
     "PAGE_BYTES",
@@ -67,14 +70,17 @@ class Files(Protocol):
     def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
         """Create a file of `size_bytes`; it must not exist."""
 
-    def write_file(self, path: Path, data: bytes) -> None:
-        """Create or replace a small file and make its bytes durable (not its name)."""
+    def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
+        """Create or replace a small file, and make its bytes durable (not its name) unless `sync` is to."""
 
     def make_file(self, path: Path, write: Callable[[Path], object]) -> None:
         """Have `write` create or replace a file of any size, and make its bytes durable (not its name)."""
 
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
+
+    def sync(self, directory: Path, names: Sequence[str]) -> None:
+        """Make the names in a directory, and the bytes of some of its files, durable, in whatever order."""
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename within a file system; a directory replaces an empty one."""
@@ -177,13 +183,14 @@ class LocalFiles:
     def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
         return _LocalSegment(path, size_bytes)
 
-    def write_file(self, path: Path, data: bytes) -> None:
+    def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
         fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(fd, rest) :]
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -200,6 +207,16 @@ class LocalFiles:
                 raise
         finally:
             os.close(fd)
+
+    def sync(self, directory: Path, names: Sequence[str]) -> None:
+        # At once: each alone would make the file system write its journal, and wait for the disk.
+        outcomes = [_sync_behind(directory / name) for name in names]
+        try:
+            self.sync_directory(directory)
+        finally:
+            wait_for_all(outcomes)
+        for outcome in outcomes:
+            outcome.result()
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)
@@ -225,6 +242,17 @@ class LocalFiles:
 
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
+
+
+def _sync_behind(path: Path) -> Outcome[None]:
+    """Make a file durable on a thread, or at once if there is none to be had."""
+    outcome: Outcome[None] = Outcome()
+    sync = partial(outcome.settle, partial(_sync_file, path))
+    try:
+        threading.Thread(target=sync, name="keepstep-sync", daemon=True).start()
+    except RuntimeError:
+        sync()
+    return outcome
 
 
 def _sync_file(path: Path) -> None:

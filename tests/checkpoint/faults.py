@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -122,9 +123,11 @@ class FaultyFiles:
             self._changed({path.parent}, path.unlink)
             return _FaultySegment(self, path, size_bytes, self._real.create_segment(path, size_bytes))
 
-    def write_file(self, path: Path, data: bytes) -> None:
+    def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
         with self._operation("write_file", path, half=lambda: _write(path, data[: len(data) // 2])):
-            self._real.write_file(path, data)
+            if not durable:
+                self._volatile[path] = len(data)
+            self._real.write_file(path, data, durable=durable)
             self._changed({path.parent}, path.unlink)
 
     def make_file(self, path: Path, write: Callable[[Path], object]) -> None:
@@ -140,6 +143,18 @@ class FaultyFiles:
         with self._operation("sync_directory", path):
             self._real.sync_directory(path)
             self._undo = [change for change in self._undo if path not in change[0]]
+
+    def sync(self, directory: Path, names: Sequence[str]) -> None:
+        """What the disk is handed at once it may take in any order; this object takes one of them."""
+        paths = [directory, *(directory / name for name in names)]
+        random.Random(self.at).shuffle(paths)
+        for path in paths:
+            if path == directory:
+                self.sync_directory(directory)
+            else:
+                with self._operation("sync", path):
+                    self._real.sync(directory, [path.name])
+                    self._volatile.pop(path, None)
 
     def rename(self, source: Path, target: Path) -> None:
         with self._operation("rename", source):

@@ -33,15 +33,15 @@ class Gate(LocalFiles):
         self.reached = threading.Event()
         self.opened = threading.Event()
 
-    def write_file(self, path: Path, data: bytes) -> None:
+    def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
         if path.name == "manifest.json":
             self.reached.set()
             assert self.opened.wait(PATIENCE_S)
-        super().write_file(path, data)
+        super().write_file(path, data, durable=durable)
 
 
 class Refusing(LocalFiles):
-    def write_file(self, path: Path, data: bytes) -> None:
+    def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
         raise OSError(5, "disk on fire")
 
 

@@ -50,7 +50,7 @@ class Workspace(Protocol):
         """Create a segment of `size_bytes`, to be filled by several threads; it must not exist."""
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Write a small file; its bytes are durable on return."""
+        """Write a small file; it need not be durable before the commit."""
 
     def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
         """Make `name` hold the bytes of a file of a committed checkpoint of the same store, unwritten.

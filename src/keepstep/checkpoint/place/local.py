@@ -122,6 +122,7 @@ class LocalWorkspace:
         self.path = final.with_name(f"{final.name}{_TMP}{secrets.token_hex(6)}")
         self._files = files
         self._lock: DirectoryLock | None = None
+        self._unsynced: set[str] = set()
 
     def check(self) -> None:
         _check_target(self.final)
@@ -148,7 +149,8 @@ class LocalWorkspace:
         return self._files.create_segment(self.path / name, size_bytes)
 
     def write_file(self, name: str, data: bytes) -> None:
-        self._files.write_file(self.path / name, data)
+        self._files.write_file(self.path / name, data, durable=False)
+        self._unsynced.add(name)
 
     def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
         directory = self.final.parent / checkpoint
@@ -178,7 +180,7 @@ class LocalWorkspace:
             self._files.sync_directory(self.final.parent)
 
     def commit(self, manifest: bytes) -> None:
-        """Publish. Everything named by the manifest is durable already."""
+        """Make what is not durable yet so, and publish."""
         replaces = _check_target(self.final)
         if replaces and not self._may_replace:
             raise StoreBusyError(
@@ -187,8 +189,8 @@ class LocalWorkspace:
             )
         if replaces:
             self._keep_foreign_files()
-        self._files.write_file(self.path / MANIFEST_NAME, manifest)
-        self._files.sync_directory(self.path)
+        self.write_file(MANIFEST_NAME, manifest)
+        self._files.sync(self.path, sorted(self._unsynced))
         if not replaces:
             self._files.rename(self.path, self.final)  # <- commit: after this line the checkpoint exists
             self._files.sync_directory(self.final.parent)
