@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from keepstep.tune.logger.mlflow import MLflowLoggerCallback as MLflowLoggerCallback
     from keepstep.tune.logger.tensorboard import TBXLoggerCallback as TBXLoggerCallback
     from keepstep.tune.logger.wandb import WandbLoggerCallback as WandbLoggerCallback
+    from keepstep.tune.reporting.base import ProgressReporter as ProgressReporter
+    from keepstep.tune.reporting.notebook import JupyterNotebookReporter as JupyterNotebookReporter
+    from keepstep.tune.reporting.printed import CLIReporter as CLIReporter
     from keepstep.tune.results import Result as Result
     from keepstep.tune.results import ResultGrid as ResultGrid
     from keepstep.tune.schedulers.registry import create_scheduler as create_scheduler
@@ -40,13 +43,16 @@ if TYPE_CHECKING:
     from keepstep.tune.trainable.trainable import Trainable as Trainable
 
 _HOME_OF_NAME = {
+    "CLIReporter": "keepstep.tune.reporting",
     "CSVLoggerCallback": "keepstep.tune.logger",
     "Checkpoint": "keepstep.tune.checkpoint",
     "ExperimentAnalysis": "keepstep.tune.analysis",
     "JsonLoggerCallback": "keepstep.tune.logger",
+    "JupyterNotebookReporter": "keepstep.tune.reporting",
     "LoggerCallback": "keepstep.tune.logger",
     "MLflowLoggerCallback": "keepstep.tune.logger",
     "PlacementGroupFactory": "keepstep.tune.trainable.bundles",
+    "ProgressReporter": "keepstep.tune.reporting",
     "Result": "keepstep.tune.results",
     "ResultGrid": "keepstep.tune.results",
     "TBXLoggerCallback": "keepstep.tune.logger",

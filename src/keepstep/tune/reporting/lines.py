@@ -1,0 +1,125 @@
+"""Progress as lines, for logs: what starts and what ends, and now and then how all of it stands."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from keepstep.tune.experiment.trial import ERROR, RUNNING, TERMINATED, Trial
+from keepstep.tune.reporting.base import Overview, ProgressReporter
+from keepstep.tune.reporting.watch import Standing, Watch
+from keepstep.tune.reporting.words import cut, duration, in_one_line, parameters, resources, value
+
+__all__ = ["LinesReporter", "SilentReporter", "status_line", "time_left"]
+
+_LOOK_EVERY_S: Final = 0.5
+_SHARE: Final = 20
+"""A look takes at most one in so many seconds."""
+_AT_ONCE: Final = 20
+"""Most lines of a kind at a time."""
+_METRICS: Final = 4
+_ERROR_CHARACTERS: Final = 300
+
+
+def time_left(overview: Overview, standing: Standing) -> str | None:
+    """How long it will take, from what it took so far; None: there is no telling yet."""
+    left = (overview.expected_trials or 0) - standing.finished
+    if left <= 0 or standing.finished < max(2, standing.counts.get(RUNNING, 0)):
+        return None
+    return duration(overview.elapsed_s / standing.finished * left)
+
+
+def status_line(overview: Overview, standing: Standing, *, best: bool = True) -> str:
+    """How all of it stands, in one line."""
+    counts = standing.counts
+    known = max(overview.expected_trials or 0, len(overview.trials))
+    ended = f"{standing.finished:,} of {known:,} trials ended" if known else "no trials yet"
+    others = [(name.lower(), counts.get(name, 0)) for name in ("RUNNING", "PAUSED", "PENDING")]
+    parts = [ended, *(f"{count:,} {name}" for name, count in others if count)]
+    parts += [f"{counts[ERROR]:,} failed"] if counts.get(ERROR) else []
+    if best and standing.best is not None and overview.metric is not None:
+        parts.append(
+            f"best {overview.metric} {value(standing.best.metric(overview.metric))} ({standing.best})"
+        )
+    parts.append(duration(overview.elapsed_s))
+    left = time_left(overview, standing)
+    parts += [f"about {left} left"] if left is not None else []
+    held = resources(overview.used, overview.total)
+    return " · ".join([*parts, held] if held else parts)
+
+
+class SilentReporter(ProgressReporter):
+    """Shows nothing."""
+
+    def should_report(self, trials: Sequence[Trial], done: bool = False) -> bool:
+        return False
+
+    def report(self, overview: Overview, done: bool) -> None:
+        pass
+
+
+class LinesReporter(ProgressReporter):
+    """One line for each trial that starts, ends or fails, and every 30 s one for all.
+
+    Args:
+        write: takes whole lines; None: standard output, as it is when they are written.
+        status_every_s: seconds between two lines about all of it.
+    """
+
+    def __init__(self, write: Callable[[str], object] | None = None, *, status_every_s: float = 30.0) -> None:
+        self._write = write
+        self._status_every_s = status_every_s
+        self._watch: Watch | None = None
+        self._look_at = 0.0
+        self._status_at = time.monotonic() + status_every_s
+
+    def should_report(self, trials: Sequence[Trial], done: bool = False) -> bool:
+        return done or time.monotonic() >= self._look_at
+
+    def report(self, overview: Overview, done: bool) -> None:
+        began = time.monotonic()
+        if self._watch is None:
+            self._watch = Watch(overview.metric, overview.mode)
+        standing = self._watch.look(overview.trials)
+        lines = [in_one_line(message) for message in overview.messages]
+        for kind in ("started", "ended", "again", "failed"):
+            lines += self._news([trial for trial, what in standing.news if what == kind], kind)
+        if done or began >= self._status_at:
+            self._status_at = began + self._status_every_s
+            lines.append(status_line(overview, standing))
+        if done and standing.best is not None:
+            lines.append(f"best: {standing.best}: {parameters(standing.best)} in {standing.best.path}")
+        if lines:
+            self._out("".join(f"[{overview.name}] {line}\n" for line in lines))
+        taken = time.monotonic() - began
+        self._look_at = began + max(_LOOK_EVERY_S, _SHARE * taken)
+
+    def _news(self, trials: Sequence[Trial], kind: str) -> list[str]:
+        lines = [self._line(trial, kind) for trial in trials[:_AT_ONCE]]
+        more = len(trials) - _AT_ONCE
+        words = {"again": "failed and are tried again"}.get(kind, kind)
+        return [*lines, f"and {more:,} more {words}"] if more > 0 else lines
+
+    def _line(self, trial: Trial, kind: str) -> str:
+        if kind == "started":
+            again = f" again, from iteration {trial.iteration}" if trial.starts > 1 else ""
+            return f"{trial} started{again}: {parameters(trial)}".rstrip(": ")
+        if kind == "ended":
+            assert self._watch is not None
+            names = self._watch.metrics([trial], _METRICS)
+            found = [(name, trial.metric(name)) for name in names]
+            told = " ".join(f"{name}={value(number)}" for name, number in found if number is not None)
+            count = trial.training_iteration
+            return f"{trial} {TERMINATED} after {count:,} iterations, {duration(trial.time_total_s)}: {told}"
+        error = cut(in_one_line((trial.error or "").strip()), _ERROR_CHARACTERS)
+        if kind == "again":
+            return f"{trial} failed (failure {trial.num_failures}) and is tried again: {error}"
+        return f"{trial} FAILED: {error} (see {trial.path}/error.txt)"
+
+    def _out(self, text: str) -> None:
+        write = self._write if self._write is not None else sys.stdout.write
+        write(text)
+        if self._write is None:
+            sys.stdout.flush()

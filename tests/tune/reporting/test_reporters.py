@@ -1,0 +1,351 @@
+"""What people see while trials run: on a real terminal, through a pipe, in a notebook."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from tests.cli.processes import without_styles
+from tests.tune.made_trials import make_result, make_trial
+
+from keepstep.errors import UsageError
+from keepstep.tune import CLIReporter, JupyterNotebookReporter, ProgressReporter
+from keepstep.tune.experiment.trial import ERROR, PAUSED, RUNNING, TERMINATED, Trial
+from keepstep.tune.reporting.base import Overview
+from keepstep.tune.reporting.choosing import make_reporter
+from keepstep.tune.reporting.echo import Echo
+from keepstep.tune.reporting.lines import LinesReporter, SilentReporter
+from keepstep.tune.reporting.watch import Watch
+
+
+def overview(trials: list[Trial], **said: object) -> Overview:
+    told: dict = {
+        "name": "digits",
+        "path": "/runs/digits",
+        "trials": trials,
+        "expected_trials": len(trials),
+        "metric": "loss",
+        "mode": "min",
+        "elapsed_s": 100.0,
+        "used": {"cpu": 1.0},
+        "total": {"cpu": 2.0, "gpu": 0.0},
+        "scheduler": "FIFO",
+    }
+    return Overview(**{**told, **said})
+
+
+def trials_of(root: Path | str, statuses: list[str]) -> list[Trial]:
+    trials = []
+    for number, status in enumerate(statuses):
+        trial = make_trial(root, number, config={"lr": 0.1 * (number + 1)})
+        trial.evaluated_params = dict(trial.config)
+        if status != "PENDING":
+            make_result(trial, number + 1, loss=1.0 / (number + 1), acc=0.5)
+            trial.starts = 1
+        if status == ERROR:
+            trial.num_failures, trial.error = 1, "ValueError: no"
+        trial.status = status
+        trials.append(trial)
+    return trials
+
+
+# -------------------------------------------------------------------------------------------- watch
+
+
+def test_what_ended_is_looked_at_once_and_counted_for_ever(tmp_path: Path) -> None:
+    watch = Watch("loss", "min")
+    trials = trials_of(tmp_path, [RUNNING, RUNNING, PAUSED, "PENDING"])
+    first = watch.look(trials)
+    assert (first.counts, first.best) == ({"RUNNING": 2, "PAUSED": 1, "PENDING": 1}, trials[2])
+    trials[0].status, trials[1].status = TERMINATED, ERROR
+    trials[1].num_failures = 1
+    second = watch.look(trials)
+    assert second.counts == {"TERMINATED": 1, "ERROR": 1, "PAUSED": 1, "PENDING": 1}
+    assert second.finished == 2
+    assert [(trial.number, what) for trial, what in second.news] == [(0, "ended"), (1, "failed")]
+    assert second.failed == [trials[1]]
+    third = watch.look(trials)
+    assert (third.counts, third.news) == (second.counts, [])
+    assert third.ended == [trials[1], trials[0]]
+
+
+def test_what_had_ended_before_a_restart_is_no_news(tmp_path: Path) -> None:
+    trials = trials_of(tmp_path, [TERMINATED, ERROR, "PENDING", RUNNING])
+    watch = Watch("loss", "min")
+    assert [trial.number for trial, what in watch.look(trials).news if what != "ended"] == [3]
+
+
+def test_nan_and_text_are_nobodys_best(tmp_path: Path) -> None:
+    trials = trials_of(tmp_path, [RUNNING, TERMINATED, TERMINATED])
+    trials[0].last_result["loss"] = float("nan")
+    trials[1].last_result["loss"] = "low"
+    assert Watch("loss", "min").look(trials).best is trials[2]
+    assert Watch("other", "min").look(trials).best is None
+    assert Watch(None, None).look(trials).best is None
+
+
+def test_a_look_at_ten_thousand_trials_costs_little(tmp_path: Path) -> None:
+    trials = trials_of(tmp_path, [TERMINATED] * 9_990 + [RUNNING] * 10)
+    watch = Watch("loss", "min")
+    watch.look(trials)
+    taken = []
+    for _ in range(5):
+        began = time.process_time()
+        watch.look(trials)
+        taken.append(time.process_time() - began)
+    assert min(taken) < 0.005
+
+
+# -------------------------------------------------------------------------------------------- lines
+
+
+def test_lines_tell_of_starts_ends_and_failures_at_once(tmp_path: Path) -> None:
+    out: list[str] = []
+    reporter = LinesReporter(out.append, status_every_s=1000)
+    trials = trials_of(tmp_path, [RUNNING, RUNNING, RUNNING, "PENDING"])
+    assert reporter.should_report(trials)
+    reporter.report(overview(trials, messages=["checkpoint_frequency is left out\x1b[31m"]), done=False)
+    assert not reporter.should_report(trials)
+    trials[0].status = TERMINATED
+    trials[1].status, trials[1].num_failures, trials[1].error = ERROR, 1, "ValueError: no\nreally"
+    trials[2].status, trials[2].num_failures, trials[2].error = "PENDING", 1, "killed by SIGKILL"
+    reporter.report(overview(trials), done=False)
+    trials[2].status, trials[2].starts = RUNNING, 2
+    reporter.report(overview(trials), done=True)
+    lines = "".join(out).splitlines()
+    assert all(line.startswith("[digits] ") for line in lines)
+    assert lines[0] == "[digits] checkpoint_frequency is left out [31m"
+    assert lines[1] == f"[digits] {trials[0]} started: lr=0.1"
+    assert lines[4] == f"[digits] {trials[0]} TERMINATED after 1 iterations, 0.5 s: loss=1 acc=0.5"
+    assert lines[5].endswith("failed (failure 1) and is tried again: killed by SIGKILL")
+    assert f"{trials[1]} FAILED: ValueError: no really (see {trials[1].path}/error.txt)" in lines[6]
+    assert f"{trials[2]} started again, from iteration 3: lr=" in lines[7]
+    assert "2 of 4 trials ended · 1 running · 1 pending · 1 failed · best loss 0.333333" in lines[8]
+    assert "about 1 min 40 s left · CPU 1/2" in lines[8]
+    assert lines[9].startswith(f"[digits] best: {trials[2]}: lr=0.3")
+    assert len(lines) == 10
+
+
+def test_lines_say_now_and_then_how_all_stands(tmp_path: Path) -> None:
+    out: list[str] = []
+    reporter = LinesReporter(out.append, status_every_s=0.0)
+    reporter.report(overview([], expected_trials=None), done=False)
+    assert out == ["[digits] no trials yet · 1 min 40 s · CPU 1/2\n"]
+
+
+def test_thousands_of_news_are_a_few_lines(tmp_path: Path) -> None:
+    out: list[str] = []
+    LinesReporter(out.append).report(overview(trials_of(tmp_path, [TERMINATED] * 5000)), done=False)
+    text = "".join(out)
+    assert text.count("\n") < 50
+    assert "and 4,980 more ended" in text
+
+
+# ---------------------------------------------------------------------------------------- terminal
+
+ON_TERMINAL = """
+import fcntl, struct, sys, termios
+sys.path.insert(0, {root!r})
+from keepstep.tune.reporting.choosing import make_reporter
+from keepstep.tune.reporting.live import LiveReporter
+from tests.tune.reporting.test_reporters import overview, trials_of
+trials = trials_of("/runs", {statuses!r})
+reporter = make_reporter(1)
+assert isinstance(reporter, LiveReporter), reporter
+try:
+    reporter.report(overview(trials, messages=["a message"]), done=False)
+    print("printed by the script")
+    fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 60, 0, 0))
+    trials[1].num_failures, trials[1].error, trials[1].status = 1, "ValueError: no", "ERROR"
+    reporter.report(overview(trials), done=False)
+    if {fails}:
+        raise RuntimeError("in the driver")
+    reporter.report(overview(trials), done=True)
+finally:
+    reporter.close()
+"""
+
+
+def on_terminal(statuses: list[str], *, fails: bool = False) -> str:
+    root = str(Path(__file__).parents[3])
+    code = ON_TERMINAL.format(root=root, statuses=statuses, fails=fails)
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=env | {"TERM": "xterm-256color"},
+    )
+    os.close(slave)
+    seen = b""
+    while True:
+        try:
+            more = os.read(master, 65536)
+        except OSError:
+            break
+        if not more:
+            break
+        seen += more
+    os.close(master)
+    assert process.wait(60) == int(fails), seen.decode()
+    return seen.decode()
+
+
+def test_a_terminal_shows_a_live_table_and_gets_its_cursor_back() -> None:
+    seen = on_terminal([RUNNING, RUNNING, TERMINATED, PAUSED, *["PENDING"] * 9996])
+    text = without_styles(seen)
+    assert "best loss 0.25  train_e1_00003  lr=0.4" in text
+    assert re.search(r"train_e1_00003\s+PAUSED\s+0.4\s+4\s+2.0 s\s+0.25\s+0.5", text)
+    assert "more trials in /runs/digits" in text
+    assert text.index("a message") < text.index("1 of 10,000 trials ended")
+    assert "printed by the script" in text
+    assert "failed: ValueError: no" in text
+    last = text[text.rindex("2 of 10,000 trials ended") :]
+    assert last.count("\n") <= 12  # the height it was given meanwhile
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
+
+
+def test_an_error_in_the_driver_gives_the_terminal_back() -> None:
+    seen = on_terminal([RUNNING, RUNNING], fails=True)
+    assert "RuntimeError: in the driver" in seen
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
+
+
+# ------------------------------------------------------------------------------- the names of ray
+
+
+def printed(
+    reporter: CLIReporter, trials: list[Trial], capsys: pytest.CaptureFixture[str], **said: object
+) -> str:
+    reporter.report(overview(trials, **said), done=True)
+    return capsys.readouterr().out
+
+
+def test_the_cli_reporter_takes_the_arguments_of_ray(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    trials = trials_of(tmp_path, [RUNNING, TERMINATED, TERMINATED, ERROR])
+    reporter = CLIReporter(
+        metric_columns={"acc": "accuracy", "training_iteration": "it"},
+        parameter_columns=["lr"],
+        max_progress_rows=2,
+        max_error_rows=1,
+        max_report_frequency=1000,
+        sort_by_metric=True,
+        metric="loss",
+        mode="max",
+    )
+    reporter.add_metric_column("loss", "the loss")
+    assert reporter.should_report(trials)
+    text = printed(reporter, trials, capsys, metric=None, mode=None)
+    assert not reporter.should_report(trials)
+    assert reporter.should_report(trials, done=True)
+    assert re.search(r"trial\s+status\s+lr\s+iter\s+time\s+accuracy\s+it\s+the loss", text)
+    rows = [line.split()[0] for line in text.splitlines() if re.search(r"RUNNING|TERMINATED|ERROR", line)]
+    assert rows == ["train_e1_00000", "train_e1_00001"]
+    assert "and 2 more trials" in text
+    assert "train_e1_00003 failed: ValueError: no" in text
+    assert not CLIReporter(print_intermediate_tables=False).should_report(trials)
+    with pytest.raises(UsageError, match="mode='best'"):
+        CLIReporter(mode="best")  # type: ignore[arg-type]
+
+
+def test_a_notebook_shows_one_table_that_changes(tmp_path: Path) -> None:
+    trials = trials_of(tmp_path, [RUNNING, "PENDING"])
+    InteractiveShell.instance()
+    try:
+        with capture_output() as captured:
+            reporter = JupyterNotebookReporter(metric_columns=["loss"])
+            reporter.report(overview(trials, messages=["a message"]), done=False)
+            trials[0].status = TERMINATED
+            reporter.report(overview(trials), done=True)
+    finally:
+        InteractiveShell.clear_instance()
+    first, second = (output.data["text/html"] for output in captured.outputs)
+    assert "RUNNING" in first
+    assert "a message" in first
+    assert "TERMINATED" in second
+    assert second.startswith("<pre")
+
+
+# ----------------------------------------------------------------------------------------- choosing
+
+
+def test_who_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = ProgressReporter()
+    assert make_reporter(0, mine) is mine
+    assert isinstance(make_reporter(0), SilentReporter)
+    assert not make_reporter(0).should_report([], done=True)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert isinstance(make_reporter(1), LinesReporter)
+    monkeypatch.setitem(sys.modules, "ipykernel", io)
+    assert isinstance(make_reporter(1), JupyterNotebookReporter)
+
+
+def test_through_a_pipe_rich_is_not_imported() -> None:
+    code = (
+        "import sys\nfrom keepstep.tune.reporting.choosing import make_reporter\nmake_reporter(1)\n"
+        "print({'rich', 'torch', 'IPython'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# --------------------------------------------------------------------------------------------- echo
+
+
+def test_what_trials_print_is_shown_by_the_line(tmp_path: Path) -> None:
+    out: list[str] = []
+    echo, (trial,) = Echo(out.append), trials_of(tmp_path, [RUNNING])
+    file = tmp_path / "stdout"
+    file.write_bytes(b"shown before the restart\n")
+    echo.start(trial, [file, tmp_path / "stderr"])
+    echo.turn([trial])
+    with file.open("ab") as stream:
+        stream.write(b"one\ntw")
+        stream.flush()
+        echo.turn([trial])
+        stream.write(b"o\n 10%\r 50%\r100%\r\n\x1b[31mred\x1b[0m \x07\xff\nnot ended")
+        stream.flush()
+        (tmp_path / "stderr").write_bytes(b"warning\n")
+        echo.turn([trial])
+    echo.end(trial)
+    assert "".join(out).splitlines() == [
+        f"({trial}) {line}" for line in ("one", "two", "100%", "red �", "warning", "not ended")
+    ]
+
+
+def test_megabytes_are_counted_not_shown(tmp_path: Path) -> None:
+    out: list[str] = []
+    echo, (trial,) = Echo(out.append, bytes_a_turn=1000), trials_of(tmp_path, [RUNNING])
+    file = tmp_path / "stdout"
+    echo.start(trial, [file])
+    file.write_bytes(b"a line of twenty b.\n" * 155_000)
+    echo.turn([trial])
+    lines = "".join(out).splitlines()
+    assert len(lines) == 51
+    assert lines[-1] == f"({trial}) ... 3.1 MB more in {file}"
+    out.clear()
+    with file.open("ab") as stream:
+        stream.write(b"later\n")
+    echo.turn([trial])
+    file.unlink()
+    echo.turn([trial])
+    echo.end(trial)
+    assert out == [f"({trial}) later\n"]
