@@ -188,3 +188,19 @@ def test_a_changed_option_is_not_overwritten_by_what_was_remembered() -> None:
     new = Sampler(12)
     SamplerMemory(new).write(remembered)
     assert (new.length, new.times, new.later) == (12, 2, 1)
+
+
+def test_the_memory_of_pythons_generator_is_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(3)
+    memory = rng.memory_of(generator)
+    assert memory is not None, "CPython's; if it moved its generators, isolating a batch costs 10 us more"
+    before = memory.tobytes()
+    state, expected = generator.getstate(), [generator.random() for _ in range(700)]
+    memory[:] = before
+    assert generator.getstate() == state
+    assert [generator.random() for _ in range(700)] == expected
+    for other in (random.SystemRandom(), type("Own", (random.Random,), {})(), None):
+        assert rng.memory_of(other) is None
+    monkeypatch.setattr(rng, "_python_memory", None)
+    test_isolation_holds_when_a_block_fails_and_when_nested()
+    test_a_paused_stream_is_unbroken()

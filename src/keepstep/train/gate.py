@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import Any
 
 from keepstep.checkpoint.pending import PendingSave
 
-__all__ = ["StagingGate"]
+__all__ = ["StagingGate", "closed_gates"]
 
 
 class StagingGate:
@@ -19,12 +20,21 @@ class StagingGate:
     """
 
     def __init__(self) -> None:
-        self.pending: PendingSave | None = None
+        self._pending: PendingSave | None = None
         self.waited_s = 0.0
+
+    @property
+    def pending(self) -> PendingSave | None:
+        return self._pending
+
+    @pending.setter
+    def pending(self, save: PendingSave | None) -> None:
+        self._pending = save
+        (closed_gates.discard if save is None else closed_gates.add)(self)
 
     def wait(self) -> None:
         """Return once nothing is being copied."""
-        pending = self.pending
+        pending = self._pending
         if pending is not None:
             began_s = time.perf_counter()
             pending.wait_staged()
@@ -33,4 +43,8 @@ class StagingGate:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of an optimizer goes its own way: nothing of it is being saved."""
-        return {"pending": None, "waited_s": 0.0}
+        return {"_pending": None, "waited_s": 0.0}
+
+
+closed_gates: weakref.WeakSet[StagingGate] = weakref.WeakSet()
+"""Those with something pending: asked before every step of every optimizer."""

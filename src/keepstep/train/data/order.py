@@ -11,7 +11,6 @@ entered at any position: indices are skipped, no sample is loaded. Three kinds c
 from __future__ import annotations
 
 import hashlib
-import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ def derive_seed(*parts: int) -> int:
     Args:
         parts: integers, of which the lowest 64 bits count.
     """
-    packed = struct.pack(f"<{len(parts)}Q", *(part & _MASK for part in parts))
+    packed = b"".join([(part & _MASK).to_bytes(8, "little") for part in parts])
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from keepstep.errors import UsageError
 from keepstep.train.data.order import Order
@@ -52,8 +52,7 @@ ALL_OF_IT = Share()
 """The share of a process that trains alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Portion:
+class Portion(NamedTuple):
     """What a rank loads in one step.
 
     Attributes:

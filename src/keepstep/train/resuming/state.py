@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from keepstep.errors import MismatchError, RestoreError, UsageError
 from keepstep.track.position import LogState
 from keepstep.train.data.loader import PreparedLoader
-from keepstep.train.gate import StagingGate
+from keepstep.train.gate import StagingGate, closed_gates
 from keepstep.train.precision import Precision
 from keepstep.train.progress import Progress
 from keepstep.train.ranks.parallel import Parallel
@@ -228,7 +228,7 @@ _states: weakref.WeakSet[TrainState] = weakref.WeakSet()
 
 def _wait_for_the_copy(optimizer: Optimizer, *_: Any) -> None:
     """Before any optimizer's step: torch does not count what a fused one writes, and no slip would show."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not closed_gates:
         return
     for state in list(_states):
         if state.gate.pending is not None and state.is_written_by(optimizer):
