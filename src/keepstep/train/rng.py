@@ -121,7 +121,7 @@ _WORDS = 625
 
 
 def memory_of(generator: Any) -> memoryview | None:
-    """Where a generator of Python's keeps its state, as long as it lives; None if it isn't where it should be."""
+    """Where a generator of Python's keeps its state, as long as it lives; None if it can't be told."""
     if type(generator) is not random.Random or sys.implementation.name != "cpython":
         return None
     if random.Random.__basicsize__ < object.__basicsize__ + 4 * _WORDS:
