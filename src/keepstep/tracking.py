@@ -9,6 +9,7 @@ from keepstep.track.registry import (
     TRACKER_CLASSES,
     LoggerType,
     class_named,
+    filter_trackers,
     get_available_trackers,
     register_tracker_class,
 )
@@ -16,6 +17,7 @@ from keepstep.track.registry import (
 __all__ = [  # noqa: PLE0604
     "GeneralTracker",
     "LoggerType",
+    "filter_trackers",
     "get_available_trackers",
     "on_main_process",
     "register_tracker_class",

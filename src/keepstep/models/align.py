@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,9 @@ __all__ = [
     "CpuOffload",
     "PartOfWeights",
     "UserCpuOffloadHook",
+    "align_module_device",
     "attach_offload",
+    "has_offloaded_params",
     "offloaded_state",
     "sent_to",
 ]
@@ -239,6 +242,54 @@ def offloaded_state(model: nn.Module) -> dict[str, torch.Tensor]:
                     if is_meta(tensor_at(module, name)):
                         found[f"{prefix}.{name}" if prefix else name] = part.weights_map[name]
     return found
+
+
+def _offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
+    hook = hook_of(module)
+    for one in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+        if isinstance(one, AlignDevicesHook) and one.offload:
+            return one
+    return None
+
+
+def has_offloaded_params(module: nn.Module) -> bool:
+    """Whether a module's own weights wait elsewhere between two forwards."""
+    return _offloading_hook(module) is not None
+
+
+@contextlib.contextmanager
+def align_module_device(module: nn.Module, execution_device: Device | None = None) -> Iterator[None]:
+    """A context in which a module's own parameters are where they are computed with.
+
+    Offloaded ones are brought, and gone again afterwards, with what was written to them. Others are moved
+    there and back, and keep it.
+
+    Args:
+        module: those of the modules in it stay where they are.
+        execution_device: where to; None for that of the module's hook, or for where they are.
+    """
+    hook = _offloading_hook(module)
+    if hook is not None:
+        usual = hook.execution_device
+        hook.execution_device = usual if execution_device is None else torch.device(execution_device)
+        try:
+            hook.pre_forward(module)
+            try:
+                yield
+            finally:
+                hook.failed(module)
+        finally:
+            hook.execution_device = usual
+        return
+    parameters = [] if execution_device is None else list(module.parameters(recurse=False))
+    before = [parameter.device for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(execution_device)
+        yield
+    finally:
+        for parameter, device in zip(parameters, before, strict=True):
+            parameter.data = parameter.data.to(device)
 
 
 class CpuOffload(ModelHook):

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from keepstep.checkpoint.place.local import explained
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError
 from keepstep.files import Files, LocalFiles
+from keepstep.models.naming import set_module_tensor_to_device
 from keepstep.models.shards import FORMAT_KEY, apart_from_aliases
 from keepstep.models.weights import open_safetensors
 from keepstep.models.writing import unfinished_name, write_weights, writing_in
@@ -27,7 +28,10 @@ __all__ = [
     "OffloadFolder",
     "OffloadedWeightsLoader",
     "extract_submodules_state_dict",
+    "load_offloaded_weights",
     "offload_state_dict",
+    "offload_weight",
+    "save_offload_index",
 ]
 
 _INDEX = "index.json"
@@ -100,6 +104,65 @@ def offload_state_dict(save_dir: str | os.PathLike[str], state_dict: Mapping[str
         state_dict: names and values.
     """
     OffloadFolder(save_dir).add(state_dict)
+
+
+def offload_weight(
+    weight: torch.Tensor,
+    weight_name: str,
+    offload_folder: str | os.PathLike[str],
+    index: MutableMapping[str, Any] | None = None,
+) -> MutableMapping[str, Any]:
+    """Write one weight to a folder; `offload_state_dict` writes many in one file, and much faster.
+
+    Args:
+        weight: its value.
+        weight_name: its name.
+        offload_folder: made if it is not there. Its own index is up to date on return.
+        index: gets an entry for the weight; None for a new one.
+
+    Returns:
+        The index, to be handed to `load_offloaded_weights` or `OffloadedWeightsLoader`.
+    """
+    folder = OffloadFolder(offload_folder)
+    folder.add({weight_name: weight})
+    index = {} if index is None else index
+    index[weight_name] = folder.index()[weight_name]
+    return index
+
+
+def save_offload_index(index: Mapping[str, Any], offload_folder: str | os.PathLike[str]) -> None:
+    """See that a folder's index names these weights, as it does since `offload_weight` wrote them.
+
+    Raises:
+        CheckpointNotFoundError: it lacks one.
+    """
+    missing = sorted(index.keys() - OffloadFolder(offload_folder).index().keys())
+    if missing:
+        raise CheckpointNotFoundError(
+            f"{offload_folder} does not hold {', '.join(missing[:5])} ({len(missing)} in all); write weights "
+            "with offload_weight or offload_state_dict"
+        )
+
+
+def load_offloaded_weights(
+    model: torch.nn.Module, index: Mapping[str, Any] | None, offload_folder: str | os.PathLike[str]
+) -> None:
+    """Put weights from a folder into a model, on the CPU.
+
+    Args:
+        model: has parameters or buffers of those names.
+        index: names of the weights, as `offload_weight` returns it; None or empty for none.
+        offload_folder: where they are.
+
+    Raises:
+        CheckpointNotFoundError: the folder lacks one of them.
+    """
+    if not index:
+        return
+    save_offload_index(index, offload_folder)
+    weights = OffloadedWeightsLoader(save_folder=offload_folder)
+    for name in index:
+        set_module_tensor_to_device(model, name, "cpu", weights[name])
 
 
 class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):

@@ -20,6 +20,7 @@ __all__ = [
     "Memory",
     "compute_module_sizes",
     "convert_file_size_to_int",
+    "dtype_byte_size",
     "get_max_layer_size",
     "get_max_memory",
     "max_memory_in_bytes",
@@ -78,6 +79,11 @@ def compute_module_sizes(
         for end in range(len(parts) + 1):
             sizes[".".join(parts[:end])] += size
     return sizes
+
+
+def dtype_byte_size(dtype: torch.dtype) -> int:
+    """Bytes that one element takes."""
+    return dtype.itemsize
 
 
 def _itemsize(dtype: torch.dtype, wanted: torch.dtype | None, special: torch.dtype | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from keepstep.models.names import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
+from keepstep.models.naming import Device, placed_on
 
-__all__ = ["open_safetensors", "read_weights"]
+__all__ = ["load_state_dict", "open_safetensors", "read_weights"]
 
 _IN_ORDER = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -49,6 +51,29 @@ def read_weights(checkpoint: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             f"there is no checkpoint at {path}: expected a weights file, an index file or a directory of them"
         )
     return _of_index(path) if path.name.endswith(".json") else _of_file(path)
+
+
+def load_state_dict(
+    checkpoint_file: str | os.PathLike[str], device_map: Mapping[str, Device] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, each on its device; see `read_weights` for what is read.
+
+    Args:
+        checkpoint_file: a file of weights, an index or a directory.
+        device_map: devices by the names of modules or tensors; "disk", and what it doesn't name, stays on
+            the CPU, mapped. None for all on the CPU.
+
+    Raises:
+        CheckpointNotFoundError, DamagedCheckpointError, ForeignTypeError: as for `read_weights`.
+    """
+    weights = read_weights(checkpoint_file)
+    if device_map is None:
+        return weights
+    for name, tensor in weights.items():
+        device = placed_on(device_map, name)
+        if device is not None and device not in ("cpu", "disk"):
+            weights[name] = tensor.to(torch.device(device))
+    return weights
 
 
 def _model_of(path: Path) -> dict[str, torch.Tensor]:

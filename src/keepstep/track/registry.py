@@ -17,6 +17,7 @@ from keepstep.track.general import GeneralTracker
 __all__ = [
     "LoggerType",
     "class_named",
+    "filter_trackers",
     "get_available_trackers",
     "known_names",
     "register_tracker_class",
@@ -196,6 +197,22 @@ def resolve(
         name: tracker if is_main or not getattr(tracker, "main_process_only", True) else None
         for name, tracker in found.items()
     }
+
+
+def filter_trackers(
+    log_with: Any, logging_dir: str | os.PathLike[str] | None = None
+) -> list[str | GeneralTracker]:
+    """What `log_with` asks for, each once: names, and instances as they are.
+
+    Args:
+        log_with: as for `Accelerator`.
+        logging_dir: where those write that require a directory.
+
+    Raises:
+        MissingPackageError, UsageError: as for `Accelerator`; nothing is left out in silence.
+    """
+    found = resolve(log_with, logging_dir=logging_dir, is_main=True)
+    return [tracker if isinstance(tracker, GeneralTracker) else name for name, tracker in found.items()]
 
 
 def _spelled_out(name: str) -> Iterable[str]:

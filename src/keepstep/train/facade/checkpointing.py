@@ -99,20 +99,30 @@ class Checkpointing(Facade):
             )
         return str(self._saver.save(output_dir, metrics=metrics, tags=tags, pinned=pinned).path)
 
-    def load_state(self, input_dir: str | os.PathLike[str] | None = None) -> Checkpoint | None:
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: Mapping[str, Any] | None = None,
+        **load_model_func_kwargs: Any,
+    ) -> Checkpoint | None:
         """Restore everything from a checkpoint.
 
         Args:
             input_dir: its directory, or one that Accelerate's `save_state` wrote; None for the newest valid
                 automatic one, or if there is none, the last one that Accelerate wrote under `project_dir`.
+            load_kwargs: of `torch.load`: `map_location` and `weights_only=True`, without effect, since values
+                are read to where they belong and nothing is unpickled.
+            load_model_func_kwargs: the same, and `strict=True`, which restoring always is.
 
         Returns:
             The checkpoint; None for a directory that Accelerate wrote.
 
         Raises:
+            UsageError: an option with another meaning, such as `strict=False`.
             CheckpointNotFoundError: there is none.
             MismatchError: it doesn't fit what was prepared; nothing was changed.
         """
+        _check_load_options({**(load_kwargs or {}), **load_model_func_kwargs})
         checkpoint = self._saver.load(input_dir)
         self._logged(checkpoint, goes_on=False)
         return checkpoint
@@ -190,3 +200,16 @@ class Checkpointing(Facade):
     def save_iteration(self) -> int:
         """Number of the next automatic checkpoint."""
         return self._saver.next_number
+
+
+def _check_load_options(options: Mapping[str, Any]) -> None:
+    """Let through what changes nothing here."""
+    meant = {"strict": True, "weights_only": True}
+    for name, value in options.items():
+        if name != "map_location" and meant.get(name) is not value:
+            raise UsageError(
+                f"load_state({name}={value!r:.60}) asks for what keepstep does not do: it restores all of a "
+                "checkpoint, to where values belong, and unpickles nothing. Allowed are map_location, "
+                "strict=True and weights_only=True, without effect. For weights alone, or part of them, use "
+                "load_checkpoint_in_model(model, path, strict=False)"
+            )

@@ -22,6 +22,11 @@ _EXPORT_TIMEOUT_S = 6 * 3600.0
 class Models(Facade):
     """What a run gives to others."""
 
+    @property
+    def should_save_model(self) -> bool:
+        """Whether this process writes a model that all hold: the first one on its machine."""
+        return self._world.local_rank == 0
+
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """The whole state dict of a prepared model. With sharded models every rank has to call this.
 

@@ -54,8 +54,17 @@ class Preparation(Facade):
             model, on_device=device_placement is not False, evaluation=evaluation_mode
         )
 
-    def prepare_optimizer(self, optimizer: Optimizer) -> PreparedOptimizer:
-        """Make an optimizer step only when gradients are complete."""
+    def prepare_optimizer(
+        self,
+        optimizer: Optimizer,
+        device_placement: bool | None = None,
+    ) -> PreparedOptimizer:
+        """Make an optimizer step only when gradients are complete.
+
+        Args:
+            optimizer: prepared before, the same comes back.
+            device_placement: without effect: an optimizer's state is where its parameters are.
+        """
         return self._preparer.prepare_optimizer(optimizer)
 
     def prepare_data_loader(
@@ -106,6 +115,11 @@ class Preparation(Facade):
         return self._preparer.unwrap_model(
             model, keep_precision=keep_fp32_wrapper, keep_compiled=keep_torch_compile
         )
+
+    @staticmethod
+    def verify_device_map(model: torch.nn.Module) -> bool:
+        """Whether a model is spread over several devices, as by `device_map="auto"`: ranks can't share it."""
+        return any(len(getattr(module, "hf_device_map", ())) > 1 for module in model.modules())
 
     def free_memory(self, *objects: Any) -> tuple[None, ...]:
         """Finish saving and let go of everything that was prepared.

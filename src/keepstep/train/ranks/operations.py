@@ -6,12 +6,15 @@ Accelerator.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from typing import Any, TypeVar
 
 import torch
 
 from keepstep.errors import CollectiveMismatchError, UsageError
+from keepstep.models.objects import save_object
 from keepstep.train.ranks.objects import from_bytes, to_bytes
 from keepstep.train.ranks.process import current_world
 from keepstep.world import Reduction, World
@@ -27,6 +30,7 @@ __all__ = [
     "pad_across_ranks",
     "reduce",
     "reduce_over_ranks",
+    "save",
     "wait_for_everyone",
 ]
 
@@ -109,6 +113,25 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
 def pad_across_processes(tensor: T, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> T:
     """See `Accelerator.pad_across_processes`."""
     return pad_across_ranks(current_world(), tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+
+
+def save(
+    obj: Any,
+    f: str | os.PathLike[str] | io.IOBase,
+    save_on_each_node: bool = False,
+    safe_serialization: bool = False,
+) -> None:
+    """Write a value to a file on the main process; see `Accelerator.save`.
+
+    Args:
+        obj: a state dict, or anything that a checkpoint may hold.
+        f: a path, or a file opened for writing bytes.
+        save_on_each_node: the first process of each machine writes one.
+        safe_serialization: True insists on a state dict of tensors alone.
+    """
+    world = current_world()
+    if (world.local_rank if save_on_each_node else world.rank) == 0:
+        save_object(obj, f, safe_serialization)
 
 
 def wait_for_everyone() -> None:

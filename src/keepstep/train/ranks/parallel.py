@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -25,6 +26,8 @@ __all__ = [
     "Parallel",
     "extract_model_from_parallel",
     "gradient_like",
+    "is_compiled_module",
+    "is_peft_model",
     "part_here",
     "without_wrappers",
 ]
@@ -230,3 +233,16 @@ def extract_model_from_parallel(
         model._orig_mod = inner
         return model
     return inner
+
+
+def is_compiled_module(module: Any) -> bool:
+    """Whether it is what `torch.compile` makes of a module."""
+    return isinstance(module, torch.nn.Module) and isinstance(
+        getattr(module, "_orig_mod", None), torch.nn.Module
+    )
+
+
+def is_peft_model(model: torch.nn.Module) -> bool:
+    """Whether it is a model of peft's, prepared or not. Whatever imports no peft has made none."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(without_wrappers(model), peft.PeftModel)

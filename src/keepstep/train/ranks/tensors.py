@@ -30,6 +30,7 @@ __all__ = [
     "is_tensor_information",
     "is_torch_tensor",
     "listify",
+    "merge_dicts",
     "recursively_apply",
     "slice_tensors",
 ]
@@ -215,3 +216,18 @@ def initialize_tensors(data_structure: Any) -> Any:
 def listify(data: Any) -> Any:
     """The tree with nested lists of numbers in the place of tensors."""
     return recursively_apply(lambda leaf: leaf.detach().cpu().tolist(), data)
+
+
+def merge_dicts(source: Mapping[str, Any], destination: dict[str, Any]) -> dict[str, Any]:
+    """Write a nested dict over another one, in place; what only the other has stays.
+
+    Returns:
+        `destination`.
+    """
+    for key, value in source.items():
+        if isinstance(value, Mapping):
+            below = destination.get(key)
+            destination[key] = merge_dicts(value, below if isinstance(below, dict) else {})
+        else:
+            destination[key] = value
+    return destination

@@ -14,6 +14,7 @@ from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES
 from keepstep.checkpoint.store import DEFAULT_MEMORY_BUDGET_BYTES
 from keepstep.errors import UsageError
+from keepstep.train.settings.kwargs import KwargsHandler
 
 __all__ = [
     "CheckpointPolicy",
@@ -262,7 +263,7 @@ class DataLoaderConfiguration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradScalerKwargs:
+class GradScalerKwargs(KwargsHandler):
     """Options of the loss scaler that `mixed_precision="fp16"` uses; see `torch.amp.GradScaler`.
 
     Args:

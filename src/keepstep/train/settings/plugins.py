@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from keepstep.errors import UsageError
+from keepstep.train.settings.kwargs import KwargsHandler
 
 __all__ = [
     "AutocastKwargs",
@@ -27,7 +28,7 @@ __all__ = [
 
 
 @dataclass(kw_only=True)
-class AutocastKwargs:
+class AutocastKwargs(KwargsHandler):
     """How `torch.autocast` is entered.
 
     Args:
@@ -50,7 +51,7 @@ class DDPCommunicationHookType(enum.StrEnum):
 
 
 @dataclass(kw_only=True)
-class DistributedDataParallelKwargs:
+class DistributedDataParallelKwargs(KwargsHandler):
     """How a model is wrapped in `torch.nn.parallel.DistributedDataParallel`; see there.
 
     Args:
@@ -102,7 +103,7 @@ class DistributedDataParallelKwargs:
 
 
 @dataclass(kw_only=True)
-class InitProcessGroupKwargs:
+class InitProcessGroupKwargs(KwargsHandler):
     """How the ranks meet.
 
     Args:
@@ -132,7 +133,7 @@ _ACTIVITIES = {
 
 
 @dataclass(kw_only=True)
-class ProfileKwargs:
+class ProfileKwargs(KwargsHandler):
     """How `torch.profiler.profile` is made; see there.
 
     Args:
