@@ -68,6 +68,7 @@ TORCH_FREE = [
     "keepstep.tune.logger.tensorboard",
     "keepstep.tune.schedulers.pbt",
     "keepstep.tune.settings",
+    "keepstep.tune.stopper",
     "keepstep.tune.trainable",
 ]
 

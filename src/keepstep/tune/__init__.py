@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from keepstep.tune.results import Result as Result
     from keepstep.tune.results import ResultGrid as ResultGrid
     from keepstep.tune.schedulers.registry import create_scheduler as create_scheduler
+    from keepstep.tune.search.create import create_searcher as create_searcher
     from keepstep.tune.search.sample import choice as choice
     from keepstep.tune.search.sample import lograndint as lograndint
     from keepstep.tune.search.sample import loguniform as loguniform
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from keepstep.tune.search.sample import sample_from as sample_from
     from keepstep.tune.search.sample import uniform as uniform
     from keepstep.tune.search.space import grid_search as grid_search
+    from keepstep.tune.stopper import Stopper as Stopper
     from keepstep.tune.trainable.bundles import PlacementGroupFactory as PlacementGroupFactory
     from keepstep.tune.trainable.parameters import with_parameters as with_parameters
     from keepstep.tune.trainable.resources import with_resources as with_resources
@@ -55,12 +57,14 @@ _HOME_OF_NAME = {
     "ProgressReporter": "keepstep.tune.reporting",
     "Result": "keepstep.tune.results",
     "ResultGrid": "keepstep.tune.results",
+    "Stopper": "keepstep.tune.stopper",
     "TBXLoggerCallback": "keepstep.tune.logger",
     "Trainable": "keepstep.tune.trainable.trainable",
     "TuneContext": "keepstep.tune.trainable.session",
     "WandbLoggerCallback": "keepstep.tune.logger",
     "choice": "keepstep.tune.search.sample",
     "create_scheduler": "keepstep.tune.schedulers.registry",
+    "create_searcher": "keepstep.tune.search.create",
     "get_checkpoint": "keepstep.tune.trainable.session",
     "get_context": "keepstep.tune.trainable.session",
     "grid_search": "keepstep.tune.search.space",

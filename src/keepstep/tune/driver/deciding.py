@@ -158,7 +158,8 @@ class Decider:
             result: what it reported.
             done: whether it ends with it by its own word.
         """
-        why = "done" if done else "stop" if self.stopper(trial.trial_id, result) else None
+        stops = self.stopper(trial.trial_id, result)  # told of the last result, too
+        why = "done" if done else "stop" if stops else None
         decision: Decision
         if why is not None:
             self.scheduler.on_trial_complete(self.ledger, trial, result)

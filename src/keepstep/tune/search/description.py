@@ -174,7 +174,8 @@ def _revived_part(said: Mapping[str, Any]) -> Any:
     found = getattr(import_module(module), name, None) if module.startswith(_OURS) else None
     if not (isinstance(found, type) and callable(getattr(found, "describe", None))):
         raise UsageError(f"a description names {said['class']!r}, which this keepstep does not have")
-    return found(**_revived(said["arguments"]))
+    arguments = dict(_revived(said["arguments"]))
+    return found(*arguments.pop("*", ()), **arguments)
 
 
 def differences(old: Any, new: Any) -> list[str]:
