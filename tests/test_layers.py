@@ -90,6 +90,7 @@ ALLOWED_IN = {
         "checkpoint/place/profile.py",
         "launch/environment.py",
         "tune/executors/environment.py",
+        "tune/assembly/environment.py",
     },
     "os.getenv": {"train/settings/environment.py"},
     "os.putenv": set(),

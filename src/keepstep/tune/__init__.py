@@ -6,7 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from keepstep.errors import TuneError as TuneError
+    from keepstep.tune import callback as callback
+    from keepstep.tune import experiment as experiment
+    from keepstep.tune import logger as logger
+    from keepstep.tune import result as result
+    from keepstep.tune import schedulers as schedulers
+    from keepstep.tune import search as search
+    from keepstep.tune import stopper as stopper
     from keepstep.tune.analysis import ExperimentAnalysis as ExperimentAnalysis
+    from keepstep.tune.callback import Callback as Callback
     from keepstep.tune.checkpoint import Checkpoint as Checkpoint
     from keepstep.tune.logger.base import CSVLoggerCallback as CSVLoggerCallback
     from keepstep.tune.logger.base import JsonLoggerCallback as JsonLoggerCallback
@@ -19,6 +28,7 @@ if TYPE_CHECKING:
     from keepstep.tune.reporting.printed import CLIReporter as CLIReporter
     from keepstep.tune.results import Result as Result
     from keepstep.tune.results import ResultGrid as ResultGrid
+    from keepstep.tune.run_function import run as run
     from keepstep.tune.schedulers.registry import create_scheduler as create_scheduler
     from keepstep.tune.search.create import create_searcher as create_searcher
     from keepstep.tune.search.sample import choice as choice
@@ -34,6 +44,10 @@ if TYPE_CHECKING:
     from keepstep.tune.search.sample import sample_from as sample_from
     from keepstep.tune.search.sample import uniform as uniform
     from keepstep.tune.search.space import grid_search as grid_search
+    from keepstep.tune.settings import CheckpointConfig as CheckpointConfig
+    from keepstep.tune.settings import FailureConfig as FailureConfig
+    from keepstep.tune.settings import RunConfig as RunConfig
+    from keepstep.tune.settings import TuneConfig as TuneConfig
     from keepstep.tune.stopper import Stopper as Stopper
     from keepstep.tune.trainable.bundles import PlacementGroupFactory as PlacementGroupFactory
     from keepstep.tune.trainable.parameters import with_parameters as with_parameters
@@ -43,12 +57,17 @@ if TYPE_CHECKING:
     from keepstep.tune.trainable.session import get_context as get_context
     from keepstep.tune.trainable.session import report as report
     from keepstep.tune.trainable.trainable import Trainable as Trainable
+    from keepstep.tune.tuner import Tuner as Tuner
 
+_MODULES = ("callback", "experiment", "logger", "result", "schedulers", "search", "stopper")
 _HOME_OF_NAME = {
     "CLIReporter": "keepstep.tune.reporting",
     "CSVLoggerCallback": "keepstep.tune.logger",
+    "Callback": "keepstep.tune.callback",
     "Checkpoint": "keepstep.tune.checkpoint",
+    "CheckpointConfig": "keepstep.tune.settings",
     "ExperimentAnalysis": "keepstep.tune.analysis",
+    "FailureConfig": "keepstep.tune.settings",
     "JsonLoggerCallback": "keepstep.tune.logger",
     "JupyterNotebookReporter": "keepstep.tune.reporting",
     "LoggerCallback": "keepstep.tune.logger",
@@ -57,10 +76,14 @@ _HOME_OF_NAME = {
     "ProgressReporter": "keepstep.tune.reporting",
     "Result": "keepstep.tune.results",
     "ResultGrid": "keepstep.tune.results",
+    "RunConfig": "keepstep.tune.settings",
     "Stopper": "keepstep.tune.stopper",
     "TBXLoggerCallback": "keepstep.tune.logger",
     "Trainable": "keepstep.tune.trainable.trainable",
+    "TuneConfig": "keepstep.tune.settings",
     "TuneContext": "keepstep.tune.trainable.session",
+    "TuneError": "keepstep.errors",
+    "Tuner": "keepstep.tune.tuner",
     "WandbLoggerCallback": "keepstep.tune.logger",
     "choice": "keepstep.tune.search.sample",
     "create_scheduler": "keepstep.tune.schedulers.registry",
@@ -78,22 +101,26 @@ _HOME_OF_NAME = {
     "randint": "keepstep.tune.search.sample",
     "randn": "keepstep.tune.search.sample",
     "report": "keepstep.tune.trainable.session",
+    "run": "keepstep.tune.run_function",
     "sample_from": "keepstep.tune.search.sample",
     "uniform": "keepstep.tune.search.sample",
     "with_parameters": "keepstep.tune.trainable.parameters",
     "with_resources": "keepstep.tune.trainable.resources",
 }
 
-__all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605
+__all__ = sorted([*_HOME_OF_NAME, *_MODULES])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
     home = _HOME_OF_NAME.get(name)
-    if home is None:
+    if name in _MODULES:
+        value: Any = import_module(f"keepstep.tune.{name}")
+    elif home is not None:
+        value = getattr(import_module(home), name)
+    else:
         raise AttributeError(
             f"module 'keepstep.tune' has no attribute {name!r}; it has: {', '.join(__all__)}"
         )
-    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

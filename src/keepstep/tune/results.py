@@ -252,6 +252,11 @@ class ResultGrid:
         self._options = storage_options
 
     @property
+    def history(self) -> History:
+        """How the experiment stands."""
+        return self._history
+
+    @property
     def experiment_path(self) -> str:
         """The address of the experiment's directory."""
         return self._history.path

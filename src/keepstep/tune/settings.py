@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from keepstep.errors import UsageError
 
 if TYPE_CHECKING:
     from keepstep.tune.callback import Callback
+    from keepstep.tune.executors.protocol import Executor
     from keepstep.tune.reporting.base import ProgressReporter
     from keepstep.tune.schedulers.base import TrialScheduler
     from keepstep.tune.search.base import Searcher
@@ -125,6 +127,9 @@ class RunConfig:
             nowhere else. A name, or two, replaces these names.
         byte_budget: most bytes that the checkpoints of all trials may take; the worst go first. None: any.
         env: environment variables for trials, or a function of a trial's config that gives them.
+        executor: what runs trials: "local": processes of this machine; "inline": this process, one at a time,
+            for debugging; "ray": a Ray cluster (needs `keepstep[ray]`); or an `Executor`'s maker, called
+            with the trainable.
     """
 
     name: str | None = None
@@ -139,6 +144,7 @@ class RunConfig:
     log_to_file: bool | str | tuple[str, str] = False
     byte_budget: int | None = None
     env: Mapping[str, str] | Callable[[dict[str, Any]], Mapping[str, str]] | None = None
+    executor: str | Callable[[Any], Executor] = "local"
 
     def __post_init__(self) -> None:
         if self.name is not None and (not self.name or "/" in self.name or self.name in (".", "..")):
@@ -161,7 +167,8 @@ class TuneConfig:
         num_samples: how many configurations; times the size of the grid, if `param_space` has one. -1: until
             `time_budget_s` is over, or something stops it.
         max_concurrent_trials: most trials at a time; None: as many as resources allow.
-        time_budget_s: seconds after which running trials are stopped after a checkpoint and no other starts.
+        time_budget_s: seconds (or a timedelta) after which running trials are stopped after a checkpoint and
+        no other starts.
             Time before a restart counts.
         reuse_actors: a class with `reset_config` goes on in the same process with the next trial; None:
             classes that define `reset_config` do.
@@ -177,7 +184,7 @@ class TuneConfig:
     scheduler: TrialScheduler | str | None = None
     num_samples: int = 1
     max_concurrent_trials: int | None = None
-    time_budget_s: float | None = None
+    time_budget_s: float | dt.timedelta | None = None
     reuse_actors: bool | None = None
     trial_name_creator: Callable[[Any], str] | None = None
     trial_dirname_creator: Callable[[Any], str] | None = None
@@ -190,3 +197,9 @@ class TuneConfig:
             raise UsageError("TuneConfig.num_samples is 0; expected at least 1, or -1 for no end")
         most = "TuneConfig.max_concurrent_trials"
         _check_count(most, self.max_concurrent_trials, least=1, none="no limit")
+
+    @property
+    def budget_s(self) -> float | None:
+        """`time_budget_s` in seconds."""
+        budget = self.time_budget_s
+        return budget.total_seconds() if isinstance(budget, dt.timedelta) else budget

@@ -1,4 +1,4 @@
-"""Everybody who is told what happens, but decides nothing: callbacks, files, the reporter."""
+"""Everybody who is told what happens, but decides nothing: callbacks, and those who write and show."""
 
 from __future__ import annotations
 

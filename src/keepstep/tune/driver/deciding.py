@@ -138,7 +138,7 @@ class Decider:
         return Suggestion(config=config, evaluated={**self.searcher.evaluated(trial_id), **drawn})
 
     def messages(self) -> list[str]:
-        """What the three have to say since the last time."""
+        """What they have to say since the last time."""
         said: list[str] = []
         for who in (self.searcher, self.scheduler, self.stopper):
             said += who.messages

@@ -7,7 +7,6 @@ done that the journal does not know.
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from keepstep.tune.driver.keeper import Keeper
 from keepstep.tune.driver.making import Maker
 from keepstep.tune.driver.options import Options
 from keepstep.tune.driver.runs import Run, job_of
+from keepstep.tune.driver.showing import Showing
 from keepstep.tune.driver.starting import Starter
 from keepstep.tune.executors.protocol import (
     Ended,
@@ -50,8 +50,6 @@ __all__ = ["Driver"]
 _TURN_S = 0.5
 """How long a turn waits for news before it looks whether time is over, or somebody silent for too long."""
 
-_log = logging.getLogger(__name__)
-
 
 class Driver:
     """Runs an experiment to its end.
@@ -63,6 +61,7 @@ class Driver:
         maker: of trials.
         executor: what runs trials.
         audience: who is told.
+        showing: what people see.
         keeper: which checkpoints stay.
         halt: why it may end before all is done.
         options: what the user said.
@@ -77,6 +76,7 @@ class Driver:
         maker: Maker,
         executor: Executor,
         audience: Audience,
+        showing: Showing,
         keeper: Keeper,
         halt: Halt,
         options: Options,
@@ -87,6 +87,7 @@ class Driver:
         self._starter = Starter(history, journal, decider, maker, executor, options, self._refuse)
         self._executor = executor
         self._audience = audience
+        self._showing = showing
         self._keeper = keeper
         self._halt = halt
         self._options = options
@@ -109,10 +110,13 @@ class Driver:
                 self._take(event)
             self._watch()
             self._audience.turn_ends()
+            self._showing.look()
         why = self._halt.reason or "all"
         self._journal.add(ended := ExperimentEnded(time=_now(), why=why))
         self._history.apply(ended)
         self._settle()
+        self._audience.turn_ends()
+        self._showing.look(done=True)
         return why
 
     # ---------------------------------------------------------------------------------- starting
@@ -305,7 +309,7 @@ class Driver:
         del self._runs[run.id]
         if run.over:
             if not event.killed:
-                _log.warning("%s raised while it ended, after all was saved: %s", run.trial, event.error)
+                self._showing.say(f"{run.trial} raised while it ended, after all was saved: {event.error}")
             return
         error = event.error
         if run.silenced is not None:
@@ -350,12 +354,15 @@ class Driver:
     def _watch(self) -> None:
         """Is the time over, is a trial silent for too long, does somebody want to end all?"""
         self._halt.look(self._history, self._decider.stopper)
+        message = self._halt.message()
+        if message is not None:
+            self._showing.say(message)
         silence = self._options.failures.max_silence_s
         now = time.monotonic()
         overdue = self._halt.overdue(now, self._options.grace_s)
         for run in [run for run in self._runs.values() if not run.over]:
             if overdue:
-                _log.info("%s does not report in time to end well, and is killed", run.trial)
+                self._showing.say(f"{run.trial} does not report in time to end well, and is killed")
                 run.over = True
                 self._executor.kill(run.id)
             elif silence is not None and now - run.heard_s > silence:

@@ -128,9 +128,12 @@ class History:
             self._effects[type(record)](self, record)
 
     def _pass_time(self, record: Record) -> None:
-        if not isinstance(record, DriverStarted):
-            self._elapsed_s += max(0.0, record.time - self._seen_at)
-        self._seen_at = record.time
+        """Count the time since the record before; a clock that goes back counts nothing."""
+        if isinstance(record, DriverStarted):
+            self._seen_at = record.time
+        elif record.time > self._seen_at:
+            self._elapsed_s += record.time - self._seen_at
+            self._seen_at = record.time
 
     def _driver_started(self, record: DriverStarted) -> None:
         self.ended = None

@@ -78,12 +78,20 @@ class ExperimentMade:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DriverStarted:
-    """A process took the experiment over; what ran before does not run any more."""
+    """A process took the experiment over; what ran before does not run any more.
+
+    Attributes:
+        time: seconds since 1970.
+        host: where it runs.
+        pid: its number there.
+        spec: what makes the experiment what it is, where it differs from what was written down before.
+    """
 
     kind: ClassVar[str] = "driver"
     time: float
     host: str
     pid: int
+    spec: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,88 @@
+"""What people see while an experiment runs: its reporter is told, and messages reach somebody."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from typing import Literal
+
+from keepstep.tune.driver.deciding import Decider
+from keepstep.tune.executors.protocol import Executor
+from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.trial import RUNNING
+from keepstep.tune.reporting.base import Overview, ProgressReporter
+
+__all__ = ["Showing"]
+
+_log = logging.getLogger(__name__)
+
+
+class Showing:
+    """Shows how an experiment stands.
+
+    Args:
+        reporter: who shows it; None: nobody; messages are logged then.
+        history: the trials.
+        executor: what they run on.
+        decider: who decides.
+        metric: what counts, if that was said.
+        mode: "min" or "max".
+    """
+
+    def __init__(
+        self,
+        reporter: ProgressReporter | None,
+        *,
+        history: History,
+        executor: Executor,
+        decider: Decider,
+        metric: str | None,
+        mode: Literal["min", "max"] | None,
+    ) -> None:
+        self._reporter = reporter
+        self._history = history
+        self._executor = executor
+        self._decider = decider
+        self._metric = metric
+        self._mode = mode
+        self._messages: list[str] = []
+
+    def say(self, message: str) -> None:
+        """Tell people something, once."""
+        if self._reporter is None:
+            _log.warning("%s", message)
+        else:
+            self._messages.append(message)
+
+    def look(self, *, done: bool = False) -> None:
+        """Show it, if it is time; `done`: for the last time."""
+        for message in self._decider.messages():
+            self.say(message)
+        if self._reporter is not None and self._reporter.should_report(self._history.all, done):
+            self._reporter.report(self._overview(), done)
+            self._messages.clear()
+
+    def _overview(self) -> Overview:
+        used: Counter[str] = Counter()
+        for trial in self._history.live.values():
+            if trial.status == RUNNING:
+                used.update(trial.resources)
+        return Overview(
+            name=self._history.made.name,
+            path=self._history.path,
+            trials=self._history.all,
+            expected_trials=self._decider.searcher.total_samples,
+            metric=self._metric,
+            mode=self._mode,
+            elapsed_s=self._history.elapsed_s(time.time()),
+            used=dict(used),
+            total=self._executor.total,
+            scheduler=self._decider.scheduler.debug_string(),
+            messages=tuple(self._messages),
+        )
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._reporter is not None:
+            self._reporter.close()
