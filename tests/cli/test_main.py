@@ -37,6 +37,7 @@ LAUNCH_OPTIONS = [
     "--tpu",
 ]
 COMMANDS = LOOKING | {
+    "tune": [],
     "config": ["--config_file"],
     "env": ["--config_file"],
     "launch": [*LAUNCH_OPTIONS, "-m", "--no_python", "-q", "script", "arguments"],

@@ -23,6 +23,9 @@ SECTIONS: Final = {
         "show": "Show everything that is known about one checkpoint.",
         "verify": "Read checkpoints whole and say whether every byte is what was committed.",
     },
+    "Look at trials": {
+        "tune": "List experiments and trials, show one, find the best.",
+    },
     "Start training": {
         "config": "Answer questions once; `keepstep launch` reads the answers.",
         "env": "Say what runs here: versions, devices, configuration.",

@@ -52,11 +52,16 @@ def all_metrics(entries: Iterable[Entry]) -> list[str]:
     return list(names)
 
 
-def choose_metric(text: str, known: Sequence[str]) -> Metric:
+def choose_metric(text: str, known: Sequence[str], *, of: str = "checkpoint") -> Metric:
     """The metric that a user named, as NAME or NAME:min or NAME:max.
 
+    Args:
+        text: what the user said.
+        known: names of metrics.
+        of: what has metrics, for the message.
+
     Raises:
-        UsageError: no checkpoint has it; the message lists those there are.
+        UsageError: none of them has it; the message lists those there are.
     """
     if text in known:
         return Metric(name=text, direction=direction_of(text))
@@ -65,7 +70,7 @@ def choose_metric(text: str, known: Sequence[str]) -> Metric:
         return Metric(name=stem, direction="min" if way == "min" else "max")
     shown = ", ".join(known[:_NAMES_IN_MESSAGE]) or "none"
     more = f" and {len(known) - _NAMES_IN_MESSAGE} more" if len(known) > _NAMES_IN_MESSAGE else ""
-    raise UsageError(f"no checkpoint here has the metric {text!r}; there are: {shown}{more}")
+    raise UsageError(f"no {of} here has the metric {text!r}; there are: {shown}{more}")
 
 
 def merit(entry: Entry, metric: Metric) -> tuple[bool, float]:
