@@ -49,6 +49,8 @@ TORCH_FREE = [
     "keepstep.tune.experiment.keeping",
     "keepstep.tune.experiment.removal",
     "keepstep.tune.executors.inline",
+    "keepstep.tune.executors.local",
+    "keepstep.tune.executors.server",
     "keepstep.tune.saving",
     "keepstep.tune.driver.driver",
     "keepstep.tune.experiment.history",
@@ -94,7 +96,8 @@ ALLOWED_IN = {
     },
     "os.getenv": {"train/settings/environment.py"},
     "os.putenv": set(),
-    "pickle": {"checkpoint/convert/"},
+    "pickle": {"checkpoint/convert/", "tune/executors/shipping.py"},
+    "cloudpickle": {"tune/executors/shipping.py"},
     "torch.load": {"checkpoint/convert/"},
     "torch.save": set(),
 }

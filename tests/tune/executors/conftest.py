@@ -12,6 +12,7 @@ from tests.tune.executors import trials
 from tests.tune.executors.driving import Drive
 
 from keepstep.tune.executors.inline import InlineExecutor
+from keepstep.tune.executors.local import LocalExecutor
 from keepstep.tune.executors.protocol import Executor, Resources
 
 
@@ -32,6 +33,7 @@ class Kind:
 
 KINDS = {
     "inline": Kind(lambda trainable, total: InlineExecutor(trainable, total=total), False, False),
+    "local": Kind(lambda trainable, total: LocalExecutor(trainable, total=total), True, True),
 }
 TOTAL = {"cpu": 4.0, "gpu": 2.0, "licence": 1.0}
 

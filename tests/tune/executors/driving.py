@@ -34,6 +34,7 @@ class Drive:
         self.executor = executor
         self.root = root
         self.events: list[Event] = []
+        self.waiting: dict[str, Event] = {}
 
     def job(self, trial: str = "", /, config: Mapping[str, Any] | None = None, **more: Any) -> Job:
         number = next(_numbers)
@@ -60,18 +61,27 @@ class Drive:
     def of(self, run: str, kind: type | None = None) -> list[Any]:
         return [e for e in self.events if e.run == run and (kind is None or isinstance(e, kind))]
 
+    def order(self, run: str, order: Order) -> None:
+        self.waiting.pop(run, None)
+        self.executor.order(run, order)
+
     def until(
         self, done: Callable[[], object], answer: Callable[[Event], Order | None] | None = None
     ) -> None:
         """Take news until something holds; answer those that wait."""
         end = time.monotonic() + PATIENCE_S
-        while not done():
+        while True:
+            for run, event in list(self.waiting.items()) if answer is not None else []:
+                order = answer(event)
+                if order is not None:
+                    self.order(run, order)
+            if done():
+                return
             assert time.monotonic() < end, f"it did not come about; there was: {self.events}"
             for event in self.executor.wait(0.2):
                 self.events.append(event)
-                order = answer(event) if answer is not None and isinstance(event, Reported | Saved) else None
-                if order is not None:
-                    self.executor.order(event.run, order)
+                if isinstance(event, Reported | Saved):
+                    self.waiting[event.run] = event
 
     def event(self, run: str, kind: type) -> Any:
         """The first event of that kind."""
@@ -79,8 +89,11 @@ class Drive:
         return self.of(run, kind)[0]
 
     def last(self, *runs: str, answer: Callable[[Event], Order | None] = lambda event: Go()) -> list[Any]:
-        """Answer everything until these are over; how each ended."""
-        self.until(lambda: all(self.of(run, Ended) or self.of(run, Failed) for run in runs), answer)
+        """Answer these until they are over; how each ended."""
+        self.until(
+            lambda: all(self.of(run, Ended) or self.of(run, Failed) for run in runs),
+            lambda event: answer(event) if event.run in runs else None,
+        )
         return [self.of(run)[-1] for run in runs]
 
     def run(

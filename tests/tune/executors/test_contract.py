@@ -23,11 +23,11 @@ def test_a_function_reports_and_waits_for_an_order_each_time(drive: Drives) -> N
     for _ in range(3):
         d.executor.wait(0.01)
     assert [type(e) for e in d.of(job.run)] == [Started, Reported]  # it waits, for ever
-    d.executor.order(job.run, Go())
+    d.order(job.run, Go())
     d.until(lambda: len(d.of(job.run, Reported)) == 2)
-    d.executor.order(job.run, Go())
+    d.order(job.run, Go())
     d.until(lambda: len(d.of(job.run, Reported)) == 3)
-    (end,) = (d.executor.order(job.run, Go()), d.last(job.run))[1]
+    (end,) = (d.order(job.run, Go()), d.last(job.run))[1]
     assert [(e.iteration, e.metrics) for e in d.of(job.run, Reported)] == [
         (n, {"step": n - 1, "x": 0.5}) for n in (1, 2, 3)
     ]
@@ -98,25 +98,25 @@ def test_a_stopped_function_is_unwound_though_it_catches_exceptions(drive: Drive
     d = drive()
     job = d.launch("t", {"do": "stubborn"})
     d.event(job.run, Reported)
-    d.executor.order(job.run, Stop())
+    d.order(job.run, Stop())
     (end,) = d.last(job.run)
     assert end == Ended(run=job.run)
     assert (d.root / "t" / "finally").exists()
     assert not (d.root / "t" / "swallowed").exists()
-    d.executor.order(job.run, Go())  # over: without effect
+    d.order(job.run, Go())  # over: without effect
 
 
 def test_a_function_asked_to_save_says_that_there_is_nothing(drive: Drives) -> None:
     d = drive()
     job = d.launch("t", {"do": "report", "n": 2})
     d.event(job.run, Reported)
-    d.executor.order(job.run, Go(save=True))
+    d.order(job.run, Go(save=True))
     assert d.event(job.run, Saved) == Saved(run=job.run, iteration=1, checkpoint=None)
-    d.executor.order(job.run, Go())
+    d.order(job.run, Go())
     d.until(lambda: len(d.of(job.run, Reported)) == 2)
-    d.executor.order(job.run, Stop(save=True))
+    d.order(job.run, Stop(save=True))
     d.until(lambda: len(d.of(job.run, Saved)) == 2)
-    d.executor.order(job.run, Go())
+    d.order(job.run, Go())
     assert isinstance(d.last(job.run)[0], Ended)
     assert len(d.of(job.run, Reported)) == 2
 
@@ -154,8 +154,7 @@ def test_trials_share_what_there_is_and_give_it_back(drive: Drives) -> None:
     assert not d.executor.fits({"gpu": 2.0})
     with pytest.raises(UsageError, match="free"):
         d.launch("two", {"do": "report"}, resources={"cpu": 2.0})
-    d.executor.order(one.run, Stop())
-    d.last(one.run)
+    d.last(one.run, answer=lambda event: Stop())
     assert d.executor.fits(TOTAL)
     assert not d.executor.fits({"cpu": 100.0})
     assert not d.executor.fits({"tpu": 1.0})
@@ -166,11 +165,11 @@ def test_a_killed_trial_fails_and_the_others_go_on(drive: Drives) -> None:
     one, two = d.launch("one", {"do": "report"}), d.launch("two", {"do": "report"})
     d.event(one.run, Reported), d.event(two.run, Reported)
     d.executor.kill(one.run)
-    (end,) = d.last(one.run)
+    (end,) = d.last(one.run, answer=lambda event: None)
     assert isinstance(end, Failed)
     assert end.killed
     assert len(d.of(one.run, Reported)) == 1
-    d.executor.order(two.run, Go())
+    d.order(two.run, Go())
     assert isinstance(d.last(two.run)[0], Ended)
     d.executor.kill(one.run)
     unstarted = d.launch("three", {"do": "report"})
@@ -209,7 +208,7 @@ def test_one_process_runs_trial_after_trial_if_the_class_can(drive: Drives) -> N
     first = d.launch("first", {"x": 1})
     second = d.job("second", {"x": 2, "end": 2}, iteration=5, time_total_s=10.0)
     d.event(first.run, Reported)
-    d.executor.order(first.run, Next(job=second))
+    d.order(first.run, Next(job=second))
     (end,) = d.last(second.run)
     assert isinstance(end, Ended)
     assert d.of(first.run)[-1] == Ended(run=first.run)
@@ -230,7 +229,7 @@ def test_a_class_that_cannot_become_another_trial_is_started_anew(drive: Drives,
     first = d.launch("first", {"x": 1})
     second = d.job("second", {"x": 2, "end": 1, "resets": False})
     d.event(first.run, Reported)
-    d.executor.order(first.run, Next(job=second))
+    d.order(first.run, Next(job=second))
     assert isinstance(d.last(second.run)[0], Ended)
     assert d.of(first.run)[-1] == Ended(run=first.run)
     assert (d.root / "first" / "cleaned").read_text() == "first"
@@ -244,7 +243,7 @@ def test_what_reset_config_raises_is_the_new_trials_failure(drive: Drives) -> No
     d = drive("Counter")
     first, second = d.launch("first"), d.job("second", {"fail": "reset"})
     d.event(first.run, Reported)
-    d.executor.order(first.run, Next(job=second))
+    d.order(first.run, Next(job=second))
     (end,) = d.last(second.run)
     assert end.error == "ValueError: reset failed"
     assert d.of(first.run)[-1] == Ended(run=first.run)
@@ -254,7 +253,7 @@ def test_a_function_asked_to_go_on_as_another_trial_is_started_anew(drive: Drive
     d = drive()
     first, second = d.launch("first", {"do": "report"}), d.job("second", {"do": "report", "n": 1})
     d.event(first.run, Reported)
-    d.executor.order(first.run, Next(job=second))
+    d.order(first.run, Next(job=second))
     assert isinstance(d.last(second.run)[0], Ended)
     assert d.of(first.run)[-1] == Ended(run=first.run)
 
@@ -263,9 +262,9 @@ def test_a_class_without_save_checkpoint_is_told_when_it_has_to_save(drive: Driv
     d = drive("Forgetful")
     job = d.launch("asked")
     d.event(job.run, Reported)
-    d.executor.order(job.run, Go(save=True))
+    d.order(job.run, Go(save=True))
     assert d.event(job.run, Saved).checkpoint is None
-    d.executor.order(job.run, Stop())
+    d.order(job.run, Stop())
     assert isinstance(d.last(job.run)[0], Ended)
     _, end = d.run("by_frequency", checkpoint_frequency=1)
     assert "checkpoint_frequency" in end.error
