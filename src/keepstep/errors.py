@@ -6,7 +6,8 @@ Each message says what happened, the value, what is allowed and what to do next.
     ├── StateError                 a state that cannot be saved as it is
     │   ├── UnsupportedTypeError   a leaf whose type has no codec (also a TypeError)
     │   ├── StateStructureError    cycles, nesting too deep, keys that cannot be kept
-    │   └── TensorNotSavableError  meta, sparse, quantized or otherwise without plain bytes
+    │   ├── TensorNotSavableError  meta, sparse, quantized or otherwise without plain bytes
+    │   └── DirectoryNotSavableError  a directory with links or odd names, or that changes while it is read
     ├── StoreError                 the place where checkpoints live refuses
     │   ├── DirectoryNotOursError  a directory that holds something else (also a FileExistsError)
     │   ├── StoreBusyError         another process writes to this store
@@ -63,6 +64,7 @@ __all__ = [
     "DamagedCheckpointError",
     "DigestError",
     "DirectoryNotOursError",
+    "DirectoryNotSavableError",
     "ExperimentBusyError",
     "ExperimentExistsError",
     "ExperimentNotFoundError",
@@ -119,6 +121,10 @@ class StateStructureError(StateError, ValueError):
 
 class TensorNotSavableError(StateError, ValueError):
     """A tensor has no plain bytes to write: meta, sparse, quantized, or a subclass with hidden parts."""
+
+
+class DirectoryNotSavableError(StateError, ValueError):
+    """A directory that was handed over can't be saved: links, odd names, or it changed meanwhile."""
 
 
 class StateChangedError(KeepstepError):

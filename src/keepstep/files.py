@@ -39,6 +39,9 @@ __all__ = [
 PAGE_BYTES = 4096
 """O_DIRECT wants offsets, lengths and addresses in multiples of this."""
 
+_SYNC_THREADS = 8
+"""So many files are synced at once: the file system writes its journal once for all of them."""
+
 _NOT_SUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EXDEV, errno.EPERM}
 
 
@@ -80,7 +83,7 @@ class Files(Protocol):
         """Make the names in a directory durable."""
 
     def sync(self, directory: Path, names: Sequence[str]) -> None:
-        """Make the names in a directory, and the bytes of some of its files, durable, in whatever order."""
+        """Make the names in a directory durable, and files and directories below it, in whatever order."""
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename within a file system; a directory replaces an empty one."""
@@ -210,13 +213,32 @@ class LocalFiles:
 
     def sync(self, directory: Path, names: Sequence[str]) -> None:
         # At once: each alone would make the file system write its journal, and wait for the disk.
-        outcomes = [_sync_behind(directory / name) for name in names]
+        paths = [directory / name for name in names]
+        count = min(len(paths), _SYNC_THREADS)
+        outcomes = [self._sync_behind(paths[start::count]) for start in range(count)]
         try:
             self.sync_directory(directory)
         finally:
             wait_for_all(outcomes)
         for outcome in outcomes:
             outcome.result()
+
+    def _sync_behind(self, paths: Sequence[Path]) -> Outcome[None]:
+        """Make files and directories durable on a thread, or at once if there is none to be had."""
+        outcome: Outcome[None] = Outcome()
+        sync = partial(outcome.settle, partial(self._sync_all, paths))
+        try:
+            threading.Thread(target=sync, name="keepstep-sync", daemon=True).start()
+        except RuntimeError:
+            sync()
+        return outcome
+
+    def _sync_all(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            if path.is_dir():
+                self.sync_directory(path)
+            else:
+                _sync_file(path)
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)
@@ -242,17 +264,6 @@ class LocalFiles:
 
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
-
-
-def _sync_behind(path: Path) -> Outcome[None]:
-    """Make a file durable on a thread, or at once if there is none to be had."""
-    outcome: Outcome[None] = Outcome()
-    sync = partial(outcome.settle, partial(_sync_file, path))
-    try:
-        threading.Thread(target=sync, name="keepstep-sync", daemon=True).start()
-    except RuntimeError:
-        sync()
-    return outcome
 
 
 def _sync_file(path: Path) -> None:

@@ -15,6 +15,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ class FaultyFiles:
         self.failed = False
         self._real = LocalFiles()
         self._lock = threading.RLock()
-        self._undo: list[tuple[set[Path], Callable[[], None]]] = []
+        self._undo: list[_Change] = []
         self._volatile: dict[Path, int] = {}
 
     # ---------------------------------------------------------------------------------- the fault
@@ -89,13 +90,22 @@ class FaultyFiles:
         for path, size in self._volatile.items():
             with contextlib.suppress(FileNotFoundError):
                 path.write_bytes(b"\xa5" * (size // 2))
-        for _, undo in reversed(self._undo):
+        while self._undo:
+            change = self._undo.pop()
             with contextlib.suppress(OSError):
-                undo()
+                change.undo(*change.paths)
+            if change.moves:
+                for earlier in self._undo:
+                    earlier.follow(*reversed(change.paths[:2]), both_ways=change.swaps)
 
-    def _changed(self, parents: set[Path], undo: Callable[[], None]) -> None:
+    def _changed(
+        self, undo: Callable[..., object], *paths: Path, moves: bool = False, swaps: bool = False
+    ) -> None:
+        """Note a change of names; the names that it is about may be moved with their directory later."""
         if self.power_cut:
-            self._undo.append((parents, undo))
+            for earlier in self._undo if moves else ():
+                earlier.follow(*paths[:2], both_ways=swaps)
+            self._undo.append(_Change(undo, list(paths), moves, swaps))
 
     def _moved(self, source: Path, target: Path) -> None:
         for path in [p for p in self._volatile if p.is_relative_to(source)]:
@@ -106,7 +116,7 @@ class FaultyFiles:
     def make_unfinished(self, path: Path) -> None:
         with self._operation("make_unfinished", path):
             self._real.make_unfinished(path)
-            self._changed({path.parent}, lambda: shutil.rmtree(path))
+            self._changed(shutil.rmtree, path)
 
     def make_directory(self, path: Path) -> None:
         if path.is_dir():
@@ -114,13 +124,13 @@ class FaultyFiles:
         self.make_directory(path.parent)
         with self._operation("make_directory", path):
             path.mkdir(exist_ok=True)
-            self._changed({path.parent}, lambda: shutil.rmtree(path))
+            self._changed(shutil.rmtree, path)
         self.sync_directory(path.parent)
 
     def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
         with self._operation("create_segment", path, half=path.touch):
             self._volatile[path] = size_bytes
-            self._changed({path.parent}, path.unlink)
+            self._changed(Path.unlink, path)
             return _FaultySegment(self, path, size_bytes, self._real.create_segment(path, size_bytes))
 
     def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -128,7 +138,7 @@ class FaultyFiles:
             if not durable:
                 self._volatile[path] = len(data)
             self._real.write_file(path, data, durable=durable)
-            self._changed({path.parent}, path.unlink)
+            self._changed(Path.unlink, path)
 
     def make_file(self, path: Path, write: Callable[[Path], object]) -> None:
         def half() -> None:
@@ -137,23 +147,23 @@ class FaultyFiles:
 
         with self._operation("make_file", path, half=half):
             self._real.make_file(path, write)
-            self._changed({path.parent}, path.unlink)
+            self._changed(Path.unlink, path)
 
     def sync_directory(self, path: Path) -> None:
         with self._operation("sync_directory", path):
             self._real.sync_directory(path)
-            self._undo = [change for change in self._undo if path not in change[0]]
+            self._undo = [change for change in self._undo if all(path != p.parent for p in change.paths)]
 
     def sync(self, directory: Path, names: Sequence[str]) -> None:
         """What the disk is handed at once it may take in any order; this object takes one of them."""
         paths = [directory, *(directory / name for name in names)]
         random.Random(self.at).shuffle(paths)
         for path in paths:
-            if path == directory:
-                self.sync_directory(directory)
+            if path.is_dir():
+                self.sync_directory(path)
             else:
                 with self._operation("sync", path):
-                    self._real.sync(directory, [path.name])
+                    self._real.sync(path.parent, [path.name])
                     self._volatile.pop(path, None)
 
     def rename(self, source: Path, target: Path) -> None:
@@ -161,23 +171,20 @@ class FaultyFiles:
             replaced = target.read_bytes() if self.power_cut and target.is_file() else None
             self._real.rename(source, target)
             self._moved(source, target)
-            self._changed({source.parent, target.parent}, lambda: _rename_back(source, target, replaced))
+            self._changed(lambda s, t: _rename_back(s, t, replaced), source, target, moves=True)
 
     def exchange(self, first: Path, second: Path) -> bool:
         if not self.can_exchange:
             return False
         with self._operation("exchange", first):
             done = self._real.exchange(first, second)
-            self._changed({first.parent}, lambda: self._exchange_back(first, second))
+            self._changed(self._real.exchange, first, second, moves=True, swaps=True)
             return done
-
-    def _exchange_back(self, first: Path, second: Path) -> None:
-        self._real.exchange(first, second)
 
     def link(self, source: Path, target: Path) -> None:
         with self._operation("link", target):
             self._real.link(source, target)
-            self._changed({target.parent}, target.unlink)
+            self._changed(Path.unlink, target)
 
     def remove_file(self, path: Path) -> None:
         with self._operation("remove_file", path):
@@ -189,7 +196,7 @@ class FaultyFiles:
     def remove_directory(self, path: Path) -> None:
         with self._operation("remove_directory", path):
             self._real.remove_directory(path)
-            self._changed({path.parent}, path.mkdir)
+            self._changed(Path.mkdir, path)
 
     def remove_tree(self, path: Path) -> None:
         with self._operation("remove_tree", path, half=lambda: _remove_half(path)):
@@ -203,7 +210,25 @@ class FaultyFiles:
         self.graveyard.mkdir(exist_ok=True)
         grave = self.graveyard / str(len(list(self.graveyard.iterdir())))
         path.rename(grave)
-        self._changed({path.parent}, lambda: grave.rename(path))
+        self._changed(grave.rename, path)
+
+
+@dataclass
+class _Change:
+    """A change of names that is not durable until their directories are synced."""
+
+    undo: Callable[..., object]
+    paths: list[Path]
+    moves: bool
+    swaps: bool
+
+    def follow(self, source: Path, target: Path, *, both_ways: bool) -> None:
+        """What lay in a directory that was moved lies elsewhere now."""
+        for index, path in enumerate(self.paths):
+            if path.is_relative_to(source):
+                self.paths[index] = target / path.relative_to(source)
+            elif both_ways and path.is_relative_to(target):
+                self.paths[index] = source / path.relative_to(target)
 
 
 class _FaultySegment:

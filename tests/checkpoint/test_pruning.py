@@ -21,7 +21,7 @@ from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.source import LocalSource
 from keepstep.checkpoint.keeping import pruning
 from keepstep.checkpoint.keeping.pruning import check_committed, survey
-from keepstep.checkpoint.place.local import reading
+from keepstep.checkpoint.place.deletion import reading
 from keepstep.errors import CheckpointBusyError, CheckpointNotFoundError, DamagedCheckpointError
 
 
@@ -49,7 +49,7 @@ def share(store: Store, first: str, second: str, name: str = "model.safetensors"
 READER = """
 import sys
 from pathlib import Path
-from keepstep.checkpoint.place.local import reading
+from keepstep.checkpoint.place.deletion import reading
 with reading(Path(sys.argv[1])):
     print("reading", flush=True)
     sys.stdin.read()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
+from keepstep.checkpoint.format.names import directories_within
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
@@ -198,8 +199,13 @@ class Mirror:
         if target.exists():
             self._files.remove_tree(target)
         self._files.make_directory(target)
+        inner = directories_within(manifest.files, manifest.directories)
+        for name in inner:
+            self._files.make_directory(target / name)
         for name in [*manifest.files, MANIFEST_NAME]:
             self._files.link(directory / name, target / name)
+        for name in inner:
+            self._files.sync_directory(target / name)
         return target
 
     def _forget(self, job: _Job) -> None:

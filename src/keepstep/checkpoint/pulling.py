@@ -117,6 +117,8 @@ def _pull(entry: catalog.Entry, local: LocalBackend, files: Files) -> Path:
     with workspace.explained():
         try:
             workspace.open()
+            for name in manifest.directories:
+                workspace.make_directory(name)
             for name, file in entry.manifest.files.items():
                 _fetch(entry, workspace, name, file)
             data = dump_manifest(manifest)

@@ -15,7 +15,8 @@ from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.checkpoint.keeping.verify import Report, verify_checkpoint
 from keepstep.checkpoint.loading.reader import Reader
 from keepstep.checkpoint.loading.restore import load_into, load_own, load_tree
-from keepstep.checkpoint.place.local import reading, replaced_path
+from keepstep.checkpoint.place.deletion import reading
+from keepstep.checkpoint.place.local import replaced_path
 from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.errors import CheckpointNotFoundError, UsageError
 

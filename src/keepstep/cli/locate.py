@@ -178,7 +178,7 @@ def choose(found: Found, names: Sequence[str]) -> list[Entry]:
     by_name = {entry.name: entry for entry in found.entries}
     chosen = []
     for name in names:
-        entry = by_name.get(name.rstrip("/")) or by_name.get(f"checkpoint_{name}")
+        entry = by_name.get(name.rstrip("/")) or by_name.get(f"checkpoint_{name}") or _numbered(found, name)
         if entry is None:
             newest = ", ".join(list(by_name)[-_SHOWN_NAMES:])
             raise CheckpointNotFoundError(
@@ -186,6 +186,13 @@ def choose(found: Found, names: Sequence[str]) -> list[Entry]:
             )
         chosen.append(entry)
     return chosen
+
+
+def _numbered(found: Found, name: str) -> Entry | None:
+    """The checkpoint of this number, however many zeros its name has."""
+    match = _NUMBERED.match(f"checkpoint_{name.removeprefix('checkpoint_').rstrip('/')}")
+    number = int(match[1]) if match else None
+    return next((entry for entry in found.entries if entry.number == number), None)
 
 
 def health_of(entries: Sequence[Entry]) -> list[tuple[Entry, str | None]]:

@@ -38,7 +38,8 @@ MANIFEST_NAME: Final = "manifest.json"
 STATE_NAME: Final = "state.json"
 DATA_ALIGNMENT_BYTES: Final = 4096
 
-CHECKPOINT_NAME: Final = re.compile(r"checkpoint_(0|[1-9][0-9]{0,17})\Z")
+CHECKPOINT_NAME: Final = re.compile(r"checkpoint_([0-9]{1,18})\Z")
+"""Its number, with leading zeros or without."""
 
 BLANK_DIGEST = "0" * 32
 
@@ -102,6 +103,7 @@ class Manifest:
         attempt: 1 for the first process of the run, 2 after the first resume ...
         environment: versions, host, command line, git commit.
         files: name -> entry; every file but the manifest.
+        directories: names of empty directories that the user handed over; files say where the others are.
     """
 
     id: str
@@ -116,6 +118,7 @@ class Manifest:
     attempt: int
     environment: Mapping[str, Any]
     files: Mapping[str, FileEntry]
+    directories: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -181,6 +184,8 @@ def dump_manifest(manifest: Manifest) -> bytes:
         name: {key: value for key, value in _members(entry).items() if value is not None}
         for name, entry in manifest.files.items()
     }
+    if not manifest.directories:
+        del body["directories"]
     body["self_digest"] = BLANK_DIGEST
     text = json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"
     begin = text.rindex(BLANK_DIGEST.encode())

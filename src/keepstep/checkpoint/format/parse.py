@@ -29,6 +29,12 @@ from keepstep.checkpoint.format.manifest import (
     digest_of,
     stored_parts,
 )
+from keepstep.checkpoint.format.names import (
+    HANDED_OVER,
+    directories_within,
+    is_handed_over,
+    problem_of_name,
+)
 from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.errors import DigestError, FileSizeError, ManifestError, SchemaVersionError
 
@@ -37,7 +43,6 @@ __all__ = ["State", "check_files", "parse_state", "read_manifest", "read_state"]
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_BYTES = 1 << 62
 _SELF_DIGEST = re.compile(rb'"self_digest": "([0-9a-f]{32})"\n?\}\n?\Z')
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,250}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -136,6 +141,7 @@ def _parse_manifest(data: bytes, check: _Checker) -> Manifest:
         raise check.fail(f"'format' is {node.get('format')!r:.100}, expected 'keepstep'")
     _check_self_digest(data, check)  # first: a flipped bit must not read as a newer version
     check.schema(node)
+    files = _parse_files(node, check)
     return Manifest(
         id=check.need(node, "id", str),
         created_at=check.need(node, "created_at", str),
@@ -148,7 +154,8 @@ def _parse_manifest(data: bytes, check: _Checker) -> Manifest:
         run=check.need(node, "run", str),
         attempt=check.size(node, "attempt"),
         environment=check.need(node, "environment", dict),
-        files=_parse_files(node, check),
+        files=files,
+        directories=_parse_directories(node, files, check),
     )
 
 
@@ -186,11 +193,9 @@ def _parse_tags(node: Mapping[str, Any], check: _Checker) -> tuple[str, ...]:
 def _parse_files(node: Mapping[str, Any], check: _Checker) -> dict[str, FileEntry]:
     files: dict[str, FileEntry] = {}
     for name, entry in check.need(node, "files", dict).items():
-        if not _FILE_NAME.match(name) or name == MANIFEST_NAME:
-            raise check.fail(
-                f"the file name {name!r:.100} is not allowed: one name in this directory, of letters, digits "
-                "and ._+=@-, is expected (no absolute path, no '..', no subdirectory)"
-            )
+        problem = "it is the manifest's own" if name == MANIFEST_NAME else problem_of_name(name)
+        if problem is not None:
+            raise check.fail(f"the file name {name!r:.100} is not allowed: {problem}")
         if not isinstance(entry, dict):
             raise check.fail(f"the entry of {name!r} is a {type(entry).__name__}")
         header_bytes = check.size(entry, "header_bytes") if "header_bytes" in entry else None
@@ -200,13 +205,34 @@ def _parse_files(node: Mapping[str, Any], check: _Checker) -> dict[str, FileEntr
             header_bytes=header_bytes,
             within=check.checkpoint(entry, "within") if "within" in entry else None,
         )
+        if header_bytes is not None and is_handed_over(name):
+            raise check.fail(f"{name!r:.100} is a segment, but lies below files/")
         if header_bytes is not None and (header_bytes > files[name].bytes or header_bytes < 8):
             raise check.fail(
                 f"'header_bytes' of {name!r} is {header_bytes} in a file of {files[name].bytes} bytes"
             )
-    if STATE_NAME not in files:
+    if STATE_NAME not in files and not all(map(is_handed_over, files)):
         raise check.fail(f"'files' does not name {STATE_NAME}")
     return files
+
+
+def _parse_directories(
+    node: Mapping[str, Any], files: Mapping[str, FileEntry], check: _Checker
+) -> tuple[str, ...]:
+    """Empty directories; and no file may lie where a directory has to be."""
+    names = check.need(node, "directories", list) if "directories" in node else []
+    for name in names:
+        problem = "a string is expected" if not isinstance(name, str) else None
+        if problem is None and name != HANDED_OVER:
+            problem = problem_of_name(name) if is_handed_over(name) else "it does not lie below files/"
+        if problem is not None:
+            raise check.fail(f"the directory {name!r:.100} is not allowed: {problem}")
+    both = files.keys() & set(directories_within(files, names))
+    if both:
+        raise check.fail(f"{min(both)!r:.100} is a file and a directory")
+    if STATE_NAME not in files and not files and not names:
+        raise check.fail("it names no file")
+    return tuple(names)
 
 
 def check_files(place: Place, manifest: Manifest) -> None:
@@ -219,12 +245,14 @@ def check_files(place: Place, manifest: Manifest) -> None:
 
 
 def read_state(place: Place, manifest: Manifest) -> State:
-    """Read, verify and check state.json.
+    """Read, verify and check state.json; an empty state if the checkpoint has none, but the user's files.
 
     Raises:
         DamagedCheckpointError: any of its kinds.
     """
-    entry = manifest.files[STATE_NAME]
+    entry = manifest.files.get(STATE_NAME)
+    if entry is None:
+        return State(tree=None, tensors={}, ranks=[])
     data = source_of(place).read_small(STATE_NAME, entry.bytes)
     if len(data) != entry.bytes:
         raise FileSizeError(place, f"{STATE_NAME} has {len(data)} bytes, but {entry.bytes} were committed")

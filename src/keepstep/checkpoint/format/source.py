@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
+from keepstep.checkpoint.format.names import parents_of
 from keepstep.errors import FileSizeError, ManifestError, MissingFileError
 
-__all__ = ["LocalSource", "OpenFile", "Place", "Source", "place_exists", "source_of"]
+__all__ = [
+    "LocalSource",
+    "OpenFile",
+    "Place",
+    "Source",
+    "has_plain_parents",
+    "place_exists",
+    "source_of",
+]
 
 
 class OpenFile(Protocol):
@@ -106,6 +115,45 @@ def place_exists(place: Place) -> bool:
 
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_INTO = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def has_plain_parents(directory: Path, name: str, known: set[str]) -> bool:
+    """Whether what leads from a checkpoint's directory to a file of it are directories, and no links.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the file.
+        known: directories that were looked at before; added to.
+    """
+    if "/" not in name or name.rpartition("/")[0] in known:
+        return True
+    for parent in parents_of(name):
+        if parent not in known:
+            try:
+                found = os.lstat(os.path.join(directory, parent))
+            except FileNotFoundError:
+                return True  # what is not there leads nowhere
+            if not stat.S_ISDIR(found.st_mode):
+                return False
+            known.add(parent)
+    return True
+
+
+def _open_within(directory: Path, name: str) -> int:
+    """Open a file for reading; nothing on the way may be a link."""
+    if "/" not in name:
+        return os.open(directory / name, _FLAGS)
+    *parents, last = name.split("/")
+    fd = os.open(directory, _INTO)
+    try:
+        for parent in parents:
+            inner = os.open(parent, _INTO | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        return os.open(last, _FLAGS, dir_fd=fd)
+    finally:
+        os.close(fd)
 
 
 class _LocalFile:
@@ -202,7 +250,10 @@ class LocalSource:
 
     def check_files(self, files: Mapping[str, FileEntry]) -> None:
         directory = self._directory
+        known: set[str] = set()
         for name, entry in files.items():
+            if not has_plain_parents(directory, name, known):
+                raise ManifestError(directory, f"{name} lies behind a link; links are not followed")
             try:
                 found = os.lstat(os.path.join(directory, name))  # one call a file: a list has thousands
             except FileNotFoundError:
@@ -236,4 +287,4 @@ class LocalSource:
         return found
 
     def open(self, name: str, entry: FileEntry) -> OpenFile:
-        return _LocalFile(os.open(self._directory / name, _FLAGS))
+        return _LocalFile(_open_within(self._directory, name))

@@ -125,19 +125,20 @@ def _verify_file(
     source: Source, file: OpenFile, name: str, entry: FileEntry, inside: list[_Stored]
 ) -> Iterator[tuple[str | None, int]]:
     if entry.header_bytes is None:
-        yield _verify_small(file, name, entry), entry.bytes
+        yield from _verify_plain(file, name, entry)
         return
     inside.sort(key=lambda pair: (pair[1].offset, pair[1].bytes))
     yield from _verify_segment(source.place, file, name, entry, inside)
 
 
-def _verify_small(file: OpenFile, name: str, entry: FileEntry) -> str | None:
-    actual = digest_of(_exactly(file, 0, entry.bytes))
-    return (
-        None
-        if actual == entry.digest
-        else f"{name} has the digest {actual}, but {entry.digest} was committed"
-    )
+def _verify_plain(file: OpenFile, name: str, entry: FileEntry) -> Iterator[tuple[str | None, int]]:
+    hasher = xxhash.xxh3_128()
+    for begin in range(0, entry.bytes, _CHUNK_BYTES):
+        chunk = _exactly(file, begin, min(_CHUNK_BYTES, entry.bytes - begin))
+        hasher.update(chunk)
+        yield None, len(chunk)
+    if (actual := hasher.hexdigest()) != entry.digest:
+        yield f"{name} has the digest {actual}, but {entry.digest} was committed", 0
 
 
 def _verify_segment(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from keepstep.checkpoint.format.manifest import (
+    STATE_NAME,
     FileEntry,
     Manifest,
     TensorEntry,
@@ -23,6 +24,7 @@ from keepstep.checkpoint.format.manifest import (
     digest_of,
     stored_parts,
 )
+from keepstep.checkpoint.format.names import HANDED_OVER
 from keepstep.checkpoint.format.parse import State, check_files, read_manifest, read_state
 from keepstep.checkpoint.format.source import OpenFile, Place, Source, source_of
 from keepstep.checkpoint.loading.passes import (
@@ -41,6 +43,7 @@ from keepstep.errors import (
     FileSizeError,
     ManifestError,
     MissingFileError,
+    UsageError,
 )
 from keepstep.tree import DTYPES
 
@@ -62,6 +65,11 @@ class Reader:
 
     @functools.cached_property
     def _state(self) -> State:
+        if STATE_NAME not in self.manifest.files:
+            raise UsageError(
+                f"{self.place} holds no state: it was made of a directory. Its files are in "
+                f"{self.place}/{HANDED_OVER}"
+            )
         return read_state(self.place, self.manifest)
 
     @property

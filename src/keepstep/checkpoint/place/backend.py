@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Final, Protocol
 
 from keepstep.checkpoint.format.manifest import FileEntry
@@ -46,8 +47,11 @@ class Workspace(Protocol):
     def open(self) -> None:
         """Make room for it; clear what dead processes left of the same checkpoint."""
 
+    def make_directory(self, name: str) -> None:
+        """Make a directory within it, and those that lead there; writing a file makes them as well."""
+
     def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
-        """Create a segment of `size_bytes`, to be filled by several threads; it must not exist."""
+        """Create a file of `size_bytes`, to be filled by several threads; it must not exist."""
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file; it need not be durable before the commit."""
@@ -68,6 +72,9 @@ class Workspace(Protocol):
             FileNotFoundError: it is gone, or that name belongs to another checkpoint by now.
             OSError: the place refuses; nothing of it is left, and it can be written instead.
         """
+
+    def adopt(self, name: str, path: Path) -> None:
+        """Make `name` hold a durable file of the disk that nobody writes to any more, linked if possible."""
 
     def commit(self, manifest: bytes) -> None:
         """Make everything durable, then publish the checkpoint in one step."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import errno
+import json
 import logging
 import re
 import secrets
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Final
 
 from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, Manifest
@@ -76,13 +78,23 @@ class BucketBackend:
         return self._committed(self._listing())
 
     def _committed(self, listing: Listing, place: str = "") -> list[tuple[int, Place]]:
-        found: list[tuple[int, Place]] = []
+        """By rising number; of two names of one number the shorter counts."""
+        found = self._all_committed(listing, place)
+        numbered = {_number(source.name) or 0: source for source in found}
+        return [(number, numbered[number]) for number in sorted(numbered)]
+
+    def _all_committed(self, listing: Listing, place: str = "") -> list[BucketSource]:
+        """Those with the longest names first."""
+        found = []
         for key, seen in listing.found.items():
             name, _, file = key.removeprefix(place).partition("/")
-            match = CHECKPOINT_NAME.match(name)
-            if match and key.startswith(place) and file == MANIFEST_NAME and seen.bytes:
-                found.append((int(match[1]), self._source(f"{place}{name}", listing)))
-        return sorted(found, key=lambda numbered: numbered[0])
+            if CHECKPOINT_NAME.match(name) and key.startswith(place) and file == MANIFEST_NAME and seen.bytes:
+                found.append(self._source(f"{place}{name}", listing))
+        return sorted(found, key=lambda source: -len(source.name))
+
+    def names_begun(self) -> list[str]:
+        """Of all checkpoints here, those included that were never committed."""
+        return sorted({key.partition("/")[0] for key in self._listing().found if _number(key) is not None})
 
     def set_aside_before(self) -> list[tuple[int, Place]]:
         return self._committed(Listing({f.key: f for f in self._objects.list(_DAMAGED)}), f"{_DAMAGED}/")
@@ -129,10 +141,8 @@ class BucketBackend:
         self._objects.put(_WRITER, this_process().dump())
 
     def _writer(self) -> Claimant | None:
-        try:
-            return parse_claim(self._objects.get(_WRITER))[0]
-        except FileNotFoundError:
-            return None
+        said = self._content(_WRITER)
+        return None if said is None else parse_claim(said)[0]
 
     def _is_writer(self) -> bool:
         holder = self._writer()
@@ -174,14 +184,37 @@ class BucketBackend:
                     )
         return self._workspace(name, keeps_parts=True)
 
-    def _workspace(self, name: str, *, keeps_parts: bool = False) -> BucketWorkspace:
+    def reserve_in_place_of(self, name: str) -> BucketWorkspace:
+        """A workspace under a name that the caller alone writes; what lies there goes first.
+
+        For one of several processes that share a place by agreement: it need not claim it.
+        """
+        with explained_bucket(self):
+            self.delete_unclaimed(self._source(name))
+            claim = self._claim()
+            if not self._objects.create(f"{name}/{CLAIM_NAME}", claim):
+                raise StoreBusyError(
+                    f"{self}/{name} is being written by another process, one that was taken for dead "
+                    "perhaps. It was left alone"
+                )
+        return self._workspace(name, is_writer=lambda: self._content(f"{name}/{CLAIM_NAME}") == claim)
+
+    def _workspace(
+        self, name: str, *, keeps_parts: bool = False, is_writer: Callable[[], bool] | None = None
+    ) -> BucketWorkspace:
         return BucketWorkspace(
             self._objects,
             self._source(name),
-            is_writer=self._is_writer,
+            is_writer=is_writer or self._is_writer,
             in_use=self._in_use,
             keeps_parts=keeps_parts,
         )
+
+    def _content(self, key: str) -> bytes | None:
+        try:
+            return self._objects.get(key)
+        except FileNotFoundError:
+            return None
 
     def _claim(self, **more: object) -> bytes:
         return this_process().dump(token=secrets.token_hex(8), **more)
@@ -205,13 +238,27 @@ class BucketBackend:
             self._check_writer()
             if not place.exists():
                 raise FileNotFoundError(2, "it was deleted already", f"{place.prefix}/{MANIFEST_NAME}")
-            doomed = self._keys_of(place)
-            if doomed is None:
-                doomed = {found.key for found in self._objects.list(place.prefix)}
-            with self._in_use.deleting(doomed) as free:
-                self._objects.delete([f"{place.prefix}/{MANIFEST_NAME}"])  # from here on it is no checkpoint
-                self._objects.delete(free - self._named(self._listing()))
-            self._objects.delete([f"{place.prefix}/{CLAIM_NAME}"])
+            self._delete(place, self._keys_of(place))
+
+    def _delete(self, place: BucketSource, doomed: set[str] | None) -> None:
+        """Delete a checkpoint and these objects, or all that lie there, but for those that others name."""
+        if doomed is None:
+            doomed = {found.key for found in self._objects.list(place.prefix)}
+        with self._in_use.deleting(doomed) as free:
+            self._objects.delete([f"{place.prefix}/{MANIFEST_NAME}"])  # from here on it is no checkpoint
+            self._objects.delete(free - self._named(self._listing()))
+        self._objects.delete([f"{place.prefix}/{CLAIM_NAME}"])
+
+    def delete_unclaimed(self, place: BucketSource) -> None:
+        """Delete what lies under a name, finished or not, without becoming the one process that writes here.
+
+        The caller sees to it that nobody links to it: the writer links only to the newest checkpoint that
+        it has committed, and that one is not deleted while it runs.
+        """
+        with explained_bucket(place, "deleting"):
+            left = {found.key for found in self._objects.list(place.prefix)}
+            if left:
+                self._delete(place, left | (self._keys_of(place) or set()))
 
     def _keys_of(self, place: BucketSource) -> set[str] | None:
         """The objects that a checkpoint's manifest names; None if it can't be read."""
@@ -224,26 +271,28 @@ class BucketBackend:
         """Every object that a remaining manifest names; those set aside count."""
         named: set[str] = set()
         for place in ("", f"{_DAMAGED}/"):
-            for number, source in self._committed(listing, place):
-                assert isinstance(source, BucketSource)
+            for source in self._all_committed(listing, place):
                 try:
                     manifest = read_manifest(source)
                 except DamagedCheckpointError:
-                    named |= self._perhaps_named(number, source, listing)
+                    named |= self._perhaps_named(source, listing)
                 else:
-                    named |= _keys(self._source(checkpoint_name(number)), manifest)
+                    named |= _keys(self._source(source.name), manifest)
         return named
 
-    def _perhaps_named(self, number: int, source: BucketSource, listing: Listing) -> set[str]:
+    def _perhaps_named(self, source: BucketSource, listing: Listing) -> set[str]:
         """All that a manifest that can't be read may name: a person, or a newer keepstep, may read it."""
         try:
             said = self._objects.get(f"{source.prefix}/{MANIFEST_NAME}")
         except FileNotFoundError:
             return set()
-        own = checkpoint_name(number)
         homes = {name.decode() for name in _NAMES.findall(said)}
         found = [(key, *key.partition("/")[::2]) for key in listing.found]
-        return {key for key, home, file in found if home == own or (home in homes and file.encode() in said)}
+        return {
+            key
+            for key, home, file in found
+            if home == source.name or (home in homes and json.dumps(file).encode() in said)
+        }
 
     def set_aside(self, place: Place) -> Place:
         assert isinstance(place, BucketSource)
@@ -262,27 +311,27 @@ class BucketBackend:
         by taking the key of its manifest.
         """
         listing = self._listing()
-        files: defaultdict[int, dict[str, FoundLike]] = defaultdict(dict)
+        files: defaultdict[str, dict[str, FoundLike]] = defaultdict(dict)
         for key, found in listing.found.items():
-            number = _number(key)
-            if number is not None:
-                files[number][key.partition("/")[2]] = found
-        committed = {number for number, inside in files.items() if _is_committed(inside)}
-        aside = {number for number, _ in self._committed(listing, f"{_DAMAGED}/")}
+            name, _, file = key.partition("/")
+            if CHECKPOINT_NAME.match(name):
+                files[name][file] = found
+        committed = {name for name, inside in files.items() if _is_committed(inside)}
+        aside = {source.name for source in self._all_committed(listing, f"{_DAMAGED}/")}
         left = sorted(files.keys() - committed - aside)
-        doomed = [f"{checkpoint_name(number)}/{file}" for number in left for file in files[number]]
+        newest = max((_number(name) or 0 for name in committed), default=-1)
+        doomed = [f"{name}/{file}" for name in left for file in files[name]]
         with self._in_use.deleting(doomed) as free:
             keep = set(doomed) - free | (self._named(self._listing()) if left else set())
-            for number in left:
-                if self._give_up(number, files[number]):
-                    forget = number < max(committed, default=-1) and _is_old(files[number])
-                    self._clear(checkpoint_name(number), files[number], keep, forget=forget)
+            for name in left:
+                if self._give_up(name, files[name]):
+                    forget = (_number(name) or 0) < newest and _is_old(files[name])
+                    self._clear(name, files[name], keep, forget=forget)
 
-    def _give_up(self, number: int, files: dict[str, FoundLike]) -> bool:
+    def _give_up(self, prefix: str, files: dict[str, FoundLike]) -> bool:
         """See to it that an attempt can't be committed any more; False if it stays."""
         if MANIFEST_NAME in files or CLAIM_NAME not in files:
             return True  # given up before, or the rest of a deletion
-        prefix = checkpoint_name(number)
         who, said = parse_claim(self._objects.get(f"{prefix}/{CLAIM_NAME}"))
         resumable = "checkpoint" in said and not _is_old(files)
         if resumable or (who is not None and who.is_here):

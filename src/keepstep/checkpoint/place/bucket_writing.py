@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike, missing
 from keepstep.checkpoint.place.in_use import KeysInUse
@@ -161,6 +161,7 @@ class BucketWorkspace:
         self._linked: list[str] = []
         self._written: set[str] = set()
         self._keeps_parts = keeps_parts
+        self._read: dict[str, Manifest] = {}
 
     def check(self) -> None:
         """The number is this attempt's own."""
@@ -170,6 +171,9 @@ class BucketWorkspace:
 
     def open(self) -> None:
         """The claim made room for it."""
+
+    def make_directory(self, name: str) -> None:
+        """Nothing: a bucket has no directories; the manifest names those that are empty."""
 
     def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
         key = f"{self.final.prefix}/{name}"
@@ -186,7 +190,9 @@ class BucketWorkspace:
         if name != file:
             raise missing(f"{checkpoint}/{file}")  # an object has one name
         try:
-            entry = read_manifest(BucketSource(self._objects, checkpoint)).files[file]
+            if checkpoint not in self._read:
+                self._read[checkpoint] = read_manifest(BucketSource(self._objects, checkpoint))
+            entry = self._read[checkpoint].files[file]
         except (DamagedCheckpointError, KeyError):
             raise missing(f"{checkpoint}/{file}") from None
         home = entry.within or checkpoint
@@ -220,6 +226,9 @@ class BucketWorkspace:
         else:
             self._objects.put(key, path.read_bytes())
             progress(size_bytes)
+
+    def adopt(self, name: str, path: Path) -> None:
+        self.upload_file(name, path, path.stat().st_size, lambda _: None)
 
     def commit(self, manifest: bytes) -> None:
         """Publish. Everything named by the manifest is durable already."""

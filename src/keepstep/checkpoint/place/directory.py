@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import threading
 from pathlib import Path
 
-from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME
+from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, Workspace, checkpoint_name
 from keepstep.checkpoint.place.claimant import parse_claim, this_process
-from keepstep.checkpoint.place.local import LocalWorkspace, delete_checkpoint, empty_trash, explained, sweep
+from keepstep.checkpoint.place.deletion import delete_checkpoint, empty_trash
+from keepstep.checkpoint.place.local import LocalWorkspace, explained, sweep
 from keepstep.errors import CheckpointNotFoundError, StoreBusyError
 from keepstep.files import Files, StoreLock, free_bytes
 
 __all__ = ["LocalBackend", "forget_places_after_fork"]
+
+
+log = logging.getLogger(__name__)
 
 
 class _Places:
@@ -166,12 +171,29 @@ def _names_by_number(root: Path) -> dict[int, str]:
     """Directories that are called like checkpoints; each save looks, so a thousand must be no burden."""
     try:
         with os.scandir(root) as entries:
-            return {
-                int(match[1]): entry.name
+            found = [
+                (int(match[1]), entry.name)
                 for entry in entries
                 if (match := CHECKPOINT_NAME.match(entry.name)) and entry.is_dir()
-            }
+            ]
     except FileNotFoundError:
         return {}
     except NotADirectoryError:
         raise CheckpointNotFoundError(f"{root} is a file; give a directory that holds checkpoints") from None
+    names = dict(found)
+    return names if len(names) == len(found) else _one_of_each(root, found)
+
+
+def _one_of_each(root: Path, found: list[tuple[int, str]]) -> dict[int, str]:
+    """Where two names are one number, the one that is a checkpoint counts; of two, the shorter name."""
+
+    def merit(numbered: tuple[int, str]) -> tuple[bool, int]:
+        return os.path.lexists(root / numbered[1] / MANIFEST_NAME), -len(numbered[1])
+
+    names = dict(sorted(found, key=merit))
+    for number, name in found:
+        if name != names[number]:
+            log.warning(
+                "%s is not looked at: %s has the same number. Rename one of them", root / name, names[number]
+            )
+    return names

@@ -42,6 +42,9 @@ class JoinedWorkspace:
                 str(self.path),
             )
 
+    def make_directory(self, name: str) -> None:
+        self._files.make_directory(self.path / name)
+
     def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
         return self._files.create_segment(self.path / name, size_bytes)
 
@@ -53,6 +56,9 @@ class JoinedWorkspace:
         raise FileNotFoundError(
             errno.ENOENT, "ranks link nothing", str(self.final.parent / checkpoint / file)
         )
+
+    def adopt(self, name: str, path: Path) -> None:
+        self._files.link(path, self.path / name)
 
     def commit(self, manifest: bytes) -> None:
         """Nothing: rank 0 commits."""

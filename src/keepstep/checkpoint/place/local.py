@@ -14,13 +14,16 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from keepstep.checkpoint.format.known import KnownManifests
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
-from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.format.names import directories_within
+from keepstep.checkpoint.format.source import has_plain_parents
+from keepstep.checkpoint.place.deletion import foreign_names, is_ours
 from keepstep.errors import (
-    CheckpointBusyError,
     DamagedCheckpointError,
     DirectoryNotOursError,
     KeepstepError,
@@ -33,10 +36,7 @@ from keepstep.files import DirectoryLock, Files, SegmentFile
 
 __all__ = [
     "LocalWorkspace",
-    "delete_checkpoint",
-    "empty_trash",
     "explained",
-    "reading",
     "replaced_path",
     "sweep",
 ]
@@ -98,7 +98,7 @@ def _check_target(directory: Path) -> bool:
         ) from None
     if not entries:
         return False
-    if _is_ours(directory):
+    if is_ours(directory):
         return True
     shown = ", ".join(sorted(entries)[:5])
     raise DirectoryNotOursError(
@@ -106,11 +106,6 @@ def _check_target(directory: Path) -> bool:
         f"{directory} is not empty and was not written by keepstep (it holds {shown}). Nothing was changed. "
         "Choose an empty or new directory",
     )
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether a directory holds a checkpoint of keepstep's."""
-    return bool(_names_of_ours(directory))
 
 
 class LocalWorkspace:
@@ -123,6 +118,9 @@ class LocalWorkspace:
         self._files = files
         self._lock: DirectoryLock | None = None
         self._unsynced: set[str] = set()
+        self._directories: dict[str, None] = {}
+        self._making = threading.Lock()
+        self._known = KnownManifests()
 
     def check(self) -> None:
         _check_target(self.final)
@@ -145,33 +143,60 @@ class LocalWorkspace:
             else:
                 lock.release()
 
+    def make_directory(self, name: str) -> None:
+        if name in self._directories:
+            return
+        with self._making:  # threads that write files may need the same one
+            for directory in directories_within((), [name]):
+                if directory not in self._directories:
+                    self._files.make_unfinished(self.path / directory)
+                    self._directories[directory] = None
+
+    def _place(self, name: str) -> Path:
+        """Where a file is to lie; its directory is there."""
+        if "/" in name:
+            self.make_directory(name.rpartition("/")[0])
+        return self.path / name
+
     def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
-        return self._files.create_segment(self.path / name, size_bytes)
+        return self._files.create_segment(self._place(name), size_bytes)
 
     def write_file(self, name: str, data: bytes) -> None:
-        self._files.write_file(self.path / name, data, durable=False)
+        self._files.write_file(self._place(name), data, durable=False)
         self._unsynced.add(name)
+
+    def adopt(self, name: str, path: Path) -> None:
+        self._files.link(path, self._place(name))
 
     def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
         directory = self.final.parent / checkpoint
         source = directory / file
-        if not _says(directory, file, committed):  # deleted, or the next one to get its number
+        if not self._says(directory, file, committed):  # deleted, or the next one to get its number
             raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
         found = os.stat(source, follow_symlinks=False)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != committed.bytes:
+        plain = stat.S_ISREG(found.st_mode) and has_plain_parents(directory, file, set())
+        if not plain or found.st_size != committed.bytes:
             raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
+        target = self._place(name)
         try:
-            self._files.link(source, self.path / name)
+            self._files.link(source, target)
         except OSError:
             with contextlib.suppress(OSError):
-                self._files.remove_file(self.path / name)  # a copy that was cut off
+                self._files.remove_file(target)  # a copy that was cut off
             raise
         return None
+
+    def _says(self, directory: Path, file: str, committed: FileEntry) -> bool:
+        """Whether the manifest in a directory says just this of a file."""
+        try:
+            return self._known.read(directory).files.get(file) == committed
+        except DamagedCheckpointError:
+            return False
 
     def _finish_replacement(self) -> None:
         """End what a process began that died between the two renames, or just after them."""
         aside = replaced_path(self.final)
-        if not os.path.lexists(aside) or not _is_ours(aside):
+        if not os.path.lexists(aside) or not is_ours(aside):
             return
         if self.final.exists():
             self._remove_aside(aside)
@@ -190,7 +215,7 @@ class LocalWorkspace:
         if replaces:
             self._keep_foreign_files()
         self.write_file(MANIFEST_NAME, manifest)
-        self._files.sync(self.path, sorted(self._unsynced))
+        self._files.sync(self.path, [*self._directories, *sorted(self._unsynced)])
         if not replaces:
             self._files.rename(self.path, self.final)  # <- commit: after this line the checkpoint exists
             self._files.sync_directory(self.final.parent)
@@ -220,15 +245,15 @@ class LocalWorkspace:
 
     def _keep_foreign_files(self) -> None:
         """What somebody put beside an older checkpoint stays beside the new one."""
-        ours = {MANIFEST_NAME, *read_manifest(self.final).files}
-        for entry in sorted(set(os.listdir(self.final)) - ours):
-            if os.path.lexists(self.path / entry):
+        for name in foreign_names(self.final):
+            target = self._place(name)
+            if os.path.lexists(target):
                 raise DirectoryNotOursError(
                     errno.EEXIST,
-                    f"{self.final / entry} was not written by keepstep, and the new checkpoint has a file of "
+                    f"{self.final / name} was not written by keepstep, and the new checkpoint has a file of "
                     "that name. Nothing was changed. Move it away, or choose another directory",
                 )
-            _link_tree(self._files, self.final / entry, self.path / entry)
+            _link_tree(self._files, self.final / name, target)
 
     def _replace_in_two_steps(self) -> None:
         aside = replaced_path(self.final)
@@ -245,14 +270,6 @@ class LocalWorkspace:
         self._files.rename(aside, self.path)  # a name that is swept, should the removal be cut off
         self._files.sync_directory(self.final.parent)
         self._files.remove_tree(self.path)
-
-
-def _says(directory: Path, file: str, committed: FileEntry) -> bool:
-    """Whether the manifest in a directory says just this of a file."""
-    try:
-        return read_manifest(directory).files.get(file) == committed
-    except DamagedCheckpointError:
-        return False
 
 
 def _link_tree(files: Files, source: Path, target: Path) -> None:
@@ -300,92 +317,3 @@ def _remove_if_possible(files: Files, path: Path) -> None:
     except OSError as error:
         if path.exists():
             log.warning("could not remove %s (%s); the next save tries again", path, error)
-
-
-def delete_checkpoint(files: Files, directory: Path, trash: Path) -> None:
-    """Delete a checkpoint: out of sight by one rename first, then its files.
-
-    Files that keepstep did not write are not deleted: they stay, in a directory of the old name. If a link
-    stands for the checkpoint, the link goes and what it points to stays: it lies outside the store.
-
-    Raises:
-        CheckpointBusyError: it is being read.
-        StoreError: its manifest is damaged, so there is no telling which files are keepstep's.
-    """
-    if directory.is_symlink():
-        log.warning("%s is a link; what it points to, %s, is kept", directory, directory.resolve())
-        files.remove_file(directory)
-        return
-    names = _names_of_ours(directory)
-    if names is None:
-        raise StoreError(
-            f"{directory} was not deleted: its manifest can't be read, so there is no telling which of its "
-            "files keepstep wrote. Look at what is left, and remove the directory by hand"
-        )
-    files.make_directory(trash)
-    doomed = trash / f"{directory.name}.{secrets.token_hex(4)}"
-    with _unread(directory):
-        files.rename(directory, doomed)
-    files.sync_directory(directory.parent)
-    _remove(files, doomed, names)
-    if doomed.exists():
-        log.warning("%s held files that keepstep did not write; they were kept", directory)
-        if not directory.exists():
-            files.rename(doomed, directory)
-
-
-@contextlib.contextmanager
-def reading(directory: Path) -> Iterator[None]:
-    """Hold off the deletion of a checkpoint while it is read; without effect where there are no locks.
-
-    Who finds the mark taken is late: the checkpoint is being deleted, and the read will say that it is gone.
-    """
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):
-            held.callback(DirectoryLock(directory, shared=True).release)
-        yield
-
-
-@contextlib.contextmanager
-def _unread(directory: Path) -> Iterator[None]:
-    """Hold off readers while a checkpoint is taken out of sight."""
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # without locks nobody can be held off
-            try:
-                held.callback(DirectoryLock(directory).release)
-            except BlockingIOError:
-                raise CheckpointBusyError(
-                    f"{directory} is being read by another process or thread and was not deleted. Delete it "
-                    "when they are done"
-                ) from None
-        yield
-
-
-def _names_of_ours(directory: Path) -> list[str] | None:
-    """What the manifest names, the manifest last; None if it can't be read. Without one, nothing is ours."""
-    try:
-        return [*read_manifest(directory).files, MANIFEST_NAME]
-    except DamagedCheckpointError:
-        return None if (directory / MANIFEST_NAME).exists() else []
-
-
-def _remove(files: Files, directory: Path, names: Iterable[str]) -> None:
-    """Remove these files in this order, then the directory if nothing is left."""
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            files.remove_file(directory / name)
-    with contextlib.suppress(FileNotFoundError):  # another thread empties the trash as well
-        if not os.listdir(directory):
-            files.remove_directory(directory)
-
-
-def empty_trash(files: Files, trash: Path) -> None:
-    """Finish deletions that a dead process began; what refuses to go stays in the trash."""
-    for entry in os.listdir(trash) if trash.is_dir() else []:
-        path = trash / entry
-        if path.is_symlink() or not path.is_dir():
-            continue
-        try:
-            _remove(files, path, _names_of_ours(path) or [])  # the manifest went with an earlier attempt
-        except OSError as error:
-            log.warning("could not remove %s (%s); the next process that writes tries again", path, error)

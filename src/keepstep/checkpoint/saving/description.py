@@ -1,14 +1,13 @@
-"""What is said of a checkpoint beside its state: by the user, and by the run that it belongs to."""
+"""What is said of a checkpoint beside its state: by the user, and by the run that it belongs to. No torch."""
 
 from __future__ import annotations
 
 import json
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
-import torch
 
 from keepstep.errors import UsageError
 
@@ -50,8 +49,9 @@ def describe(
     Raises:
         UsageError: naming the argument, its value and what is allowed.
     """
-    for name, value in (("step", step), ("epoch", epoch)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+    counts: list[tuple[str, object]] = [("step", step), ("epoch", epoch)]
+    for name, value in counts:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
             raise UsageError(f"{name} is {value!r}; expected a whole number or None")
     given_tags = (tags,) if isinstance(tags, str) else tuple(tags)
     if not all(isinstance(tag, str) and tag for tag in given_tags):
@@ -88,8 +88,8 @@ def _metric_name(name: object) -> str:
 
 
 def _metric(name: str, value: Any) -> float | int | str | bool:
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        if value.size != 1 if not isinstance(value, torch.Tensor) else value.numel() != 1:
+    if hasattr(value, "shape") and hasattr(value, "item"):  # a tensor, array or scalar of NumPy's
+        if math.prod(value.shape) != 1:
             raise UsageError(f"metric {name!r} has the shape {tuple(value.shape)}; expected one number")
         value = value.item()
     if not isinstance(value, float | int | str | bool):

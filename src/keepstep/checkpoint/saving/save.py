@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +17,12 @@ from keepstep.checkpoint.format.manifest import (
     Manifest,
     TensorEntry,
     digest_of,
-    dump_manifest,
     dump_state,
 )
 from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.saving.committing import commit
 from keepstep.checkpoint.saving.description import Description, Lineage
-from keepstep.checkpoint.saving.environment import describe_environment
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.staging import BlockPool, SideStreams, TensorBytes
@@ -291,22 +288,7 @@ def publish(workspace: Workspace, content: Content, said: Description, lineage: 
     for name, data in {**content.small, STATE_NAME: state}.items():
         workspace.write_file(name, data)
         files[name] = FileEntry(bytes=len(data), digest=digest_of(data))
-    manifest = Manifest(
-        id=secrets.token_hex(8),
-        created_at=dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
-        step=said.step,
-        epoch=said.epoch,
-        metrics=said.metrics,
-        tags=said.tags,
-        pinned=said.pinned,
-        parent=lineage.parent,
-        run=lineage.run,
-        attempt=lineage.attempt,
-        environment={**describe_environment(), "world_size": content.world_size, **said.environment},
-        files=files,
-    )
-    workspace.commit(dump_manifest(manifest))
-    return manifest
+    return commit(workspace, files, said, lineage, world_size=content.world_size)
 
 
 def segment_writer(

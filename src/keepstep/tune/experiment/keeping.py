@@ -138,7 +138,9 @@ def _in_turn(
 def _from_worst(
     records: Sequence[CheckpointRecord], rules: Rules, messages: dict[str, str]
 ) -> list[CheckpointRecord]:
-    return _from_best(records, rules, messages)[::-1]
+    """Of several trials; of equals the one of the earlier iteration first."""
+    by_age = sorted(records, key=lambda record: record.iteration)
+    return _from_best(by_age, rules, messages)[::-1]
 
 
 def _from_best(

@@ -1,9 +1,11 @@
-"""Deletes checkpoints of trials, and sweeps what starts of trials that died have left."""
+"""Deletes checkpoints of trials, and sweeps what starts of trials that died have left. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+from keepstep.tune.places import open_place
 
 __all__ = ["delete", "sweep"]
 
@@ -13,7 +15,7 @@ def delete(path: str, names: Iterable[str], storage_options: Mapping[str, Any] |
 
     Args:
         path: the address of the trial's directory.
-        names: of its checkpoints.
+        names: of its checkpoints; while the trial runs, not the newest of them.
         storage_options: for a bucket.
 
     Returns:
@@ -22,7 +24,8 @@ def delete(path: str, names: Iterable[str], storage_options: Mapping[str, Any] |
     Raises:
         StoreError: the place refuses.
     """
-    raise NotImplementedError(path, names, storage_options)
+    place = open_place(path, storage_options)
+    return [name for name in names if not place.delete(name)]
 
 
 def sweep(path: str, known: Collection[str], storage_options: Mapping[str, Any] | None = None) -> list[str]:
@@ -32,7 +35,7 @@ def sweep(path: str, known: Collection[str], storage_options: Mapping[str, Any] 
 
     Args:
         path: the address of the trial's directory; it may be missing.
-        known: the names of the checkpoints that the journal has, those that may go included.
+        known: the names of the checkpoints that the journal has.
         storage_options: for a bucket.
 
     Returns:
@@ -41,4 +44,6 @@ def sweep(path: str, known: Collection[str], storage_options: Mapping[str, Any] 
     Raises:
         StoreError: the place refuses.
     """
-    raise NotImplementedError(path, known, storage_options)
+    place = open_place(path, storage_options)
+    place.sweep()
+    return [name for name in place.names() if name not in known and place.delete(name)]
