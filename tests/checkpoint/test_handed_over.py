@@ -1,4 +1,4 @@
-"""A directory that the user hands over: kept file by file, linked, adopted, refused, killed at any instant."""
+"""Directories that users hand over: kept file by file, linked, adopted, refused, killed at any instant."""
 
 from __future__ import annotations
 
@@ -65,6 +65,10 @@ def made(root: Path, files: dict[str, bytes]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     return root
+
+
+def below(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def content(place: Place) -> dict[str, bytes]:
@@ -175,7 +179,7 @@ def test_a_directory_holds_no_state_to_be_loaded(tmp_path: Path) -> None:
     save(LocalWorkspace(LocalFiles(), tmp_path / "c"), made(tmp_path / "source", {"a": b"1"}))
     checkpoint = Checkpoint.open(tmp_path / "c")
     for load in (checkpoint.load, lambda: checkpoint.load_into({})):
-        with pytest.raises(UsageError, match="holds no state: it was made of a directory.*c/files"):
+        with pytest.raises(UsageError, match=r"holds no state: it was made of a directory.*c/files"):
             load()
 
 
@@ -261,7 +265,7 @@ def test_what_a_checkpoint_does_not_hold_is_named(tmp_path: Path, name: str) -> 
     make(source)
     with pytest.raises(DirectoryNotSavableError, match=message):
         save(LocalWorkspace(LocalFiles(), tmp_path / "c"), source)
-    assert os.listdir(tmp_path) == ["source"]
+    assert below(tmp_path) == ["source"]
 
 
 def test_there_must_be_a_directory(tmp_path: Path) -> None:
@@ -269,7 +273,7 @@ def test_there_must_be_a_directory(tmp_path: Path) -> None:
     for name, problem in (("gone", "does not exist"), ("file", "is no directory")):
         with pytest.raises(CheckpointNotFoundError, match=f"{name} {problem}"):
             save(LocalWorkspace(LocalFiles(), tmp_path / "c"), tmp_path / name)
-    assert os.listdir(tmp_path) == ["file"]
+    assert below(tmp_path) == ["file"]
 
 
 class Meddling(LocalFiles):
@@ -291,7 +295,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "removed": (lambda s: (s / "first").unlink(), "first vanished"),
     "removed before it is read": (lambda s: (s / "second").unlink(), "second vanished"),
     "replaced": (
-        lambda s: os.replace(made(s.parent, {"new": b""}) / "new", s / "first"),
+        lambda s: (made(s.parent, {"new": b""}) / "new").replace(s / "first"),
         "first was written",
     ),
     "all of it removed": (shutil.rmtree, "vanished while it was saved"),
@@ -305,11 +309,11 @@ def test_what_changes_while_it_is_read_is_not_committed(tmp_path: Path, name: st
     for path in source.iterdir():
         os.utime(path, (1, 1))  # long ago: what is written now shows
     act, message = CHANGES[name]
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(below(Path("/proc/self/fd")))
     with pytest.raises(DirectoryNotSavableError, match=f"{message}.*nothing was committed"):
         save(LocalWorkspace(Meddling(lambda: act(source)), tmp_path / "c"), source)
-    assert os.listdir(tmp_path) == (["source"] if source.exists() else [])
-    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the one that the test itself left open
+    assert below(tmp_path) == (["source"] if source.exists() else [])
+    assert len(below(Path("/proc/self/fd"))) <= before + 1  # the one that the test itself left open
 
 
 # -------------------------------------------------------------------- beside what is somebody else's
@@ -415,8 +419,8 @@ def test_a_disk_that_refuses_leaves_the_older_one_whole(tmp_path: Path, error: O
 def test_threads_that_fail_leave_nothing_open(tmp_path: Path) -> None:
     source = made(tmp_path / "source", {f"{n}": bytes(20 * MIB) for n in range(3)})
     for at in range(12, 20):
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(below(Path("/proc/self/fd")))
         with pytest.raises(StoreError):
             save(LocalWorkspace(FaultyFiles(at=at, error=NO_SPACE), tmp_path / "c"), source)
-        assert len(os.listdir("/proc/self/fd")) == before
-        assert os.listdir(tmp_path) == ["source"]
+        assert len(below(Path("/proc/self/fd"))) == before
+        assert below(tmp_path) == ["source"]

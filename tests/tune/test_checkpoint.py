@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import subprocess
@@ -200,5 +199,5 @@ def test_a_temporary_directory_may_go_once_it_is_saved(tmp_path: Path) -> None:
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "step").write_text(str(step))
             saver.save(Checkpoint.from_directory(directory), iteration=step, metrics={})
-    for step, name in enumerate(sorted(n for n in os.listdir(tmp_path / "trial") if n[0] != ".")):
-        assert (tmp_path / "trial" / name / "files" / "step").read_text() == str(step)
+    for step, saved in enumerate(sorted((tmp_path / "trial").glob("checkpoint_*"))):
+        assert (saved / "files" / "step").read_text() == str(step)

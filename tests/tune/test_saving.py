@@ -244,7 +244,7 @@ def test_a_trial_killed_while_it_saves_leaves_only_whole_checkpoints(tmp_path: P
             assert kept == {"large": bytes([step]) * (6 * MIB), "small": bytes([step])}
         known = found[: reported + 1]
         sweep(str(trial), known)
-        assert sorted(os.listdir(trial)) == sorted(
+        assert sorted(path.name for path in trial.iterdir()) == sorted(
             [*known, *([".keepstep"] if len(found) > len(known) else [])]
         )
 

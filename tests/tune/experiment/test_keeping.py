@@ -161,7 +161,7 @@ def holdings() -> list[Holding]:
 TURN = [
     ("ended", 2), ("ended", 0), ("best", 1), ("best", 2), ("runs", 0), ("runs", 1), ("ended", 1)
 ]  # fmt: skip
-"""The worst of those that ended, but the best of each; then of those that run, but the newest; then the rest."""
+"""The worst of those that ended, but the best of each; then of those that run, but the newest; the rest."""
 
 
 @pytest.mark.parametrize("budget", range(0, 100, 5))
