@@ -128,14 +128,14 @@ class Simulation:
     starts: int = 0
 
     def __post_init__(self) -> None:
-        self._made = ExperimentMade(time=0.0, id="sim", name="sim", trainable="formula", seed=0, spec={})
+        self.made = ExperimentMade(time=0.0, id="sim", name="sim", trainable="formula", seed=0, spec={})
         self._chance = random.Random(self.world.seed)
         self._weights: dict[tuple[str, str], float] = {}
         self._exhausted = False
         self._start_driver()
 
     def _start_driver(self) -> None:
-        self.history = History(self._made, "/sim")
+        self.history = History(self.made, "/sim")
         self.scheduler = self.make()
         self.scheduler.set_search_properties("score", "max", {}, saves_when_asked=self.world.classes)
         self.decider = Decider(

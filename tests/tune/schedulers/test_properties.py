@@ -15,6 +15,7 @@ from keepstep.tune.schedulers.async_hyperband import AsyncHyperBandScheduler
 from keepstep.tune.schedulers.base import FIFOScheduler, TrialScheduler
 from keepstep.tune.schedulers.hyperband import HyperBandScheduler
 from keepstep.tune.schedulers.median_stopping_rule import MedianStoppingRule
+from keepstep.tune.schedulers.pb2 import PB2
 from keepstep.tune.schedulers.pbt import PopulationBasedTraining
 
 TIME = "training_iteration"
@@ -36,6 +37,7 @@ SCHEDULERS: dict[str, Callable[[], TrialScheduler]] = {
     "median, soft": lambda: MedianStoppingRule(TIME, grace_period=2, hard_stop=False, min_time_slice=2),
     "pbt": lambda: population(perturbation_interval=3),
     "pbt, often": lambda: population(perturbation_interval=1, quantile_fraction=0.5),
+    "pb2": lambda: PB2(TIME, perturbation_interval=2, hyperparam_bounds={"quality": [0, 1]}),
     "pbt, in step": lambda: population(perturbation_interval=3, synch=True),
     "pbt, in step, late": lambda: population(perturbation_interval=2, synch=True, burn_in_period=5),
 }

@@ -31,6 +31,7 @@ def test_every_public_name_is_there() -> None:
         ("asha", {"metric": "loss", "mode": "min", "max_t": 7}),
         ("hyperband", {"max_t": 9}),
         ("median_stopping_rule", {"hard_stop": False}),
+        ("pb2", {"hyperparam_bounds": {"lr": [0, 1.5]}, "synch": True}),
         ("pbt", {**PBT, "perturbation_factors": (1.5, 0.5)}),
     ],
 )

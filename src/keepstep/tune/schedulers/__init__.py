@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from keepstep.tune.schedulers.async_hyperband import AsyncHyperBandScheduler as AsyncHyperBandScheduler
     from keepstep.tune.schedulers.hyperband import HyperBandScheduler as HyperBandScheduler
     from keepstep.tune.schedulers.median_stopping_rule import MedianStoppingRule as MedianStoppingRule
+    from keepstep.tune.schedulers.pb2 import PB2 as PB2
     from keepstep.tune.schedulers.pbt import PopulationBasedTraining as PopulationBasedTraining
+    from keepstep.tune.schedulers.pbt_replay import (
+        PopulationBasedTrainingReplay as PopulationBasedTrainingReplay,
+    )
 
 __all__ = sorted([*CLASSES, "TrialScheduler", "create_scheduler"])  # noqa: PLE0605
 

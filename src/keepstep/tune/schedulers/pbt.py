@@ -189,10 +189,10 @@ class PopulationBasedTraining(MeasuredScheduler):
 
     def _ready(self, member: Member, upper: Sequence[Member]) -> bool:
         """Whether one of the best has its checkpoint; if not, there may be one with the next result."""
-        if member.asked or not self.saves_when_asked or not upper or any(best.fresh for best in upper):
+        if not self.saves_when_asked or not upper or any(best.fresh for best in upper):
             return True
-        member.asked = True
-        return False
+        waited, member.asked = member.asked, True
+        return waited and any(best.trial.resume_from is not None for best in upper)
 
     def _quantiles(self) -> Quantiles:
         return quantiles(list(self._members.values()), self.quantile_fraction)
@@ -236,7 +236,7 @@ class PopulationBasedTraining(MeasuredScheduler):
         with_checkpoint = [best for best in upper if best.trial.resume_from is not None]
         sources = [best for best in with_checkpoint if best.fresh] or with_checkpoint
         if not sources:
-            if upper:
+            if upper and not self.saves_when_asked:
                 self.say_once(
                     "checkpoint",
                     f"{type(self).__name__}: {trial} is among the worst and goes on as it is: none of the "

@@ -19,7 +19,9 @@ CLASSES: Final[Mapping[str, str]] = {
     "FIFOScheduler": "base",
     "HyperBandScheduler": "hyperband",
     "MedianStoppingRule": "median_stopping_rule",
+    "PB2": "pb2",
     "PopulationBasedTraining": "pbt",
+    "PopulationBasedTrainingReplay": "pbt_replay",
 }
 """{class: its module, in this package}."""
 
@@ -32,6 +34,8 @@ _NAMES: Final[Mapping[str, str]] = {
     "median_stopping_rule": "MedianStoppingRule",
     "medianstopping": "MedianStoppingRule",
     "pbt": "PopulationBasedTraining",
+    "pbt_replay": "PopulationBasedTrainingReplay",
+    "pb2": "PB2",
 }
 
 
@@ -45,8 +49,8 @@ def create_scheduler(scheduler: str, **kwargs: Any) -> TrialScheduler:
     """A scheduler by name.
 
     Args:
-        scheduler: "fifo", "async_hyperband" (also "asha"), "hyperband", "median_stopping_rule" or
-            "pbt".
+        scheduler: "fifo", "async_hyperband" (also "asha"), "hyperband", "median_stopping_rule", "pbt",
+            "pbt_replay" or "pb2".
         kwargs: its arguments.
 
     Raises:
