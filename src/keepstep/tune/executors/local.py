@@ -135,10 +135,9 @@ class LocalExecutor:
     # ----------------------------------------------------------------------------------------- servers
 
     def _server(self, job: Job, grant: Grant) -> Server:
-        own = variables()
-        said = "OMP_NUM_THREADS" in own or "OMP_NUM_THREADS" in job.env
+        said = (variables() | dict(job.env)).get("OMP_NUM_THREADS", "")
         flavour = Flavour(
-            threads=None if said else max(1, math.ceil(job.resources.get("cpu", 0.0))),
+            threads=int(said) if said.isdecimal() else max(1, math.ceil(job.resources.get("cpu", 0.0))),
             gpus=bool(grant.devices) if self._pool.total.get(GPU) else None,
             env=tuple(sorted(job.env.items())),
         )

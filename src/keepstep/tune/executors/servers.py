@@ -29,21 +29,19 @@ class Flavour(NamedTuple):
     """What has to be so before anything is imported; trials that differ in it can't share a server.
 
     Attributes:
-        threads: for libraries that compute in threads; None: the environment says it already.
+        threads: for libraries that compute in threads.
         gpus: whether trials have any; None: there are none on this machine.
         env: the jobs' own variables.
     """
 
-    threads: int | None
+    threads: int
     gpus: bool | None
     env: tuple[tuple[str, str], ...]
 
     @property
     def variables(self) -> dict[str, str]:
         """As environment variables."""
-        told = {"TUNE_ORIG_WORKING_DIR": os.getcwd()}
-        if self.threads is not None:
-            told["OMP_NUM_THREADS"] = str(self.threads)
+        told = {"TUNE_ORIG_WORKING_DIR": os.getcwd(), "OMP_NUM_THREADS": str(self.threads)}
         if self.gpus is False:
             told["CUDA_VISIBLE_DEVICES"] = ""
         return told | dict(self.env)

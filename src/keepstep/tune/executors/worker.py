@@ -9,10 +9,9 @@ import socket
 import sys
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keepstep.errors import UsageError
-from keepstep.tune.checkpoint import Checkpoint
 from keepstep.tune.executors.channel import Channel, Place
 from keepstep.tune.executors.protocol import (
     Ended,
@@ -28,14 +27,17 @@ from keepstep.tune.executors.protocol import (
     Stop,
 )
 from keepstep.tune.result import AUTOMATIC_FIELDS, DONE, SHOULD_CHECKPOINT, TIME_THIS_ITER_S
-from keepstep.tune.saving import Saver
 from keepstep.tune.trainable.bundles import resource_dict_to_pg_factory
-from keepstep.tune.trainable.checkpoints import commit, load
 from keepstep.tune.trainable.function import call_function
 from keepstep.tune.trainable.kinds import is_class_trainable, saves_checkpoints
 from keepstep.tune.trainable.metrics import as_metrics, plain_metrics
+from keepstep.tune.trainable.savers import commit, load, make_saver, open_checkpoint
 from keepstep.tune.trainable.session import Session, TrialStopped, enter
 from keepstep.tune.trainable.trainable import Trainable
+
+if TYPE_CHECKING:
+    from keepstep.tune.checkpoint import Checkpoint
+    from keepstep.tune.saving import Saver
 
 __all__ = ["describe", "run_job"]
 
@@ -137,7 +139,7 @@ class _Start:
     def saver(self) -> Saver:
         """Commits this start's checkpoints; made when the first is saved."""
         if self._saver is None:
-            self._saver = Saver(
+            self._saver = make_saver(
                 self.job.path,
                 storage_options=self.job.storage_options,
                 lineage=self.job.lineage,
@@ -150,7 +152,7 @@ class _Start:
         """What to go on from."""
         if self.job.checkpoint is None:
             return None
-        return Checkpoint(self.job.checkpoint, storage_options=self.job.storage_options)
+        return open_checkpoint(self.job.checkpoint, storage_options=self.job.storage_options)
 
     def report(
         self,

@@ -1,4 +1,7 @@
-"""Checkpoints of a `Trainable`: what it writes or returns is committed, and handed back to it."""
+"""Checkpoints of trials: what a `Trainable` writes or returns is committed, and handed back to it.
+
+Loaded when the first checkpoint is made or asked for: `keepstep.tune.trainable.savers` says where it is.
+"""
 
 from __future__ import annotations
 

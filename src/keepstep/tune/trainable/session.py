@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keepstep.errors import UsageError
-from keepstep.tune.checkpoint import Checkpoint
 from keepstep.tune.trainable.bundles import PlacementGroupFactory
+
+if TYPE_CHECKING:
+    from keepstep.tune.checkpoint import Checkpoint
 
 __all__ = [
     "Session",

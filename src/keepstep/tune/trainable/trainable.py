@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
+import socket
 import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keepstep.errors import UsageError
 from keepstep.tune import result as names
-from keepstep.tune.checkpoint import Checkpoint
-from keepstep.tune.saving import Saver
 from keepstep.tune.trainable.bundles import PlacementGroupFactory
-from keepstep.tune.trainable.checkpoints import commit, load
+from keepstep.tune.trainable.savers import commit, load, make_saver, open_checkpoint
 from keepstep.tune.trainable.session import Session, current
+
+if TYPE_CHECKING:
+    from keepstep.tune.checkpoint import Checkpoint
 
 __all__ = ["Trainable", "TrainingResult"]
 
@@ -185,7 +186,7 @@ class Trainable:
             names.TIME_THIS_ITER_S: time_this_iter,
             names.TIME_TOTAL_S: self._time_total,
             names.PID: os.getpid(),
-            names.HOSTNAME: platform.node(),
+            names.HOSTNAME: socket.gethostname(),
             names.NODE_IP: "127.0.0.1",
             "config": self.config,
             names.TIME_SINCE_RESTORE: self._time_since_restore,
@@ -203,10 +204,9 @@ class Trainable:
         """
         parent = tempfile.mkdtemp() if checkpoint_dir is None else str(Path(checkpoint_dir).absolute())
         Path(parent).mkdir(parents=True, exist_ok=True)
-        saved = commit(self, Saver(parent, next_checkpoint=self._iteration), metrics={})
-        return TrainingResult(
-            checkpoint=Checkpoint(os.path.join(parent, saved.name)), metrics=dict(self._last_result)
-        )
+        saved = commit(self, make_saver(parent, next_checkpoint=self._iteration), metrics={})
+        made = open_checkpoint(str(Path(parent, saved.name)))
+        return TrainingResult(checkpoint=made, metrics=dict(self._last_result))
 
     def restore(self, checkpoint_path: TrainingResult | Checkpoint | str) -> None:
         """Go on from what `save` returned, or from a checkpoint's directory.
@@ -217,7 +217,7 @@ class Trainable:
         given = checkpoint_path
         metrics = given.metrics if isinstance(given, TrainingResult) else {}
         given = given.checkpoint if isinstance(given, TrainingResult) else given
-        load(self, given if isinstance(given, Checkpoint) else Checkpoint(given))
+        load(self, open_checkpoint(given) if isinstance(given, str | os.PathLike) else given)
         self._resume_at(
             int(metrics.get(names.TRAINING_ITERATION, 0)), float(metrics.get(names.TIME_TOTAL_S, 0))
         )
