@@ -40,8 +40,9 @@ class Flavour(NamedTuple):
 
     @property
     def variables(self) -> dict[str, str]:
-        """As environment variables."""
-        told = {"TUNE_ORIG_WORKING_DIR": os.getcwd(), "OMP_NUM_THREADS": str(self.threads)}
+        """The environment of its processes."""
+        told = {"OMP_NUM_THREADS": str(self.threads)} | variables()
+        told["TUNE_ORIG_WORKING_DIR"] = os.getcwd()
         if self.gpus is False:
             told["CUDA_VISIBLE_DEVICES"] = ""
         return told | dict(self.env)
@@ -87,7 +88,7 @@ class Server:
         return subprocess.Popen(
             [sys.executable, "-c", BOOTSTRAP, json.dumps(told)],
             pass_fds=(control, trainable),
-            env=variables() | self.flavour.variables,
+            env=self.flavour.variables,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
