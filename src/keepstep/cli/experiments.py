@@ -11,9 +11,11 @@ from typing import Any, Final, Literal
 
 from keepstep.cli.metrics import Metric, choose_metric, direction_of
 from keepstep.errors import ExperimentNotFoundError, KeepstepError, UsageError
+from keepstep.tune.assembly.opening import read_experiment
+from keepstep.tune.assembly.spec import newest_spec
 from keepstep.tune.experiment.history import History
-from keepstep.tune.experiment.journal import JOURNAL_NAME, read_journal
-from keepstep.tune.experiment.records import ExperimentMade, Record, ResultReported, TrialAgain
+from keepstep.tune.experiment.journal import JOURNAL_NAME
+from keepstep.tune.experiment.records import Record, ResultReported, TrialAgain
 from keepstep.tune.experiment.trial import Trial
 from keepstep.tune.logger.encoding import row_of
 from keepstep.tune.ranking import best_trial, number, score
@@ -138,13 +140,13 @@ def open_experiment(place: Path | str) -> Experiment:
         JournalError: its journal is damaged.
     """
     address = place if isinstance(place, str) else str(place.resolve())
-    records = read_journal(Path(address))
+    records = read_experiment(address)
     if not records:
         raise ExperimentNotFoundError(f"{address} holds an experiment that was never begun")
     return Experiment(
         history=History.of(records, address),
         records=records,
-        spec=records[0].spec if isinstance(records[0], ExperimentMade) else {},
+        spec=newest_spec(records),
         updated_s=records[-1].time,
     )
 

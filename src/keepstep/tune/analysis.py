@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keepstep.checkpoint.place.registry import is_address
-from keepstep.errors import UsageError
 from keepstep.tune.checkpoint import Checkpoint
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import read_journal
@@ -44,11 +42,6 @@ class ExperimentAnalysis:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(experiment, History):
-            if is_address(experiment):
-                raise UsageError(
-                    f"ExperimentAnalysis can't open {os.fspath(experiment)}: it is in a bucket. Use "
-                    "Tuner.restore(path, trainable, storage_options=...).get_results()"
-                )
             directory = Path(experiment).expanduser().absolute()
             experiment = History.of(read_journal(directory), str(directory))
         self._history = experiment

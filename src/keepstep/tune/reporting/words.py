@@ -44,12 +44,15 @@ def amount(number: float) -> str:
 
 
 def resources(used: Resources, total: Resources) -> str:
-    """What of each there is is used: "CPU 2/8, GPU 0.5/1"."""
-    return ", ".join(
-        f"{name.upper() if len(name) == 3 else name} {amount(used.get(name, 0.0))}/{amount(there)}"
-        for name, there in total.items()
-        if there
-    )
+    """What of each there is is used: "CPU 2/8, GPU 0.5/1"; memory only if trials ask for it."""
+    told = []
+    for name, there in total.items():
+        held = used.get(name, 0.0)
+        if name.endswith("memory"):
+            told += [f"{name} {bytes_in_words(held)}/{bytes_in_words(there)}"] if held else []
+        elif there:
+            told.append(f"{name.upper() if len(name) == 3 else name} {amount(held)}/{amount(there)}")
+    return ", ".join(told)
 
 
 def parameters(trial: Trial, most: int = 6) -> str:
