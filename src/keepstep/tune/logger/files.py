@@ -139,7 +139,8 @@ class TrialFiles:
             EXPR_PROGRESS_FILE: found.table.text(rows, header=True),
             EXPR_PARAM_FILE: params_text(trial.config),
         }
-        if self._uploads is None or not self._uploads.are_there(trial.dirname, texts):
+        uploads = self._uploads if trial.is_finished() else None  # a trial that goes on appends to its files
+        if uploads is None or not uploads.are_there(trial.dirname, texts):
             for name, text in texts.items():
                 self._attempt(found, self._make, name, text)
             if trial.error is not None and not Path(found.directory, EXPR_ERROR_FILE).exists():
