@@ -139,7 +139,11 @@ class Simulation:
         self.scheduler = self.make()
         self.scheduler.set_search_properties("score", "max", {}, saves_when_asked=self.world.classes)
         self.decider = Decider(
-            self.history, searcher=Given(self.configs), scheduler=self.scheduler, stopper=Never()
+            self.history,
+            searcher=Given(self.configs),
+            scheduler=self.scheduler,
+            stopper=Never(),
+            param_space={},
         )
 
     # ---------------------------------------------------------------------------------------- turns

@@ -256,7 +256,8 @@ def _decider(plan: Plan, history: History) -> Decider:
     scheduler.set_seed(history.made.seed)
     searcher.set_search_properties(tune.metric, tune.mode, plan.param_space, num_samples=tune.num_samples)
     scheduler.set_search_properties(tune.metric, tune.mode, {})
-    return Decider(history, searcher=searcher, scheduler=scheduler, stopper=make_stopper(plan.run.stop))
+    stopper, space = make_stopper(plan.run.stop), plan.param_space
+    return Decider(history, searcher=searcher, scheduler=scheduler, stopper=stopper, param_space=space)
 
 
 def _searcher(tune: TuneConfig) -> Searcher:

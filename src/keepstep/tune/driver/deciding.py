@@ -18,6 +18,7 @@ from keepstep.tune.experiment.trial import CheckpointRecord, Trial
 from keepstep.tune.result import DONE
 from keepstep.tune.schedulers.base import Decision, TrialScheduler
 from keepstep.tune.search.base import Searcher
+from keepstep.tune.search.space import completed, flat
 from keepstep.tune.stopper import Stopper
 
 __all__ = ["Decider", "Ledger", "Suggestion", "Verdict"]
@@ -110,21 +111,30 @@ class Decider:
         searcher: who suggests.
         scheduler: who decides which trials go on.
         stopper: who ends trials.
+        param_space: what suggestions are completed by.
     """
 
     def __init__(
-        self, history: History, *, searcher: Searcher, scheduler: TrialScheduler, stopper: Stopper
+        self,
+        history: History,
+        *,
+        searcher: Searcher,
+        scheduler: TrialScheduler,
+        stopper: Stopper,
+        param_space: Mapping[str, Any],
     ) -> None:
         self.ledger = Ledger(history)
         self.searcher = searcher
         self.scheduler = scheduler
         self.stopper = stopper
+        self._param_space = param_space
 
     def suggest(self, trial_id: str, number: int) -> Suggestion | str | None:
         """The configuration of a new trial; None: not now; `Searcher.FINISHED`: no more.
 
         Raises:
             TuneError: the searcher gave something else.
+            UsageError: it leaves a variable of `param_space` without a value.
         """
         found = self.searcher.suggest(trial_id)
         if found is None or found == Searcher.FINISHED:
@@ -134,8 +144,12 @@ class Decider:
                 f"{type(self.searcher).__name__}.suggest returned {found!r:.200}; expected a dict, None or "
                 "Searcher.FINISHED"
             )
-        config, drawn = self.scheduler.complete_config(number, found)
-        return Suggestion(config=config, evaluated={**self.searcher.evaluated(trial_id), **drawn})
+        evaluated = self.searcher.evaluated(trial_id)
+        whole = completed(self._param_space, found, by=type(self.searcher).__name__)
+        config, drawn = self.scheduler.complete_config(number, whole)
+        return Suggestion(
+            config=config, evaluated={**(flat(found) if evaluated is None else evaluated), **drawn}
+        )
 
     def messages(self) -> list[str]:
         """What they have to say since the last time."""

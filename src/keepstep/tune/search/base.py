@@ -100,14 +100,15 @@ class Searcher(Suggestible):
         """The configuration of a new trial.
 
         Returns:
-            It, nested; None: not now, ask again after the next result; `Searcher.FINISHED`: no more. None
+            It, nested; what `param_space` has besides is added to it. None: not now, ask again after the next
+            result; `Searcher.FINISHED`: no more. None
             must leave the searcher as it was: after a restart only suggestions that were made are asked for.
         """
         raise NotImplementedError
 
-    def evaluated(self, trial_id: str) -> dict[str, Any]:
-        """What of the trial's suggestion was drawn or picked: {"layer/width": 3}; {}: there is no telling."""
-        return {}
+    def evaluated(self, trial_id: str) -> dict[str, Any] | None:
+        """What of the trial's suggestion was drawn or picked: {"layer/width": 3}; None: all of it was."""
+        return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """A trial reported."""

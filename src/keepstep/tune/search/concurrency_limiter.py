@@ -71,7 +71,7 @@ class ConcurrencyLimiter(Searcher):
             self._live[trial_id] = None
         return found
 
-    def evaluated(self, trial_id: str) -> dict[str, Any]:
+    def evaluated(self, trial_id: str) -> dict[str, Any] | None:
         return self.searcher.evaluated(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from keepstep.errors import MissingPackageError, UsageError
 from keepstep.tune.result import DEFAULT_METRIC, TRAINING_ITERATION, look_up
 from keepstep.tune.search.base import Searcher
 from keepstep.tune.search.basic_variant import checked_points
-from keepstep.tune.search.space import completed, variables
+from keepstep.tune.search.space import variables
 
 try:
     import optuna
@@ -248,9 +248,7 @@ class OptunaSearch(Searcher):
         assert self._space is not None
         trial, config, evaluated = self._space.suggest(self._study)
         self._asked[trial_id] = _Asked(trial, evaluated)
-        return (
-            completed(self._param_space, config, by="OptunaSearch") if self._own_space is not None else config
-        )
+        return config
 
     def evaluated(self, trial_id: str) -> dict[str, Any]:
         return dict(self._asked[trial_id].evaluated) if trial_id in self._asked else {}

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from keepstep.errors import UsageError
 from keepstep.tune.result import look_up
 from keepstep.tune.search.base import Searcher
-from keepstep.tune.search.space import copied
+from keepstep.tune.search.space import copied, flat
 
 __all__ = ["TRIAL_INDEX", "Repeater"]
 
@@ -119,7 +119,9 @@ class Repeater(Searcher):
     def evaluated(self, trial_id: str) -> dict[str, Any]:
         if trial_id not in self._group_of:
             return {}
-        drawn = self.searcher.evaluated(self._group_of[trial_id].first)
+        group = self._group_of[trial_id]
+        drawn = self.searcher.evaluated(group.first)
+        drawn = flat(group.config) if drawn is None else drawn
         return {**drawn, TRIAL_INDEX: self._index_of[trial_id]} if self.set_index else drawn
 
     def on_trial_complete(
