@@ -231,15 +231,14 @@ def _check_trainable(made: ExperimentMade, plan: Plan, address: str) -> None:
 
 
 def _run_again(resume: Resume, history: History, decider: Decider, opened: Opened) -> None:
+    for trial in list(history.live.values()) if not resume.unfinished else []:
+        _end(trial, history, decider, opened)
     for trial in list(history.all) if resume.errored is not None else []:
         if trial.status == ERROR:
             again = TrialAgain(time=_now(), trial=trial.trial_id, anew=resume.errored == "anew")
             opened.journal.add(again)
             history.apply(again)
             decider.again(trial)
-    for trial in list(history.live.values()) if not resume.unfinished else []:
-        if trial.starts and trial.num_failures == 0:
-            _end(trial, history, decider, opened)
 
 
 def _end(trial: Trial, history: History, decider: Decider, opened: Opened) -> None:

@@ -102,13 +102,13 @@ class Driver:
         """
         while True:
             self._audience.turn_begins()
+            self._watch()
             self._start_trials()
             self._settle()
             if not self._runs:
                 break
             for event in self._executor.wait(_TURN_S):
                 self._take(event)
-            self._watch()
             self._audience.turn_ends()
             self._showing.look()
         why = self._halt.reason or "all"
@@ -309,7 +309,7 @@ class Driver:
         del self._runs[run.id]
         if run.over:
             if not event.killed:
-                self._showing.say(f"{run.trial} raised while it ended, after all was saved: {event.error}")
+                self._showing.say(f"{run.trial} failed as it ended; what it had saved counts: {event.error}")
             return
         error = event.error
         if run.silenced is not None:
