@@ -101,7 +101,9 @@ def decisions(storage: Path) -> list[Any]:
 def iterations(storage: Path) -> dict[str, list[int]]:
     """Of each trial, the iterations in its result.json."""
     return {
-        path.parent.name.split("_")[2]: [json.loads(line)["training_iteration"] for line in path.read_text().splitlines()]
+        path.parent.name.split("_")[2]: [
+            json.loads(line)["training_iteration"] for line in path.read_text().splitlines()
+        ]
         for path in (storage / "it").glob("*/result.json")
     }
 
@@ -195,7 +197,7 @@ def test_one_interrupt_lets_trials_report_and_the_next_start_goes_on(
     assert process.returncode == status
     assert "interrupted: running trials report once more, save and stop" in output
     before = reported(storage)
-    assert start(started, script, "local", storage, 0.0, 2).returncode is None
+    assert start(started, script, "local", storage, 0.05, 2).returncode is None
     assert started[-1].communicate(timeout=120)[0] == "done\n"
     assert reported(storage) > before
     for told in iterations(storage).values():
