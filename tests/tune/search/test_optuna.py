@@ -93,6 +93,16 @@ def test_a_sampler_that_is_an_object_is_used_as_it_is_and_copied() -> None:
         revived(described(search(sampler=sampler)), argument="search_alg")
 
 
+def test_a_sampler_that_walks_through_a_grid_comes_to_an_end() -> None:
+    searcher = search({"a": choice([1, 2, 3])}, sampler=optuna.samplers.GridSampler({"a": [1, 2, 3]}, seed=1))
+    tried = []
+    while isinstance(config := searcher.suggest(str(len(tried))), dict):
+        searcher.on_trial_complete(str(len(tried)), {"loss": 1.0})
+        tried.append(config["a"])
+    assert sorted(tried) == [1, 2, 3]
+    assert searcher.suggest("more") == OptunaSearch.FINISHED
+
+
 def test_it_learns() -> None:
     found = lived(search(sampler="tpe"), 40)
     early, late = (sum(map(loss_of, some)) / len(some) for some in (found[:10], found[-10:]))

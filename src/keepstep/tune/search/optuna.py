@@ -59,7 +59,7 @@ class OptunaSearch(Searcher):
 
     A trial that fails, or whose metric is NaN in the end, is told as failed; one that was ended early counts
     with its last value. Which trials are ended early is the scheduler's business: optuna's pruners are not
-    used.
+    used. A sampler that walks through a grid ends the experiment when it is done.
 
     Args:
         space: {name: one of `optuna.distributions`}, or a function that asks an `optuna.Trial` for values
@@ -119,6 +119,7 @@ class OptunaSearch(Searcher):
         self._study: optuna.Study | None = None
         self._param_space: Mapping[str, Any] = {}
         self._asked: dict[str, _Asked] = {}
+        self._exhausted = False
         self._check(storage)
 
     def _check(self, storage: object) -> None:
@@ -207,12 +208,18 @@ class OptunaSearch(Searcher):
                 study_name=self._study_name,
                 directions=directions,
             )
+        self._exhausted = False
+        self._study.stop = self._stop  # type: ignore[method-assign]  # optuna's own works in optimize() alone
         for at, point in enumerate(self._points):
             parameters = self._space.parameters(point, f"points_to_evaluate[{at}]")
             if self._rewards is None:
                 self._study.enqueue_trial(parameters)
             else:
                 self._study.add_trial(self._known(at, parameters, self._space))
+
+    def _stop(self) -> None:
+        """A sampler has walked through its grid."""
+        self._exhausted = True
 
     def _made_space(self) -> SearchSpace:
         own = self._own_space
@@ -246,6 +253,8 @@ class OptunaSearch(Searcher):
             self._begin()
         assert self._study is not None
         assert self._space is not None
+        if self._exhausted:
+            return self.FINISHED
         trial, config, evaluated = self._space.suggest(self._study)
         self._asked[trial_id] = _Asked(trial, evaluated)
         return config
