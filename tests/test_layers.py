@@ -20,6 +20,7 @@ TORCH_FREE = [
     "keepstep.files",
     "keepstep.keystore",
     "keepstep.meetings",
+    "keepstep.patching",
     "keepstep.checkpoint.format.manifest",
     "keepstep.checkpoint.keeping.catalog",
     "keepstep.checkpoint.keeping.preflight",
@@ -89,7 +90,7 @@ ALLOWED_IN = {
     "os.environ": {
         "train/settings/environment.py",
         "track/here.py",
-        "train/patching.py",
+        "patching.py",
         "checkpoint/place/profile.py",
         "launch/environment.py",
         "tune/executors/environment.py",

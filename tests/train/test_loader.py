@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from keepstep import Accelerator, skip_first_batches
 from keepstep.errors import UsageError
-from keepstep.train.placement import MoveTo, send_to_device
+from keepstep.models.moving import send_to_device
+from keepstep.train.placement import MoveTo
 
 
 def order(loader: Any) -> list[list[int]]:

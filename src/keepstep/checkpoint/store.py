@@ -267,8 +267,7 @@ class Store:
         another one is still writing.
 
         Raises:
-            StoreBusyError: another process writes to this store.
-            StoreReadOnlyError, StoreError: the directory can't be written to.
+            StoreBusyError, StoreReadOnlyError, StoreError: another process writes; or nobody can write here.
         """
         self._saves.claim()
 
@@ -276,8 +275,7 @@ class Store:
         """Wait for the save in flight and the mirror, and stop the scrub, which stays off.
 
         Raises:
-            BackgroundSaveError: the save in flight failed.
-            MirrorError: something could not be mirrored.
+            BackgroundSaveError, MirrorError: the save in flight failed; something could not be mirrored.
         """
         self._upkeep.stop()
         self.wait()
@@ -387,11 +385,7 @@ class Store:
             self._upkeep.delete(checkpoint.name, checkpoint.place)
 
     def prune(self) -> Sequence[str]:
-        """Delete what `retention` does not keep, but nothing that is being read. Called after each commit.
-
-        Returns:
-            The names of the deleted checkpoints.
-        """
+        """Delete what `retention` does not keep, and nobody reads; their names. Called after each commit."""
         return prune(self._backend, self.retention, self._saves.retained)
 
 

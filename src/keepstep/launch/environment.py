@@ -1,13 +1,12 @@
-"""The environment of the process that launches. No other part of launching reads or writes it."""
+"""The environment of the process that launches. No other part of launching reads it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["added_to_environment", "default_config_file", "says_debug", "variables"]
+__all__ = ["default_config_file", "says_debug", "variables"]
 
 _DEBUG = ("KEEPSTEP_DEBUG_MODE", "ACCELERATE_DEBUG_MODE")
 
@@ -32,18 +31,3 @@ def default_config_file() -> Path:
 def says_debug() -> bool:
     """Whether KEEPSTEP_DEBUG_MODE, or Accelerate's name for it, is on."""
     return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _DEBUG)
-
-
-@contextlib.contextmanager
-def added_to_environment(told: Mapping[str, str]) -> Iterator[None]:
-    """The environment with `told` in it, for the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -18,12 +18,13 @@ import torch
 from keepstep.errors import RankFailedError, UsageError
 from keepstep.launch.cuda import refuse_used_cuda, watch_cuda
 from keepstep.launch.elastic import run_group
-from keepstep.launch.environment import added_to_environment, says_debug, variables
+from keepstep.launch.environment import says_debug, variables
 from keepstep.launch.machine import ThisMachine
 from keepstep.launch.plan import LaunchPlan, Manner, Rendezvous, Script, plan_launch
 from keepstep.launch.restarts import Restarts
 from keepstep.launch.settings import settings_of
 from keepstep.launch.values import as_int
+from keepstep.patching import patch_environment
 from keepstep.train.settings.environment import read_environment
 from keepstep.train.states import accelerator_was_made
 
@@ -136,7 +137,7 @@ def _run(plan: LaunchPlan, function: Callable[..., Any], args: Sequence[Any], pr
     on_gpus = plan.device != "cpu" and ThisMachine().gpus > 0
     if plan.rendezvous is None:
         _say(f"Launching training on one {'GPU' if on_gpus else 'CPU'}.")
-        with added_to_environment(plan.environment):
+        with patch_environment(**plan.environment):
             function(*args)
         return
     if accelerator_was_made():
@@ -152,7 +153,7 @@ def _run(plan: LaunchPlan, function: Callable[..., Any], args: Sequence[Any], pr
     threads = {**variables(), **plan.environment}.get("OMP_NUM_THREADS", "")
     rank = _rank(function, int(threads) if threads.isdecimal() else 1)
     failures: list[tuple[int, str]] = []
-    with added_to_environment(plan.environment):
+    with patch_environment(**plan.environment):
         code = run_group(plan, rank, args, _say, prefix=prefix, failures=failures)
     if code:
         number, words = failures[-1] if failures else (0, "")

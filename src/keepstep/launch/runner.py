@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from keepstep.launch.environment import added_to_environment
 from keepstep.launch.plan import LaunchPlan
 from keepstep.launch.single import run_single
+from keepstep.patching import patch_environment
 
 __all__ = ["run_plan"]
 
@@ -28,7 +28,7 @@ def run_plan(plan: LaunchPlan, *, quiet: bool = False) -> int:
     if not quiet:
         for note in (*plan.notes, f"Starting {plan.summary}."):
             _say(note)
-    with added_to_environment(plan.environment):
+    with patch_environment(**plan.environment):
         if plan.rendezvous is None:
             return run_single(plan, _say)
         code: int = import_module("keepstep.launch.elastic").run_group(

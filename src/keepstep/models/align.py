@@ -17,6 +17,7 @@ from keepstep.models.hooks import (
     hook_of,
     remove_hook_from_module,
 )
+from keepstep.models.moving import send_to_device
 from keepstep.models.naming import (
     Device,
     is_meta,
@@ -34,24 +35,7 @@ __all__ = [
     "attach_offload",
     "has_offloaded_params",
     "offloaded_state",
-    "sent_to",
 ]
-
-
-def sent_to(value: Any, device: torch.device, skip_keys: Sequence[str] = ()) -> Any:
-    """A tree with its tensors on a device; what is there already, or under a key to skip, stays itself."""
-    if isinstance(value, torch.Tensor):
-        return value if value.device == device else value.to(device)
-    if all(tensor.device == device for tensor in _tensors(value)):
-        return value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(sent_to(item, device, skip_keys) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(sent_to(item, device, skip_keys) for item in value)
-    if isinstance(value, Mapping):
-        sent = {k: v if k in skip_keys else sent_to(v, device, skip_keys) for k, v in value.items()}
-        return type(value)(sent)  # type: ignore[call-arg]
-    return value
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -137,8 +121,8 @@ class AlignDevicesHook(ModelHook):
         if self.execution_device is None:
             return args, kwargs
         return (
-            sent_to(args, self.execution_device, self.skip_keys),
-            sent_to(kwargs, self.execution_device, self.skip_keys),
+            send_to_device(args, self.execution_device, skip_keys=self.skip_keys),
+            send_to_device(kwargs, self.execution_device, skip_keys=self.skip_keys),
         )
 
     def _bring(self, module: nn.Module) -> None:
@@ -150,7 +134,7 @@ class AlignDevicesHook(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         device = self._input_devices[-1]
         self.failed(module)
-        return output if device is None else sent_to(output, device, self.skip_keys)
+        return output if device is None else send_to_device(output, device, skip_keys=self.skip_keys)
 
     def failed(self, module: nn.Module) -> None:
         """Let go of the weights, unless the module runs inside itself."""
@@ -317,7 +301,7 @@ class CpuOffload(ModelHook):
         if self.prev_module_hook is not None:
             self.prev_module_hook.offload()
         module.to(self.execution_device)
-        return sent_to(args, self.execution_device), sent_to(kwargs, self.execution_device)
+        return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
 
 class UserCpuOffloadHook:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -19,9 +19,20 @@ from keepstep.errors import UsageError
 from keepstep.models.naming import Device, find_tied_parameters, named_module_tensors, placed_on
 from keepstep.models.sizes import compute_module_sizes, get_max_layer_size, get_max_memory
 
-__all__ = ["check_device_map", "clean_device_map", "get_balanced_memory", "infer_auto_device_map"]
+__all__ = [
+    "Kind",
+    "check_device_map",
+    "clean_device_map",
+    "device_map_of_kind",
+    "get_balanced_memory",
+    "infer_auto_device_map",
+]
 
 _log = logging.getLogger(__name__)
+
+Kind: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+"""How a device map is made; see `load_checkpoint_and_dispatch`."""
+_KINDS = get_args(Kind)
 
 Named = tuple[str, Any]
 
@@ -274,6 +285,32 @@ def clean_device_map(device_map: dict[str, Any], module_name: str = "") -> dict[
         if child and child != module_name:
             clean_device_map(device_map, child)
     return device_map
+
+
+def device_map_of_kind(
+    kind: str,
+    model: nn.Module,
+    max_memory: Mapping[int | str, int | str] | None,
+    no_split_module_classes: str | Sequence[str] | None,
+    dtype: str | torch.dtype | None,
+    *,
+    offload_buffers: bool,
+) -> dict[str, int | str]:
+    """A device map as `load_checkpoint_and_dispatch` is asked for one.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    if kind not in _KINDS:
+        kinds = ", ".join(map(repr, _KINDS))
+        raise UsageError(f"device_map is {kind!r}; allowed: {kinds}, or devices by name")
+    if kind != "sequential":
+        max_memory = get_balanced_memory(
+            model, max_memory, no_split_module_classes, dtype, low_zero=kind == "balanced_low_0"
+        )
+    return infer_auto_device_map(
+        model, max_memory, no_split_module_classes, dtype, offload_buffers=offload_buffers
+    )
 
 
 def check_device_map(model: nn.Module, device_map: Mapping[str, Device]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from keepstep.models.align import (
     UserCpuOffloadHook,
     attach_offload,
 )
-from keepstep.models.device_map import check_device_map, get_balanced_memory, infer_auto_device_map
+from keepstep.models.device_map import Kind, check_device_map, device_map_of_kind
 from keepstep.models.hooks import add_hook_to_module
 from keepstep.models.loading import load_checkpoint_in_model
 from keepstep.models.naming import (
@@ -38,11 +38,6 @@ __all__ = [
     "dispatch_model",
     "load_checkpoint_and_dispatch",
 ]
-
-
-Kind: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
-"""How `load_checkpoint_and_dispatch` makes a device map."""
-_KINDS = get_args(Kind)
 
 
 def cpu_offload(
@@ -362,19 +357,8 @@ def load_checkpoint_and_dispatch(
         UsageError, MismatchError, CheckpointNotFoundError, DamagedCheckpointError: see there.
     """
     if isinstance(device_map, str):
-        if device_map not in _KINDS:
-            kinds = ", ".join(map(repr, _KINDS))
-            raise UsageError(f"device_map is {device_map!r}; allowed: {kinds}, or devices by name")
-        if device_map != "sequential":
-            max_memory = get_balanced_memory(
-                model,
-                max_memory,
-                no_split_module_classes,
-                dtype,
-                low_zero=device_map == "balanced_low_0",
-            )
-        device_map = infer_auto_device_map(
-            model, max_memory, no_split_module_classes, dtype, offload_buffers=offload_buffers
+        device_map = device_map_of_kind(
+            device_map, model, max_memory, no_split_module_classes, dtype, offload_buffers=offload_buffers
         )
     load_checkpoint_in_model(
         model,

@@ -133,6 +133,10 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
             progress=progress,
             seed=parts.loading.data_seed,
         )
+        self._make_preparer(parts)
+        self._make_keepers(parts)
+
+    def _make_preparer(self, parts: Parts) -> None:
         self._preparer = Preparer(
             self._state,
             device=self.device if parts.wishes.device_placement else None,
@@ -144,6 +148,9 @@ class Accelerator(Preparation, Loop, Checkpointing, Communication, Models, Track
             at_pass_start=_synchronizing(parts),
             step_with_optimizer=parts.wishes.step_scheduler_with_optimizer,
         )
+
+    def _make_keepers(self, parts: Parts) -> None:
+        """What saves the run, and what logs it; each asks the other."""
         self._saver = Saver(
             state=self._state,
             store=_store(parts),

@@ -7,7 +7,7 @@ other devices over the default group (NCCL).
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -142,28 +142,28 @@ class Collectives:
         sent = rows.reshape(-1).view(torch.uint8)
         received = list(whole.reshape(-1).view(torch.uint8).view(self._size, -1))
 
-        def start(group: Any, timeout: dt.timedelta) -> Any:
-            options = distributed_c10d.AllgatherOptions()  # type: ignore[attr-defined]
-            options.timeout = timeout
-            return group.allgather([received], [sent], options)
-
         if rows.device.type == "cpu":
-            self._roll_call.run("gather", start, self._timeout_s)
+            options = distributed_c10d.AllgatherOptions()  # type: ignore[attr-defined]
+            self._run("gather", options, lambda group: group.allgather([received], [sent], options))
         else:
             dist.all_gather(received, sent)
         return whole
 
+    def _run(self, what: str, options: Any, start: Callable[[Any], Any]) -> None:
+        """Do something over the roll call's group."""
+
+        def begin(group: Any, timeout: dt.timedelta) -> Any:
+            options.timeout = timeout
+            return start(group)
+
+        self._roll_call.run(what, begin, self._timeout_s)
+
     def _all_reduce(self, total: torch.Tensor, how: Reduction) -> None:
         operation = dist.ReduceOp(dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
-
-        def start(group: Any, timeout: dt.timedelta) -> Any:
+        if total.device.type == "cpu":
             options = distributed_c10d.AllreduceOptions()
             options.reduceOp = operation
-            options.timeout = timeout
-            return group.allreduce([total], options)
-
-        if total.device.type == "cpu":
-            self._roll_call.run("reduce", start, self._timeout_s)
+            self._run("reduce", options, lambda group: group.allreduce([total], options))
         else:
             dist.all_reduce(total, operation)
 
@@ -172,15 +172,10 @@ class Collectives:
         if not dense.numel():
             return
         sent = dense.reshape(-1).view(torch.uint8)
-
-        def start(group: Any, timeout: dt.timedelta) -> Any:
+        if tensor.device.type == "cpu":
             options = distributed_c10d.BroadcastOptions()
             options.rootRank = source
-            options.timeout = timeout
-            return group.broadcast([sent], options)
-
-        if tensor.device.type == "cpu":
-            self._roll_call.run("broadcast", start, self._timeout_s)
+            self._run("broadcast", options, lambda group: group.broadcast([sent], options))
         else:
             dist.broadcast(sent, source)
         if dense is not tensor and self._roll_call.rank != source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from keepstep.track.values import joined, plain_config, to_json
 __all__ = ["RowsTracker"]
 
 
-class RowsTracker(GeneralTracker):
+class RowsTracker(GeneralTracker, ABC):
     """Writes `logging_dir/run_name/metrics.*`, a row a call of `log`.
 
     A row has `_row`, its number from 0; `_step`; `_time`, seconds since 1970; and the values, nested names
@@ -77,17 +78,17 @@ class RowsTracker(GeneralTracker):
         self.add({"_row": self._rows, "_step": step, "_time": round(time.time(), 3), **plain})
         self._rows += 1
 
+    @abstractmethod
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self) -> list[dict[str, Any]]:
         """All whole rows, each with `_row` as an integer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_of(self, rows: list[dict[str, Any]]) -> str:
         """A whole file of these rows."""
-        raise NotImplementedError
 
     def _replace(self, rows: list[dict[str, Any]]) -> None:
         """Write the file anew; whoever reads it sees the old one or the new one."""

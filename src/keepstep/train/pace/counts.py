@@ -6,7 +6,9 @@ import logging
 import re
 from dataclasses import dataclass
 
-__all__ = ["CheckpointCounts", "Complaints"]
+from keepstep.errors import RankFailedError, StateChangedError
+
+__all__ = ["CheckpointCounts", "Complaints", "is_of_changed_state"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,3 +58,10 @@ class Complaints:
         if self._times:
             _log.warning("Checkpoints are saved again.")
         self._reason, self._times = "", 0
+
+
+def is_of_changed_state(error: Exception) -> bool:
+    """Whether tensors were written to, on this rank or another, while they were copied."""
+    cause = error.__cause__
+    elsewhere = isinstance(cause, RankFailedError) and cause.kind == StateChangedError.__name__
+    return elsewhere or isinstance(cause, StateChangedError)

@@ -27,12 +27,10 @@ from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,
     NotPreparedError,
-    RankFailedError,
-    StateChangedError,
     StoreError,
     UsageError,
 )
-from keepstep.train.pace.counts import CheckpointCounts, Complaints
+from keepstep.train.pace.counts import CheckpointCounts, Complaints, is_of_changed_state
 from keepstep.train.pace.decision import Decision
 from keepstep.train.pace.pacing import Pacer
 from keepstep.train.pace.schedule import Due
@@ -243,7 +241,7 @@ class Saver:
                 self._complaints.saved()
 
     def _failed(self, error: StoreError | BackgroundSaveError, about: _About) -> None:
-        if _is_of_changed_state(error):
+        if is_of_changed_state(error):
             _log.warning(
                 "%s. The checkpoint is made again, and from now on each is copied at once.", error.__cause__
             )
@@ -383,7 +381,7 @@ class Saver:
             try:
                 pending.wait()
             except BackgroundSaveError as error:
-                if not _is_of_changed_state(error):
+                if not is_of_changed_state(error):
                     raise
                 self._failed(error, self._about)
         if self._store is not None:
@@ -394,10 +392,3 @@ class Saver:
                 self.wait()
                 if begun:
                     self._pacer.saved_by_hand()
-
-
-def _is_of_changed_state(error: StoreError | BackgroundSaveError) -> bool:
-    """Whether tensors were written to, on this rank or another, while they were copied."""
-    cause = error.__cause__
-    elsewhere = isinstance(cause, RankFailedError) and cause.kind == StateChangedError.__name__
-    return elsewhere or isinstance(cause, StateChangedError)

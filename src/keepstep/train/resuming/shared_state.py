@@ -139,8 +139,7 @@ class SharedState:
         for loader, loader_state in zip(state.loaders, saved["loaders"], strict=True):
             loader.seed = saved["seed"]
             loader.load_state_dict(loader_state)
-        if "log" in saved:  # a checkpoint of before there was one
-            state.log.load_state_dict(saved["log"])
+        state.log.load_state_dict(saved["log"])
 
     def _note_earlier_steps(self) -> None:
         """Tell torch that optimizers have stepped; its schedulers would warn that they never did."""

@@ -1,0 +1,53 @@
+"""Trees of tensors from one device to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["send_to_device"]
+
+
+def send_to_device(
+    value: Any, device: torch.device, *, non_blocking: bool = False, skip_keys: Sequence[str] = ()
+) -> Any:
+    """Move every tensor in a nesting of dicts, lists, tuples, named tuples and objects with `.to`.
+
+    Containers keep their types; one of which nothing had to move stays itself, as does everything else.
+
+    Args:
+        value: the tree.
+        device: where to.
+        non_blocking: let copies overlap with computation; the memory should be pinned then.
+        skip_keys: what lies under these keys of a mapping is not moved.
+    """
+
+    def sent(item: Any) -> Any:
+        return send_to_device(item, device, non_blocking=non_blocking, skip_keys=skip_keys)
+
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=non_blocking)
+    if isinstance(value, list | tuple):
+        items = [sent(item) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    # Batch classes are often mappings that know how to move themselves.
+    if hasattr(value, "to"):
+        return _move_object(value, device, non_blocking)
+    if isinstance(value, Mapping):
+        moved = {key: item if key in skip_keys else sent(item) for key, item in value.items()}
+        if all(moved[key] is value[key] for key in moved):
+            return value
+        return moved if type(value) is dict else type(value)(moved)  # type: ignore[call-arg]
+    return value
+
+
+def _move_object(value: Any, device: torch.device, non_blocking: bool) -> Any:
+    try:
+        return value.to(device, non_blocking=non_blocking)
+    except TypeError:
+        # Not every `.to` knows the option.
+        return value.to(device)
