@@ -132,6 +132,8 @@ def trial_lines(
     fitted = fit(_columns(experiment, trials, metrics, output), output.width)
     yield from render(fitted, output, notes=notes)
     told = ", ".join(f"{count} {status.lower()}" for status, count in sorted(experiment.counts.items()))
+    if output.width is not None:
+        yield ""
     mark = "# " if output.width is None else ""
     line = f"{mark}{counted(len(experiment.trials), 'trial')}: {told or 'none'}; {experiment.state}"
     yield from wrapped(Cell(line, "dim"), output, 0)

@@ -81,7 +81,6 @@ class Watch:
         for trial in trials[self._seen :]:
             self._live[trial.trial_id] = self._known(trial)
         self._seen = len(trials)
-        self._first = False
         news: list[tuple[Trial, str]] = []
         by_status: dict[str, list[Trial]] = {}
         for live in list(self._live.values()):
@@ -89,6 +88,7 @@ class Watch:
             by_status.setdefault(live.trial.status, []).append(live.trial)
             if live.trial.is_finished():
                 self._take_ended(live.trial)
+        self._first = False
         counts = self._ended + Counter(
             {status: len(found) for status, found in by_status.items() if status not in FINISHED}
         )
@@ -137,7 +137,7 @@ class Watch:
             news.append((trial, "started"))
         if trial.num_failures > live.failures:
             news.append((trial, "failed" if trial.status == ERROR else "again"))
-        if trial.status == TERMINATED and trial.starts > 0:
+        if trial.status == TERMINATED and trial.starts > 0 and not self._first:
             news.append((trial, "ended"))
         live.starts, live.failures = trial.starts, trial.num_failures
 
