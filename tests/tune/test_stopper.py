@@ -170,6 +170,21 @@ def test_told_the_same_again_it_says_the_same_from_json_and_after_another_experi
     assert life(revived(json.loads(json.dumps(described(stopper))))) == first
 
 
+class Late(TimeoutStopper):
+    """A class of one's own, derived from one of keepstep's, with other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+
+
+def test_a_class_of_ones_own_is_used_as_it_is() -> None:
+    late = Late()
+    assert make_stopper(late) is late
+    assert make_stopper([late])("t", {}) is False
+    with pytest.raises(UsageError, match="Late"):
+        revived(described(late), argument="stop")
+
+
 def test_a_function_has_to_be_handed_over_again() -> None:
     def too_long(trial_id: str, result: dict[str, Any]) -> bool:
         return False

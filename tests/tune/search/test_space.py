@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import random
 import statistics
 from collections import Counter, OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,7 @@ class TestBounds:
     def test_values_are_plain_numbers_and_choices_the_objects_themselves(self) -> None:
         assert type(uniform(0, 1).sample()) is float
         assert type(randint(np.int64(0), np.float64(2)).sample()) is int
+        assert choice({"adam": 1}.keys()).sample() == "adam"
         thing = object()
         assert choice([thing]).sample() is thing
         assert type(loguniform(np.float32(1), 2).sample()) is float
@@ -127,6 +130,7 @@ class TestBounds:
             (lambda: choice([]), "at least one value"),
             (lambda: choice({1, 2}), r"sorted\(...\)"),
             (lambda: choice("adam"), "expected a list"),
+            (lambda: choice({"adam": 1}), "expected a list"),
             (lambda: grid_search([]), "at least one value"),
             (lambda: sample_from(lambda a, b: 1), "one argument, or none"),
             (lambda: sample_from(3), "takes a function"),
@@ -270,6 +274,10 @@ class TestTags:
         assert not set(tag) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-=,.")
 
 
+class Color(enum.IntEnum):
+    RED = 1
+
+
 SPACE = {
     "lr": loguniform(1e-4, 1e-1),
     "q": quniform(0, 1, 0.25),
@@ -303,6 +311,14 @@ class TestDescriptions:
             UsageError, match=r"'opt/schedule/0' \(builtins.max\).*hand over param_space again"
         ):
             revived(said)
+
+    def test_what_comes_back_is_of_the_same_type_or_has_to_be_handed_over(self) -> None:
+        kept = {"path": Path("a/b"), "one": np.int64(3), "half": np.float32(0.5), "on": np.bool_(True)}
+        back = revived(json.loads(json.dumps(described(kept))))
+        assert back == {"path": Path("a/b"), "one": 3, "half": 0.5, "on": True}
+        assert [type(value) for value in back.values()][1:] == [int, float, bool]
+        lost = {"array": np.zeros(3), "d": OrderedDict(a=1), "f": np.sin, "b": b"x", "s": {1}, "e": Color.RED}
+        assert [place for place, _ in undescribed(json.loads(json.dumps(described(lost))))] == list(lost)
 
     def test_differences_say_what_and_where(self) -> None:
         assert differences(described(SPACE), described(SPACE)) == []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any, Final
 
 from keepstep.errors import UsageError
@@ -25,33 +25,33 @@ _OURS: Final = "keepstep.tune."
 
 
 def described(value: Any) -> Any:
-    """A nested value as JSON; numbers and arrays of numpy are described as plain numbers and lists.
+    """A nested value as JSON, from which the same comes back; a number of numpy comes back as a plain one.
 
     Args:
-        value: dicts, lists and tuples of what JSON holds, variables, and anything else, which is marked.
+        value: dicts, lists and tuples of what JSON holds, variables, and anything else, which is marked; so
+            are subclasses of these, and arrays.
     """
-    if value is None or isinstance(value, bool | str):
+    kind = type(value)
+    if value is None or kind in (bool, str, int):
         return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {_KIND: "float", "value": repr(float(value))}
-    if isinstance(value, list):
+    if kind is float:
+        return value if math.isfinite(value) else {_KIND: "float", "value": repr(value)}
+    if kind is list:
         return [described(item) for item in value]
-    if isinstance(value, tuple):
+    if kind is tuple:
         return {_KIND: "tuple", "items": [described(item) for item in value]}
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) and key != _KIND for key in value):
-            return {str(key): described(item) for key, item in value.items()}
+    if kind is dict:
+        if all(type(key) is str and key != _KIND for key in value):
+            return {key: described(item) for key, item in value.items()}
         return {_KIND: "dict", "items": [[described(key), described(item)] for key, item in value.items()]}
     if isinstance(value, Domain):
         return _described_domain(value)
-    if callable(getattr(value, "describe", None)) and type(value).__module__.startswith(_OURS):
-        return _described_part(value)
-    if isinstance(value, PurePath):
+    if isinstance(value, Path):
         return {_KIND: "path", "value": str(value)}
-    if _is_numpy(value) and value.dtype.kind in "biufU":
-        return described(value.tolist())
+    if kind.__module__.startswith(_OURS) and callable(getattr(value, "describe", None)):
+        return _described_part(value)
+    if kind.__module__.partition(".")[0] == "numpy" and getattr(value, "shape", None) == ():
+        return described(value.item())
     return _described_object(value)
 
 
@@ -77,15 +77,12 @@ def _described_part(part: Any) -> dict[str, Any]:
     return {_KIND: "part", "class": name, "arguments": described(arguments)}
 
 
-def _is_numpy(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "numpy" and getattr(value, "dtype", None) is not None
-
-
 def _described_object(value: Any) -> dict[str, Any]:
     name = getattr(value, "__qualname__", None)
     what = value if name is not None else type(value)
     said = {_KIND: "object", "type": f"{type(value).__module__}.{type(value).__qualname__}"}
-    return {**said, "name": f"{what.__module__}.{what.__qualname__}"} if name is not None else said
+    module = getattr(what, "__module__", None) or "builtins"
+    return {**said, "name": f"{module}.{what.__qualname__}"} if name is not None else said
 
 
 def undescribed(description: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -158,7 +155,7 @@ def _revived(said: Any) -> Any:
     if kind == "float":
         return float(said["value"])
     if kind == "path":
-        return PurePath(said["value"])
+        return Path(said["value"])
     if kind == "part":
         return _revived_part(said)
     if kind in _DOMAINS:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from numbers import Real
@@ -297,7 +296,7 @@ class Categorical(Domain):
 
     def __post_init__(self) -> None:
         given = self.categories
-        if isinstance(given, str | bytes | AbstractSet | Mapping) or not isinstance(given, Iterable):
+        if isinstance(given, str | bytes | set | frozenset | Mapping) or not isinstance(given, Iterable):
             raise UsageError(
                 f"choices are {given!r:.200} ({type(given).__name__}); expected a list: an order that is the "
                 "same in every run. sorted(...) or list(...) makes one"

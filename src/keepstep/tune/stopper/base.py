@@ -42,7 +42,7 @@ class Described(Stopper):
         raise NotImplementedError
 
     def anew(self) -> Stopper:
-        return type(self)(**self.describe())
+        return type(self)(**self.describe()) if type(self).__module__.startswith("keepstep.tune.") else self
 
 
 class NoopStopper(Described):
@@ -75,7 +75,7 @@ class CombinedStopper(Stopper):
         return {"*": list(self.stoppers)}
 
     def anew(self) -> Stopper:
-        return CombinedStopper(*(stopper.anew() for stopper in self.stoppers))
+        return CombinedStopper(*(s.anew() for s in self.stoppers)) if type(self) is CombinedStopper else self
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         stops = [bool(stopper(trial_id, result)) for stopper in self.stoppers]
