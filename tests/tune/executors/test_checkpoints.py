@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import pytest
 from tests.tune.executors.driving import Drive, Ended, Failed, Go, Reported, Saved, Stop
+
+from keepstep.tune import Checkpoint
 
 Drives = Callable[..., Drive]
 
@@ -81,3 +84,24 @@ def test_save_checkpoint_may_not_return_another_directory(drive: Drives) -> None
     _, end = drive("Counter").run("t", {"saves": "/elsewhere"}, checkpoint_frequency=1)
     assert "'/elsewhere'" in end.error
     assert "expected None" in end.error
+
+
+def test_an_accelerator_in_a_function_goes_on_to_the_same_bits(drive: Drives) -> None:
+    d = drive()
+    whole, end = d.run("whole", {"do": "accelerator", "n": 4})
+    assert isinstance(end, Ended), end
+    first, _ = d.run("parts", {"do": "accelerator", "n": 2})
+    second, end = d.run(
+        "parts",
+        {"do": "accelerator", "n": 2},
+        checkpoint=str(d.root / "parts" / first[1].checkpoint.name),
+        iteration=2,
+        next_checkpoint=2,
+    )
+    assert isinstance(end, Ended), end
+    assert [e.metrics for e in [*first[:2], *second]] == [e.metrics for e in whole]
+    state = Checkpoint(d.root / "parts" / second[2].checkpoint.name).load()
+    assert state["n"] == 2
+    assert sum(tensor.sum() for tensor in state["model"].values()) == pytest.approx(
+        second[2].metrics["weights"]
+    )

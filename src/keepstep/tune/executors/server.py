@@ -65,6 +65,7 @@ def main_of_one(connection: int, trainable: int, run: str, server: int) -> None:
         run: the job's.
         server: the process id of the server.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores
     die_with_parent(server)
     adopt_orphans()
     run_trial(socket.socket(fileno=connection), run, _load(trainable))
