@@ -15,6 +15,8 @@ from keepstep.checkpoint.format.manifest import dump_state
 from keepstep.checkpoint.saving.layout import tensor_entries
 from keepstep.checkpoint.saving.ranks import Shard, layout_of, plan_ranks
 from keepstep.checkpoint.saving.reports import Report, merge
+from keepstep.tune import Checkpoint
+from keepstep.tune.saving import Saver
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "format.md"
 DIFFERS_BY_RUN = {"id", "created_at", "run", "environment", "self_digest"}
@@ -36,7 +38,7 @@ def samples_in_page() -> list[Any]:
 
 def test_the_samples_in_the_page_are_what_is_written(tmp_path: Path) -> None:
     directory = save_sample(tmp_path)
-    shown_manifest, shown_state, _ = samples_in_page()
+    shown_manifest, _, shown_state, _ = samples_in_page()
     manifest = json.loads((directory / "manifest.json").read_text())
     assert list(shown_manifest) == list(manifest)
     assert list(shown_manifest["environment"]) == list(manifest["environment"])
@@ -58,7 +60,18 @@ def test_the_sample_of_a_sharded_tensor_is_what_two_ranks_write() -> None:
         digest = xxhash.xxh3_128_hexdigest(weight[shard.at[0]].numpy().tobytes())
         reports.append(Report.of(tensor_entries([shard.info], layout, {0: digest}), {}, [shard]))
     written = json.loads(dump_state(None, merge(reports)[1]))
-    assert samples_in_page()[2] == written["tensors"]
+    assert samples_in_page()[3] == written["tensors"]
+
+
+def test_the_sample_of_what_was_handed_over_is_what_is_written(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    for name in ("tokenizer", "logs"):
+        (given / name).mkdir(parents=True)
+    (given / "model.pt").write_bytes(b"weights")
+    (given / "tokenizer" / "vocab.txt").write_bytes(b"a b\n")
+    Saver(str(tmp_path / "trial")).save(Checkpoint(given), iteration=1, metrics={})
+    written = json.loads((tmp_path / "trial" / "checkpoint_000000" / "manifest.json").read_text())
+    assert samples_in_page()[1] == {name: written[name] for name in ("files", "directories")}
 
 
 def test_every_kind_in_the_page_is_known_and_every_known_kind_is_in_the_page() -> None:

@@ -21,6 +21,7 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.checkpoint.place.backend import Backend, Workspace
 from keepstep.checkpoint.place.bucket import BucketBackend
+from keepstep.checkpoint.place.bucket_reading import as_key, as_name
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.place.objects import Objects
 from keepstep.errors import FileSizeError, MissingFileError, StoreError
@@ -162,6 +163,18 @@ def test_segments_are_filled_by_several_threads(opened: Open, size: int) -> None
     place = opened().checkpoints()[0][1]
     source_of(place).check_files(files)
     assert content(place, "a.bin") == data[:size]
+
+
+def test_names_that_users_give_are_kept_apart(opened: Open) -> None:
+    """Of a bucket, too, that escapes what is not plain; `=` is what it is escaped with."""
+    files = {
+        f"files/{name}": name.encode() for name in ("a=20b", "a b", "a%20b", "=", "\u00fc", "a/=3D", "~")
+    }
+    place = committed(opened(), files)
+    assert {name: content(place, name) for name in files} == files
+    assert all(as_name(as_key(name)) == name for name in files)
+    opened().delete(place)
+    assert names(opened()) == []
 
 
 def test_a_segment_can_be_left_half_written(opened: Open) -> None:

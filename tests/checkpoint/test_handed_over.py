@@ -26,10 +26,12 @@ from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.place.objects import Objects
+from keepstep.checkpoint.pulling import pull_if_newer
 from keepstep.checkpoint.saving.copying import Copier
 from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.saving.handed_over import Committed, save_handed_over
 from keepstep.checkpoint.store import Store
+from keepstep.checkpoint.uploading import upload_checkpoint
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
     CheckpointNotFoundError,
@@ -181,6 +183,35 @@ def test_a_directory_holds_no_state_to_be_loaded(tmp_path: Path) -> None:
     for load in (checkpoint.load, lambda: checkpoint.load_into({})):
         with pytest.raises(UsageError, match=r"holds no state: it was made of a directory.*c/files"):
             load()
+
+
+def test_a_mirror_holds_it_and_gives_it_back(source: Path, tmp_path: Path) -> None:
+    files = LocalFiles()
+    final = tmp_path / "store" / "checkpoint_0"
+    manifest = save(LocalWorkspace(files, final), source)
+    bucket = BucketBackend(Objects(MemoryStore(), "memory://mirror"))
+    upload_checkpoint(bucket, final, final.name, manifest, lambda _: None)
+    ((_, mirrored),) = bucket.checkpoints()
+    assert verify_checkpoint(mirrored).sound
+    pulled = pull_if_newer(bucket, LocalBackend(files, tmp_path / "other"), files)
+    assert pulled is not None
+    assert content(pulled) == content(final)
+    assert (pulled / "files" / "empty" / "inner").is_dir()
+
+
+def test_a_damaged_one_is_set_aside_whole(source: Path, tmp_path: Path) -> None:
+    backend = LocalBackend(LocalFiles(), tmp_path / "store")
+    final = backend.path / "checkpoint_000003"
+    save(LocalWorkspace(LocalFiles(), final), source)
+    with (final / "files" / "large").open("r+b") as file:
+        file.seek(9 * MIB)
+        file.write(b"?")
+    report = verify_checkpoint(final)
+    assert len(report.problems) == 1
+    assert "files/large has the digest" in report.problems[0]
+    aside = backend.set_aside(final)
+    assert content(aside)["files/none"] == b""
+    assert backend.next_number() == 4
 
 
 # ------------------------------------------------------------------------------- whole checkpoints

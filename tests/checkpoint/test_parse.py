@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keepstep.checkpoint.format.manifest import BLANK_DIGEST, combine_digests, digest_of
+from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping.verify import verify_checkpoint
 from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint
@@ -170,6 +172,10 @@ def rename_file(name: str) -> Callable[[Any, Any], None]:
                 tensor["file"] = name
 
     return change
+
+
+def add_files(*names: str) -> Callable[[Any], None]:
+    return lambda m: m["files"].update({name: {"bytes": 0, "digest": digest_of(b"")} for name in names})
 
 
 def put(*path: Any) -> Callable[[Any], Callable[[Any, Any], None]]:
@@ -606,3 +612,52 @@ def test_random_changes_for_long(
     tmp_path_factory: pytest.TempPathFactory, original: Path, data: st.DataObject
 ) -> None:
     mutate(data, original, tmp_path_factory.mktemp("random"))
+
+
+def add_directories(*names: Any) -> Callable[[Any], None]:
+    return lambda m: m.update(directories=list(names))
+
+
+HANDED_OVER: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "absolute": (add_files("files//etc/passwd"), "an empty part"),
+    "parent": (add_files("files/../../b"), "an empty part, '.' or '..'"),
+    "dot": (add_files("files/./b"), "an empty part, '.' or '..'"),
+    "slash at the end": (add_files("files/b/"), "an empty part"),
+    "null byte": (add_files("files/a\x00b"), "a control character"),
+    "newline": (add_files("files/a\n"), "a control character"),
+    "escape": (add_files("files/\x1b[31m"), "a control character"),
+    "C1": (add_files("files/\x9b31m"), "a control character"),
+    "no UTF-8": (add_files("files/\udcff"), "it is not UTF-8"),
+    "part too long": (add_files("files/" + "\u00fc" * 128), "more than 255 bytes"),
+    "too long": (add_files("files" + "/aaaa" * 300), "it has 1505 bytes; allowed: 1024"),
+    "other directory": (add_files("file/b"), "a path below files/ is expected"),
+    "the directory itself": (add_files("files"), "a path below files/ is expected"),
+    "below a file": (add_files("files/a", "files/a/b"), "'files/a' is a file and a directory"),
+    "a segment": (
+        lambda m: m["files"].update({"files/m": {"bytes": 9, "digest": digest_of(b""), "header_bytes": 8}}),
+        "'files/m' is a segment",
+    ),
+    "directory outside": (add_directories("files/../.."), "an empty part, '.' or '..'"),
+    "directory elsewhere": (add_directories("model"), "does not lie below files/"),
+    "directory a number": (add_directories(1), "a string is expected"),
+    "directories a string": (lambda m: m.update(directories="files"), "'directories' is 'files'"),
+    "directory a file": (
+        lambda m: (add_files("files/a")(m), add_directories("files/a")(m)),
+        "'files/a' is a file and a directory",
+    ),
+    "segments without a state": (
+        lambda m: (add_files("files/a")(m), m["files"].pop("state.json")),
+        "does not name state.json",
+    ),
+    "nothing": (lambda m: m["files"].clear(), "it names no file"),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_OVER)
+def test_names_of_what_was_handed_over_lead_nowhere_else(target: Path, name: str) -> None:
+    """By the manifest alone, before anything is looked for on the disk."""
+    change, message = HANDED_OVER[name]
+    rewrite(target, lambda m, s: change(m) and None)
+    with pytest.raises(ManifestError, match=re.escape(message)):
+        read_manifest(target)
+    assert_refused(target)

@@ -23,10 +23,13 @@ from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
 from keepstep.tune.fetching import fetch_checkpoint, fetch_handed_over
 
-__all__ = ["METADATA", "Checkpoint"]
+__all__ = ["METADATA", "REPORTED_AS", "Checkpoint"]
 
 METADATA: Final = "metadata"
 """Where a manifest's environment holds what `set_metadata` set."""
+
+REPORTED_AS: Final = "reported_as"
+"""Where it says what a checkpoint was reported as: "directory" or "state"."""
 
 _WITH_TORCH: Final = "keepstep.checkpoint.version"
 
@@ -218,6 +221,14 @@ class Checkpoint:
         self.set_metadata({**self.get_metadata(), **metadata})
 
     # ------------------------------------------------------------------------------------ states
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it was reported as a state, to be loaded by `load`, and not as a directory."""
+        if self._manifest is None:
+            return False
+        reported_as = self._manifest.environment.get(REPORTED_AS)
+        return reported_as != "directory" and not _holds_files(self._manifest)
 
     def load(self, only: str | Sequence[str] | None = None) -> Any:
         """The state that was reported as a tree; as `keepstep.Checkpoint.load`.

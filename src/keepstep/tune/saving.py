@@ -19,7 +19,7 @@ from keepstep.checkpoint.saving.copying import Copier
 from keepstep.checkpoint.saving.description import Description, Lineage, describe
 from keepstep.checkpoint.saving.handed_over import Committed, save_handed_over
 from keepstep.errors import DamagedCheckpointError
-from keepstep.tune.checkpoint import METADATA, Checkpoint
+from keepstep.tune.checkpoint import METADATA, REPORTED_AS, Checkpoint
 from keepstep.tune.places import open_place
 
 __all__ = ["Saved", "Saver", "checkpoint_dirname"]
@@ -89,7 +89,9 @@ class Saver:
         self._begin()
         name = checkpoint_dirname(self._number)
         lineage = Lineage(run=self._lineage, parent=self._parent)
-        environment = {}
+        environment: dict[str, Any] = {
+            REPORTED_AS: "directory" if isinstance(what, Checkpoint) and not what.is_state else "state"
+        }
         if isinstance(what, Checkpoint) and (metadata := what.get_metadata()):
             environment[METADATA] = metadata
         said = describe(

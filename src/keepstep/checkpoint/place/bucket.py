@@ -22,7 +22,13 @@ from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, 
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, checkpoint_name
-from keepstep.checkpoint.place.bucket_reading import BucketSource, FoundLike, Listing, ObjectsLike
+from keepstep.checkpoint.place.bucket_reading import (
+    BucketSource,
+    FoundLike,
+    Listing,
+    ObjectsLike,
+    as_name,
+)
 from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace, explained_bucket
 from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_process
 from keepstep.checkpoint.place.in_use import keys_in_use
@@ -291,7 +297,7 @@ class BucketBackend:
         return {
             key
             for key, home, file in found
-            if home == source.name or (home in homes and json.dumps(file).encode() in said)
+            if home == source.name or (home in homes and json.dumps(as_name(file)).encode() in said)
         }
 
     def set_aside(self, place: Place) -> Place:

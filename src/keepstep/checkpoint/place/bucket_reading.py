@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,12 +12,33 @@ from datetime import datetime
 from typing import Final, Protocol
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
+from keepstep.checkpoint.format.names import is_handed_over
 from keepstep.errors import FileSizeError, ManifestError, MissingFileError
 
-__all__ = ["BucketSource", "FoundLike", "Listing", "ObjectsLike", "missing"]
+__all__ = ["BucketSource", "FoundLike", "Listing", "ObjectsLike", "as_key", "as_name", "missing"]
+
+_ODD: Final = re.compile(rb"[^A-Za-z0-9/._+@-]")
+_ESCAPED: Final = re.compile(rb"=([0-9A-F]{2})")
 
 _FRESH_S: Final = 5.0
 """For so long a listing counts as what is there now."""
+
+
+def as_key(name: str) -> str:
+    """What the name of a file is within a key: servers and clients differ in what they do to odd characters.
+
+    Of what was handed over, each byte but letters, digits, `/` and `._+@-` becomes `=` and two hex digits.
+    """
+    if not is_handed_over(name):
+        return name
+    return _ODD.sub(lambda odd: b"=%02X" % odd[0][0], name.encode()).decode()
+
+
+def as_name(key: str) -> str:
+    """The name that became `key`."""
+    if not is_handed_over(key):
+        return key
+    return _ESCAPED.sub(lambda hex_: bytes([int(hex_[1], 16)]), key.encode()).decode(errors="replace")
 
 
 class FoundLike(Protocol):
@@ -190,7 +212,7 @@ class BucketSource:
     def check_files(self, files: Mapping[str, FileEntry]) -> None:
         sizes = self._sizes({self._home(entry) for entry in files.values()})
         for name, entry in files.items():
-            size = sizes.get(f"{self._home(entry)}/{name}")
+            size = sizes.get(self.key_of(name, entry))
             where = f" of {entry.within}" if entry.within else ""
             if size is None:
                 raise MissingFileError(self, f"the file {name}{where} ({entry.bytes} bytes) is missing")
@@ -211,14 +233,14 @@ class BucketSource:
         return self.prefix if entry.within is None else entry.within
 
     def open(self, name: str, entry: FileEntry) -> _RangeFile:
-        return _RangeFile(self._objects, f"{self._home(entry)}/{name}", entry.bytes)
+        return _RangeFile(self._objects, self.key_of(name, entry), entry.bytes)
 
     def held(self, files: Mapping[str, FileEntry]) -> dict[Hashable, int]:
         return {self.key_of(name, entry): entry.bytes for name, entry in files.items()}
 
     def key_of(self, name: str, entry: FileEntry) -> str:
         """The key of a file's object."""
-        return f"{self._home(entry)}/{name}"
+        return f"{self._home(entry)}/{as_key(name)}"
 
 
 def missing(key: str) -> FileNotFoundError:

@@ -16,7 +16,7 @@ from typing import Final
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, Manifest
 from keepstep.checkpoint.format.parse import read_manifest
-from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike, missing
+from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike, as_key, missing
 from keepstep.checkpoint.place.in_use import KeysInUse
 from keepstep.errors import BucketError, DamagedCheckpointError, KeepstepError, StoreBusyError, StoreError
 from keepstep.files import SegmentFile
@@ -172,17 +172,20 @@ class BucketWorkspace:
     def open(self) -> None:
         """The claim made room for it."""
 
+    def _key(self, name: str) -> str:
+        return f"{self.final.prefix}/{as_key(name)}"
+
     def make_directory(self, name: str) -> None:
         """Nothing: a bucket has no directories; the manifest names those that are empty."""
 
     def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
-        key = f"{self.final.prefix}/{name}"
+        key = self._key(name)
         self._written.add(key)
         kind = _SmallSegment if size_bytes <= _PART_BYTES else _LargeSegment
         return kind(self._objects, key, size_bytes)
 
     def write_file(self, name: str, data: bytes) -> None:
-        key = f"{self.final.prefix}/{name}"
+        key = self._key(name)
         self._written.add(key)
         self._objects.put(key, data)
 
@@ -196,7 +199,7 @@ class BucketWorkspace:
         except (DamagedCheckpointError, KeyError):
             raise missing(f"{checkpoint}/{file}") from None
         home = entry.within or checkpoint
-        key = f"{home}/{file}"
+        key = f"{home}/{as_key(file)}"
         same = (entry.digest, entry.bytes) == (committed.digest, committed.bytes)
         if not same or not self._in_use.link(key):
             raise missing(key)
@@ -208,11 +211,11 @@ class BucketWorkspace:
 
     def has(self, name: str, size_bytes: int) -> bool:
         """Whether an earlier attempt at the same checkpoint has uploaded a file."""
-        return self._objects.size(f"{self.final.prefix}/{name}") == size_bytes
+        return self._objects.size(self._key(name)) == size_bytes
 
     def upload_file(self, name: str, path: Path, size_bytes: int, progress: Callable[[int], None]) -> None:
         """Upload a file of the disk; `progress` is called with the bytes read since the last call."""
-        key = f"{self.final.prefix}/{name}"
+        key = self._key(name)
         self._written.add(key)
 
         def parts() -> Iterator[memoryview]:

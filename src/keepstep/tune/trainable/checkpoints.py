@@ -58,7 +58,7 @@ def _is(said: Any, directory: str) -> bool:
 
 def load(trainable: Saveable, checkpoint: Checkpoint) -> None:
     """Hand it what it saved: the dict, or the directory with its files."""
-    if checkpoint.address is not None and checkpoint.path == checkpoint.address:
+    if checkpoint.is_state:
         trainable.load_checkpoint(checkpoint.load())
         return
     with checkpoint.as_directory() as directory:
