@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, repeat
@@ -14,8 +13,6 @@ from keepstep.tune.search.space import Path, shown, variable
 from keepstep.tune.search.variants import Variant, count, sampling, variants
 
 __all__ = ["BasicVariantGenerator", "with_point"]
-
-_log = logging.getLogger(__name__)
 
 
 class BasicVariantGenerator(Searcher):
@@ -101,7 +98,7 @@ class BasicVariantGenerator(Searcher):
         self._space = dict(config)
         self._num_samples = num_samples
         self._spaces = [
-            with_point(self._space, point, name=f"points_to_evaluate[{at}]")
+            with_point(self._space, point, name=f"points_to_evaluate[{at}]", messages=self.messages)
             for at, point in enumerate(self.points_to_evaluate)
         ]
         count(self._space)  # refuses an empty grid now, not after hours
@@ -163,13 +160,16 @@ def checked_points(points: Sequence[Mapping[str, Any]] | None) -> list[dict[str,
     raise UsageError(f"points_to_evaluate is {points!r:.200}; expected a list of dicts, each a configuration")
 
 
-def with_point(space: Any, point: Mapping[str, Any], *, name: str, path: Path = ()) -> Any:
+def with_point(
+    space: Any, point: Mapping[str, Any], *, name: str, messages: list[str], path: Path = ()
+) -> Any:
     """A search space in which some things are fixed.
 
     Args:
         space: a dict.
         point: what is fixed.
         name: of the point, for messages.
+        messages: values that the space does not hold are told here.
         path: where the space lies in a larger one.
 
     Raises:
@@ -186,15 +186,13 @@ def with_point(space: Any, point: Mapping[str, Any], *, name: str, path: Path = 
         below = space[key]
         found = variable(below)
         if found is None and isinstance(below, dict) and isinstance(value, Mapping):
-            changed[key] = with_point(below, value, name=name, path=here)
+            changed[key] = with_point(below, value, name=name, messages=messages, path=here)
             continue
         if variable(value) is None and not _fits(below, value):
-            _log.warning(
-                "%s says %s=%r, which param_space does not hold: %s; it is tried all the same",
-                name,
-                shown(here),
-                value,
-                repr(below) if found is None else found.domain_str,
+            held = repr(below) if found is None else found.domain_str
+            messages.append(
+                f"{name} says {shown(here)}={value!r:.100}, which param_space does not hold: {held:.200}; "
+                "it is tried all the same"
             )
         changed[key] = value
     return changed
