@@ -89,6 +89,7 @@ def test_default_asks_nothing_and_overwrites_nothing(home: Path) -> None:
     again = CliRunner().invoke(main, ["config", "default", "--mixed-precision", "no"])
     assert again.exit_code == 2
     assert "There is a configuration" in again.output
+    assert "keepstep config update" in again.output
     assert read_settings(home).mixed_precision == "bf16"
 
 

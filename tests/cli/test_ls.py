@@ -207,3 +207,14 @@ def test_nothing_in_a_name_reaches_the_terminal_or_is_markup(tmp_path: Path) -> 
         assert "\x07" not in text
         assert "\x1b[31m" not in text
         assert "\u202e" not in text
+
+
+def test_checkpoints_of_names_that_a_script_chose_are_listed(tmp_path: Path) -> None:
+    for name in ("epoch_1", "best"):
+        write_checkpoint(tmp_path / "out" / name)
+    (tmp_path / "out" / "logs").mkdir()
+    assert [name for name in ("epoch_1", "best", "logs") if name in ls(tmp_path / "out")] == [
+        "epoch_1",
+        "best",
+    ]
+    assert "epoch_1" in ls(tmp_path / "out" / "epoch_1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,9 @@ def test_a_sharded_tensor_says_in_how_many_chunks_it_lies() -> None:
     )
     entry = TensorEntry(dtype="float32", shape=(3,), offset=0, bytes=12, chunks=chunks)
     assert _file(entry) == "3 chunks in 3 files"
+
+
+def test_the_place_in_the_log_is_told_in_words(tmp_path: Path) -> None:
+    log = {"run": "5f2c", "attempt": 2, "offset": 1234}
+    write_checkpoint(tmp_path / "checkpoint_0", environment={"log": log})
+    assert re.search(r"log +1234 bytes, run 5f2c, attempt 2\n", show(tmp_path).stdout)

@@ -138,6 +138,33 @@ def wait_for(*paths: Path, process: subprocess.Popen[str], timeout_s: float = 60
         time.sleep(0.02)
 
 
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's own means")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_end_with_a_launcher_that_was_killed(workdir: Path, processes: int) -> None:
+    script(workdir, "import os, time\nopen(f'pid_{os.getpid()}', 'w')\ntime.sleep(60)\n")
+    process = launching("--cpu", "--num_processes", str(processes), "script.py", cwd=workdir)
+    until = time.monotonic() + 60
+    while len(list(workdir.glob("pid_*"))) < processes:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    pids = [int(path.name.removeprefix("pid_")) for path in workdir.glob("pid_*")]
+    assert all(is_running(pid) for pid in pids)
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < until, "ranks outlive their launcher"
+        time.sleep(0.02)
+
+
 def told(workdir: Path) -> list[Mapping[str, object]]:
     return [json.loads(path.read_text()) for path in sorted(workdir.glob("told_*.json"))]
 

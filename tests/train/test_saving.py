@@ -510,3 +510,21 @@ def test_a_run_that_ends_with_steps_unsaved_says_so(tmp_path: Path, caplog: pyte
     accelerator.save_state(tmp_path / "elsewhere")
     accelerator.end_training()
     assert "after its last checkpoint" not in caplog.text
+
+
+@pytest.mark.parametrize("keep", [{}, {"keep_every_n_steps": 1}])
+def test_a_run_that_keeps_all_checkpoints_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keep: dict[str, int]
+) -> None:
+    policy = CheckpointPolicy(every_n_steps=1, staging="awaited", **keep)
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path, checkpoint_policy=policy)
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(14):
+        accelerator.backward(model(torch.ones(1, 2)).sum())
+        optimizer.step()
+        accelerator.checkpoint()
+    first = accelerator.save_state(tmp_path / "by hand")
+    accelerator.end_training()
+    assert caplog.text.count("keeps every checkpoint") == (0 if keep else 1)
+    assert Checkpoint.open(first).manifest.run == Store(tmp_path / "checkpoints").list()[0].manifest.run

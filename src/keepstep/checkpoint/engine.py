@@ -124,11 +124,13 @@ def save_directory(
     per_rank: Any = None,
     world: World | None = None,
     files: Files | None = None,
+    run: str | None = None,
 ) -> Checkpoint:
     """Save one checkpoint as exactly this directory, outside any store; durable on return.
 
     The directory may be new, empty, or an earlier keepstep checkpoint, which is then replaced in one
-    step (files that somebody else put into it stay). Arguments are those of `Store` and `Store.save`.
+    step (files that somebody else put into it stay). Arguments are those of `Store` and `Store.save`, and
+    `run`, the id of the run that saves it; None for a new one.
 
     Raises:
         DirectoryNotOursError: it holds something else; nothing was touched.
@@ -144,7 +146,7 @@ def save_directory(
     )
     files = files if files is not None else LocalFiles()
     engine = make_engine(files, _MEMORY_BYTES, world or OneRank(), str(final))
-    lineage = Lineage(run=secrets.token_hex(8))
+    lineage = Lineage(run=run or secrets.token_hex(8))
     order = Order(state=state, description=description, lineage=lineage, own=per_rank)
 
     def reserve() -> Workspace:

@@ -55,7 +55,10 @@ def default(outer: Path | None, config_file: Path | None, mixed_precision: str) 
     """
     path = config_file or outer or default_config_file()
     if path.exists():
-        raise UsageError(f"There is a configuration at {path} already. Delete it first.")
+        raise UsageError(
+            f"There is a configuration at {path} already, and it stays as it is. Delete it first, or rewrite "
+            "it with the names of today by `keepstep config update`."
+        )
     _write(basic_settings(mixed_precision), path)
 
 

@@ -122,6 +122,8 @@ def locate(path: Path | str, *, or_set_aside: bool = False) -> Found:
     for candidate in candidates if or_set_aside else ():
         if names_set_aside(candidate):
             return Found(root=candidate, entries=[], is_store=True)
+    if beside := _named_otherwise(root):
+        return Found(root=root, entries=beside, is_store=True)
     aside = [left for candidate in candidates for left in leftovers(candidate)]
     listed = ", ".join(left.path.name for left in aside[:_SHOWN_NAMES])
     damaged = sum(left.kind == "damaged" for left in aside)
@@ -146,6 +148,13 @@ def _locate_in_bucket(address: str, or_set_aside: bool) -> Found:
         f"there is no checkpoint at {address}; a store holds checkpoint_0/, checkpoint_1/ ..., a project has "
         f"them in {_PROJECT_CHECKPOINTS}/"
     )
+
+
+def _named_otherwise(directory: Path) -> list[Entry]:
+    """Checkpoints of names that a script chose, as by `save_state("out/epoch_1")`; oldest first."""
+    paths = [directory / name for name in _names_in(directory) if not _NUMBERED.match(name)]
+    entries = [_single(path) for path in paths if is_checkpoint(path)]
+    return sorted(entries, key=lambda entry: entry.manifest.created_at if entry.manifest else "")
 
 
 def all_set_aside(found: Found) -> str:

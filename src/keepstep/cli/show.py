@@ -337,8 +337,17 @@ def _environment(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         elif name == "git" and isinstance(value, dict) and isinstance(value.get("commit"), str):
             dirty = " with uncommitted changes" if value.get("dirty") is True else ""
             yield name, value["commit"] + dirty
+        elif name == "log" and isinstance(value, dict):
+            yield name, _place_in_log(value)
         else:
             yield name, value if isinstance(value, str) else "-" if value is None else json.dumps(value)
+
+
+def _place_in_log(log: Mapping[str, Any]) -> str:
+    """How far the run's log had come."""
+    parts = [f"{log['offset']} bytes"] if isinstance(log.get("offset"), int) else []
+    parts += [f"{name} {log[name]}" for name in ("run", "attempt") if name in log]
+    return ", ".join(parts) or "-"
 
 
 def _files(manifest: Manifest, output: Output) -> Iterator[str]:

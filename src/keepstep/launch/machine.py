@@ -5,12 +5,18 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
+from typing import Final
 
 from keepstep.launch.environment import variables
 
 __all__ = ["ThisMachine"]
+
+_DEVICES: Final = ("nvidia*", "nvhost*", "nvmap", "nvgpu", "kfd", "dxg")
+"""What Linux shows where CUDA or ROCm could work: on servers, on Tegra, AMD's, and within Windows."""
 
 
 class ThisMachine:
@@ -18,7 +24,9 @@ class ThisMachine:
 
     @functools.cached_property
     def gpus(self) -> int:
-        """Asks PyTorch, which takes seconds to import; no device is initialized."""
+        """Asks PyTorch, which takes seconds to import, if a driver is there; no device is initialized."""
+        if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _DEVICES):
+            return 0
         count: int = import_module("torch").cuda.device_count()
         return count
 

@@ -7,6 +7,7 @@ GPU that this process has used, nor share its Accelerator; both are refused.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from keepstep.errors import RankFailedError, UsageError
 from keepstep.launch.cuda import refuse_used_cuda, watch_cuda
 from keepstep.launch.elastic import run_group
 from keepstep.launch.environment import says_debug, variables
+from keepstep.launch.leash import end_with
 from keepstep.launch.machine import ThisMachine
 from keepstep.launch.plan import LaunchPlan, Manner, Rendezvous, Script, plan_launch
 from keepstep.launch.restarts import Restarts
@@ -162,9 +164,11 @@ def _run(plan: LaunchPlan, function: Callable[..., Any], args: Sequence[Any], pr
 
 def _rank(function: Callable[..., Any], threads: int) -> Callable[..., None]:
     """What a forked rank calls: the function, with its share of the processors."""
+    launcher = os.getpid()
 
     @functools.wraps(function, updated=())
     def rank(*args: Any) -> None:
+        end_with(launcher)
         torch.set_num_threads(threads)
         function(*args)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from keepstep.launch.leash import leashed
 from keepstep.launch.plan import LaunchPlan
 from keepstep.launch.single import run_single
 from keepstep.patching import patch_environment
@@ -31,9 +32,8 @@ def run_plan(plan: LaunchPlan, *, quiet: bool = False) -> int:
     with patch_environment(**plan.environment):
         if plan.rendezvous is None:
             return run_single(plan, _say)
-        code: int = import_module("keepstep.launch.elastic").run_group(
-            plan, plan.command[0], plan.command[1:], _say
-        )
+        program, *arguments = leashed(plan.command)
+        code: int = import_module("keepstep.launch.elastic").run_group(plan, program, arguments, _say)
         return code
 
 

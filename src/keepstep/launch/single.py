@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Final
 
 from keepstep.errors import UsageError
+from keepstep.launch.leash import leashed
 from keepstep.launch.plan import LaunchPlan
 from keepstep.launch.restarts import RankEnd, exit_code_of, judge
 
@@ -59,7 +60,7 @@ def run_single(plan: LaunchPlan, say: Callable[[str], None]) -> int:
 
 def _start(command: tuple[str, ...]) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(command, start_new_session=True)
+        return subprocess.Popen(leashed(command), start_new_session=True)
     except OSError as error:
         raise UsageError(
             f"{command[0]} cannot be started: {error.strerror}. Is it the program you meant?"

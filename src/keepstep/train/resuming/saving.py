@@ -37,6 +37,7 @@ from keepstep.train.pace.schedule import Due
 from keepstep.train.ranks.alike import check_saving_alike
 from keepstep.train.resuming.hooked import StateHooks
 from keepstep.train.resuming.importing import Importer, tell_of_earlier
+from keepstep.train.resuming.notices import Notices
 from keepstep.train.resuming.state import Captured, TrainState
 from keepstep.train.settings.config import CheckpointPolicy, ProjectConfiguration
 
@@ -94,7 +95,7 @@ class Saver:
         self._staging: Staging = "awaited" if many else policy.staging
         self._about = _About()
         self._complaints = Complaints()
-        self._looked_for_others = False
+        self._notices = Notices(state.world)
         self._compared = False
         self._lonely_run = secrets.token_hex(8)
         self._step_saved_elsewhere = 0
@@ -182,23 +183,8 @@ class Saver:
             self._compared = True
             check_saving_alike(self._world, str(store.address), self._policy)
 
-    def _warn_of_other_runs(self, store: Store) -> None:
-        """Once: a forgotten resume() is a run that begins anew beside the one it was meant to go on with."""
-        if self._looked_for_others or self._world.rank:
-            return
-        self._looked_for_others = True
-        others = [entry for entry in store.list() if entry.manifest.run != store.run]
-        if others:
-            _log.warning(
-                "%s holds checkpoints of another run, up to step %s, and this run begins beside them, as "
-                "resume() was not called. Call it to go on with that run, or choose another project_dir. The "
-                "other checkpoints are kept, whatever the policy says",
-                store.address,
-                others[-1].step,
-            )
-
     def _begin(self, store: Store, about: _About) -> None:
-        self._warn_of_other_runs(store)
+        self._notices.before_save(store, saved=self.counts.saved)
         if self._world.size > 1:
             self._ask_finished()  # or one rank would begin a save, and another learn that the last one failed
         # An earlier save that fails while this one waits for it is reported here, once.
@@ -278,13 +264,13 @@ class Saver:
         }
         if output_dir is not None and not self._project.automatic_checkpoint_naming:
             saved = save_directory(
-                output_dir, captured.shared, pinned=bool(pinned), world=self._world, **about
+                output_dir, captured.shared, pinned=bool(pinned), world=self._world, run=self.run, **about
             )
             self._pacer.saved_by_hand()
             self._step_saved_elsewhere = state.step
             return saved
         store = self._require_store("save_state() without output_dir")
-        self._warn_of_other_runs(store)
+        self._notices.before_save(store, saved=self.counts.saved)
         keep = self._pin_explicit if pinned is None else pinned
         saved = store.save(captured.shared, pinned=keep, **about)
         self._pacer.saved_by_hand()

@@ -57,7 +57,8 @@ class CheckpointPolicy:
             the loop waits and saves. "skip": the loop goes on, and the first later call that finds nothing
             being written saves, at that call's step. None: "wait" where it is due by `every_n_steps`, which
             names the steps to save at, else "skip". `Accelerator.checkpoint_counts` counts both.
-        keep_last: how many of the newest checkpoints to keep. Without any `keep_` field or byte budget, all.
+        keep_last: how many of the newest checkpoints to keep. Without any `keep_` field or byte budget, all,
+            which is told after ten.
         keep_best: (metric, "min" or "max", how many): keep the best by a metric that is given when saving.
         keep_every_n_steps: keep each checkpoint whose step is a multiple of this.
         keep_within_s: keep those saved in the last so many seconds; see `Retention`.
