@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -228,13 +226,3 @@ def test_compiled_models_are_saved_without_their_wrapper() -> None:
     compiled = accelerator.prepare(torch.compile(model))
     assert accelerator.unwrap_model(compiled) is model
     assert accelerator._state.models == [model]
-
-
-def test_importing_changes_nothing() -> None:
-    code = (
-        "import os, torch; before = dict(os.environ), torch.optim.Optimizer.__init__, torch.initial_seed();"
-        "import keepstep.train.accelerator;"
-        "assert before == (dict(os.environ), torch.optim.Optimizer.__init__, torch.initial_seed());"
-        "assert not torch.distributed.is_initialized()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
