@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from tests.buckets.server import Server
+from tests.cli.processes import run
 from tests.tune.made_trials import make_result, make_trial
 
+from keepstep import tune
 from keepstep.checkpoint.place.registry import open_objects
 from keepstep.tune import Result
 from keepstep.tune.logger.files import TrialFiles
@@ -92,5 +94,36 @@ def test_a_bucket_that_is_gone_is_said_and_waited_for_no_longer_than_its_time(
     with caplog.at_level(logging.WARNING):
         files.end(trial)
         files.close()
+        files.close()
     assert "can't be uploaded" in caplog.text
     assert "the files of 1 trial(s) could not be uploaded" in caplog.text
+
+
+def test_an_experiment_in_a_bucket_is_run_looked_at_and_listed(
+    server: Server, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: dict[str, float]) -> None:
+        for step in (1, 2):
+            tune.report({"loss": config["lr"] / step}, checkpoint={"step": step})
+
+    results = tune.Tuner(
+        train,
+        param_space={"lr": tune.grid_search([1.0, 0.5])},
+        tune_config=tune.TuneConfig(metric="loss", mode="min"),
+        run_config=tune.RunConfig(
+            name="e", storage_path=address, storage_options=server.options(), executor="inline", verbose=0
+        ),
+    ).fit()
+    best = results.get_best_result(scope="avg")
+    assert best.config == {"lr": 0.5}
+    assert best.metrics_dataframe["loss"].tolist() == [0.5, 0.25]
+    assert best.checkpoint is not None
+    assert best.checkpoint.load() == {"step": 2}
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    shown = run("tune", "best", f"{address}/e", "--json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert (found["value"], found["path"]) == (0.25, best.path)
+    assert found["checkpoint"].startswith(best.path)
+    assert run("tune", "ls", f"{address}/e").stdout.count("TERMINATED") == 2

@@ -151,8 +151,9 @@ class TrialFiles:
     def close(self) -> None:
         """Write and upload everything; can be called twice."""
         self.flush()
-        if self._uploads is not None:
-            self._uploads.close()
+        uploads, self._uploads = self._uploads, None
+        if uploads is not None:
+            uploads.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 
