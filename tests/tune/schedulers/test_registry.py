@@ -11,7 +11,8 @@ import keepstep.tune as tune
 from keepstep.errors import UsageError
 from keepstep.tune import schedulers
 from keepstep.tune.schedulers.async_hyperband import AsyncHyperBandScheduler
-from keepstep.tune.schedulers.registry import create_scheduler, describe_scheduler, make_scheduler
+from keepstep.tune.schedulers.registry import create_scheduler
+from keepstep.tune.search.description import described, revived
 
 PBT = {"hyperparam_mutations": {"lr": tune.loguniform(1e-4, 1e-1), "deep": {"width": [1, 2]}}}
 
@@ -37,20 +38,25 @@ def test_every_public_name_is_there() -> None:
 )
 def test_a_scheduler_is_made_anew_from_json(name: str, arguments: dict[str, Any]) -> None:
     made = create_scheduler(name, **arguments)
-    said = json.loads(json.dumps(describe_scheduler(made)))
-    again = make_scheduler(said)
-    assert type(again) is type(made)
-    assert describe_scheduler(again) == said
+    said = json.loads(json.dumps(described(made.describe())))
+    again = type(made)(**revived(said))
+    assert described(again.describe()) == said
     assert all(getattr(again, key) == value for key, value in arguments.items())
 
 
-def test_what_json_does_not_hold_has_to_be_handed_over_again() -> None:
+def test_a_new_one_of_the_same_arguments_was_told_nothing() -> None:
     class Own(AsyncHyperBandScheduler):
-        pass
+        def __init__(self, factor: float) -> None:
+            super().__init__(reduction_factor=factor)
 
-    assert describe_scheduler(Own()) is None
-    assert describe_scheduler(create_scheduler("pbt", custom_explore_fn=dict)) is None
-    assert describe_scheduler(create_scheduler("pbt", hyperparam_mutations={"lr": lambda: 1.0})) is None
+    own = Own(3)
+    assert own.describe() is None
+    assert own.anew() is own
+    told = create_scheduler("hyperband", max_t=9)
+    told.set_search_properties("loss", "min", {})
+    again = told.anew()
+    assert again is not told
+    assert again.describe() == told.describe()
 
 
 def test_unknown_names_and_arguments_say_what_is_allowed() -> None:

@@ -254,7 +254,8 @@ def _decider(plan: Plan, history: History) -> Decider:
     searcher.set_seed(history.made.seed)
     scheduler.set_seed(history.made.seed)
     searcher.set_search_properties(tune.metric, tune.mode, plan.param_space, num_samples=tune.num_samples)
-    scheduler.set_search_properties(tune.metric, tune.mode, {})
+    saves = is_class_trainable(plan.trainable)
+    scheduler.set_search_properties(tune.metric, tune.mode, {}, saves_when_asked=saves)
     stopper, space = make_stopper(plan.run.stop), plan.param_space
     return Decider(history, searcher=searcher, scheduler=scheduler, stopper=stopper, param_space=space)
 
@@ -268,7 +269,7 @@ def _searcher(tune: TuneConfig) -> Searcher:
 def _scheduler(tune: TuneConfig) -> TrialScheduler:
     if tune.scheduler is None:
         return FIFOScheduler()
-    return create_scheduler(tune.scheduler) if isinstance(tune.scheduler, str) else tune.scheduler
+    return create_scheduler(tune.scheduler) if isinstance(tune.scheduler, str) else tune.scheduler.anew()
 
 
 def _options(plan: Plan, searcher: Searcher) -> Options:

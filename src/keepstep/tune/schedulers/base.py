@@ -76,11 +76,16 @@ class TrialScheduler(Suggestible):
     one starts; with a searcher that learns from results, as many as it gives."""
 
     def describe(self) -> dict[str, Any] | None:
-        """The arguments that make it anew, as JSON; None: it has to be handed over again.
+        """The arguments that make it anew, by name; None: it has to be handed over again.
 
-        They are kept with the experiment, so that `Tuner.restore` needs no scheduler.
+        They are kept with the experiment, as JSON, so that `Tuner.restore` needs no scheduler. One that JSON
+        does not hold, and that is no variable of a search space, has to be handed over again after all.
         """
         return None
+
+    def anew(self) -> TrialScheduler:
+        """One of the same arguments that has been told nothing; of a class of your own: this one."""
+        return self
 
     def set_seed(self, seed: int) -> None:
         """The experiment's seed, for a scheduler that was not given one of its own."""

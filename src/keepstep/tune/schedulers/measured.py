@@ -8,10 +8,9 @@ from inspect import signature
 from typing import Any, Final, Literal
 
 from keepstep.errors import TrialError, UsageError
-from keepstep.tune.experiment.trial import Trial
+from keepstep.tune.experiment.trial import PENDING, Trial
 from keepstep.tune.result import AUTOMATIC_FIELDS, DEFAULT_METRIC
 from keepstep.tune.schedulers.base import Decision, TrialScheduler
-from keepstep.tune.search.description import described, undescribed
 
 __all__ = ["MeasuredScheduler"]
 
@@ -53,10 +52,13 @@ class MeasuredScheduler(TrialScheduler):
         self._said: set[str] = set()
 
     def describe(self) -> dict[str, Any] | None:
-        said: dict[str, Any] = described(
-            {name: getattr(self, name) for name in signature(type(self)).parameters}
-        )
-        return None if any(undescribed(said)) else said
+        names = signature(type(self)).parameters
+        own = all(hasattr(self, name) for name in names)
+        return {name: getattr(self, name) for name in names} if own else None
+
+    def anew(self) -> TrialScheduler:
+        arguments = self.describe()
+        return self if arguments is None else type(self)(**arguments)
 
     def set_seed(self, seed: int) -> None:
         self.seed = seed
@@ -140,6 +142,14 @@ class MeasuredScheduler(TrialScheduler):
                 "tune.report(metrics, checkpoint=...)",
             )
         return "PAUSE"
+
+    @staticmethod
+    def interrupted(trial: Trial) -> bool:
+        """Whether a trial ran until it failed, or the driver was killed: it goes on before others.
+
+        So whatever ran when the driver was killed runs again when it is back.
+        """
+        return trial.status == PENDING and trial.starts > 0
 
     def say_once(self, about: str, text: str) -> None:
         """Tell people; only the first time that it is about this."""

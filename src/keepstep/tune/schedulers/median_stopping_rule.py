@@ -86,15 +86,14 @@ class MedianStoppingRule(MeasuredScheduler):
         return self.pause(trial)
 
     def choose_trial_to_run(self, tune_controller: Controller) -> Trial | None:
-        """New ones and those on their way first, then those that came least far, then those that are bad."""
+        """What was interrupted, then new ones, then those that came least far, then those that are bad."""
         waiting = [trial for trial in tune_controller.get_live_trials() if trial.status in (PENDING, PAUSED)]
         return min(waiting, key=self._turn, default=None)
 
-    def _turn(self, trial: Trial) -> tuple[bool, bool, float, int]:
-        curve = self._curves.get(trial.trial_id)
-        if curve is None:
-            return (False, trial.status == PAUSED, 0.0, trial.number)
-        return (curve.condemned, trial.status == PAUSED, curve.paused_at, trial.number)
+    def _turn(self, trial: Trial) -> tuple[bool, bool, bool, float, int]:
+        curve = self._curves.get(trial.trial_id, _Curve())
+        first = not self.interrupted(trial)
+        return (first, curve.condemned, trial.status == PAUSED, curve.paused_at, trial.number)
 
     def debug_string(self) -> str:
         return f"{type(self).__name__}: {self._num_stopped} {'stopped' if self.hard_stop else 'set back'}"

@@ -286,13 +286,16 @@ class PopulationBasedTraining(MeasuredScheduler):
     # ------------------------------------------------------------------------------------------------- turns
 
     def choose_trial_to_run(self, tune_controller: Controller) -> Trial | None:
-        """The one that came least far; none that waits for others."""
+        """What was interrupted, then the one that came least far; none that waits for others."""
         live = tune_controller.get_live_trials()
         waiting = [trial for trial in live if trial.status in (PENDING, PAUSED)]
         ready = [trial for trial in waiting if not self._member(trial).arrived]
         if not ready and not any(trial.status == RUNNING for trial in live):
             ready = waiting
-        return min(ready, key=lambda trial: (self._member(trial).time, trial.number), default=None)
+        return min(ready, key=self._place, default=None)
+
+    def _place(self, trial: Trial) -> tuple[bool, float, int]:
+        return (not self.interrupted(trial), self._member(trial).time, trial.number)
 
     def _member(self, trial: Trial) -> Member:
         return self._members.get(trial.trial_id) or Member(trial)

@@ -43,6 +43,9 @@ class PopulationBasedTrainingReplay(TrialScheduler):
     def describe(self) -> dict[str, Any]:
         return {"policy_file": self.policy_file}
 
+    def anew(self) -> PopulationBasedTrainingReplay:
+        return type(self)(**self.describe())
+
     def set_search_properties(
         self, metric: str | None, mode: Literal["min", "max"] | None, config: Mapping[str, Any], **spec: Any
     ) -> bool:

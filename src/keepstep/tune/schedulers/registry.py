@@ -9,9 +9,8 @@ from typing import Any, Final
 
 from keepstep.errors import UsageError
 from keepstep.tune.schedulers.base import TrialScheduler
-from keepstep.tune.search.description import revived
 
-__all__ = ["CLASSES", "class_of", "create_scheduler", "describe_scheduler", "make_scheduler"]
+__all__ = ["CLASSES", "class_of", "create_scheduler"]
 
 CLASSES: Final[Mapping[str, str]] = {
     "ASHAScheduler": "async_hyperband",
@@ -67,21 +66,3 @@ def create_scheduler(scheduler: str, **kwargs: Any) -> TrialScheduler:
             f"{name} has no argument {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed) or 'none'}"
         )
     return kind(**kwargs)
-
-
-def describe_scheduler(scheduler: TrialScheduler) -> dict[str, Any] | None:
-    """What makes a scheduler anew, as JSON; None: it is not one of ours, or has arguments that JSON lacks."""
-    names = [name for name, kind in _NAMES.items() if kind == type(scheduler).__name__]
-    if not names or class_of(_NAMES[names[0]]) is not type(scheduler):
-        return None
-    arguments = scheduler.describe()
-    return None if arguments is None else {"name": names[0], "arguments": arguments}
-
-
-def make_scheduler(description: Mapping[str, Any]) -> TrialScheduler:
-    """The scheduler that `describe_scheduler` described.
-
-    Raises:
-        UsageError: there is none of that name, or it has no such argument.
-    """
-    return create_scheduler(description["name"], **revived(description["arguments"]))
