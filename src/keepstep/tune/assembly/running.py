@@ -212,6 +212,7 @@ def _brought_up(plan: Plan, opened: Opened, spec: Mapping[str, Any]) -> tuple[Hi
     history = History(made, opened.address)
     decider = _decider(plan, history)
     replay(opened.records[1:], history, decider)
+    decider.messages()  # they were told when they were new
     changed = spec if opened.records and newest_spec(opened.records) != spec else None
     started = DriverStarted(time=_now(), host=socket.gethostname(), pid=os.getpid(), spec=changed)
     opened.journal.add(started)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import import_module
 from typing import Any, Final
 
 from keepstep.errors import ExperimentExistsError, UsageError
 from keepstep.tune.experiment.records import DriverStarted, ExperimentMade, Record
-from keepstep.tune.schedulers.base import TrialScheduler
-from keepstep.tune.search.base import Searcher
 from keepstep.tune.search.description import described, differences, revived, undescribed
 from keepstep.tune.settings import CheckpointConfig, FailureConfig, RunConfig, TuneConfig
 
@@ -29,8 +25,8 @@ def spec_of(param_space: Mapping[str, Any], tune: TuneConfig, run: RunConfig) ->
         "mode": tune.mode,
         "num_samples": tune.num_samples,
         "seed": tune.seed,
-        "search_alg": _part(tune.search_alg),
-        "scheduler": _part(tune.scheduler),
+        "search_alg": described(tune.search_alg),
+        "scheduler": described(tune.scheduler),
         "stop": described(run.stop),
         "max_concurrent_trials": tune.max_concurrent_trials,
         "time_budget_s": tune.budget_s,
@@ -38,15 +34,8 @@ def spec_of(param_space: Mapping[str, Any], tune: TuneConfig, run: RunConfig) ->
         "checkpoint_config": asdict(run.checkpoint_config),
         "failure_config": asdict(run.failure_config),
         "byte_budget": run.byte_budget,
-        "executor": run.executor if isinstance(run.executor, str) else None,
+        "executor": described(run.executor),
     }
-
-
-def _part(part: Searcher | TrialScheduler | str | None) -> Any:
-    if part is None or isinstance(part, str):
-        return part
-    name = f"{type(part).__module__}.{type(part).__qualname__}"
-    return {"class": name, "arguments": described(part.describe())}
 
 
 def newest_spec(records: list[Record]) -> dict[str, Any]:
@@ -75,8 +64,7 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], address: str) -> 
         shown = "\n  ".join(found[:20])
         raise ExperimentExistsError(
             f"{address} holds another experiment than this one, so nothing was changed:\n  {shown}\nGive "
-            f"this one "
-            "another RunConfig.name, or go on with that one by Tuner.restore"
+            "this one another RunConfig.name, or go on with that one by Tuner.restore"
         )
 
 
@@ -107,8 +95,8 @@ def _tune_config(spec: Mapping[str, Any]) -> TuneConfig:
         mode=spec["mode"],
         num_samples=spec["num_samples"],
         seed=spec["seed"],
-        search_alg=_revived_part(spec["search_alg"], "search_alg", Searcher),
-        scheduler=_revived_part(spec["scheduler"], "scheduler", TrialScheduler),
+        search_alg=_kept(spec, "search_alg", "TuneConfig"),
+        scheduler=_kept(spec, "scheduler", "TuneConfig"),
         max_concurrent_trials=spec["max_concurrent_trials"],
         time_budget_s=spec["time_budget_s"],
         reuse_actors=spec["reuse_actors"],
@@ -116,50 +104,23 @@ def _tune_config(spec: Mapping[str, Any]) -> TuneConfig:
 
 
 def _run_config(spec: Mapping[str, Any]) -> RunConfig:
-    lost = list(undescribed(spec["stop"]))
-    if lost:
-        raise UsageError(
-            f"RunConfig.stop was {', '.join(what for _, what in lost)}, which is not kept with the "
-            f"experiment: "
-            "functions and objects are never pickled. Hand over run_config=RunConfig(stop=...) to "
-            "Tuner.restore"
-        )
     return RunConfig(
-        stop=revived(spec["stop"], argument="stop"),
+        stop=_kept(spec, "stop", "RunConfig"),
         checkpoint_config=CheckpointConfig(**spec["checkpoint_config"]),
         failure_config=FailureConfig(**spec["failure_config"]),
         byte_budget=spec["byte_budget"],
-        executor=_executor(spec["executor"]),
+        executor=_kept(spec, "executor", "RunConfig"),
     )
 
 
-def _executor(said: str | None) -> str:
-    if said is None:
+def _kept(spec: Mapping[str, Any], name: str, owner: str) -> Any:
+    """What was described, anew."""
+    lost = [what for _, what in undescribed(spec[name])]
+    if lost:
+        argument = {"TuneConfig": "tune_config", "RunConfig": "run_config"}[owner]
         raise UsageError(
-            "RunConfig.executor was an object, which is not kept with the experiment. Hand over "
-            "run_config=RunConfig(executor=...) to Tuner.restore"
+            f"{owner}.{name} was, or held, {', '.join(lost)}, which is not kept with the experiment: "
+            f"functions "
+            f"and objects are never pickled. Hand over {argument}={owner}({name}=...) to Tuner.restore"
         )
-    return said
-
-
-def _revived_part(said: Any, argument: str, kind: type) -> Any:
-    """A built-in scheduler or searcher of the same arguments."""
-    if said is None or isinstance(said, str):
-        return said
-    found = _built_in(said["class"], kind)
-    if found is None or said["arguments"] is None:
-        raise UsageError(
-            f"TuneConfig.{argument} was a {said['class']}, which is not kept with the experiment: "
-            f"functions and "
-            f"objects are never pickled. Hand over tune_config=TuneConfig({argument}=...) to Tuner.restore"
-        )
-    return found(**revived(said["arguments"], argument=argument))
-
-
-def _built_in(name: str, kind: type) -> type | None:
-    """A class of keepstep's own, imported already or not; None: it is somebody else's."""
-    module, _, qualname = name.rpartition(".")
-    if not module.startswith("keepstep.tune."):
-        return None
-    found = getattr(import_module(module), qualname, None)
-    return found if inspect.isclass(found) and issubclass(found, kind) else None
+    return revived(spec[name], argument=name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
 from keepstep.tune.experiment.trial import CheckpointRecord
-from keepstep.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
+from keepstep.tune.result import TIME_TOTAL_S, TRAINING_ITERATION, look_up
 
 __all__ = ["Holding", "Key", "Rules", "Verdict", "key_of", "over_budget", "superfluous"]
 
@@ -180,14 +180,8 @@ def _score(record: CheckpointRecord, name: str, messages: dict[str, str]) -> flo
 
 def _look_up(record: CheckpointRecord, name: str) -> Any:
     automatic = {TRAINING_ITERATION: record.iteration, TIME_TOTAL_S: record.time_total_s}
-    if name in record.metrics:
-        return record.metrics[name]
-    found: Any = record.metrics
-    for part in name.split("/"):
-        if not isinstance(found, Mapping) or part not in found:
-            return automatic.get(name)
-        found = found[part]
-    return found
+    found = look_up(record.metrics, name)
+    return automatic.get(name) if found is None else found
 
 
 def _names(metrics: Mapping[str, Any]) -> str:
