@@ -92,12 +92,36 @@ def what_changes_while_it_is_copied_is_saved_again(folder: Path, rank: int) -> N
         assert found.step == 4
 
 
+def what_has_uneven_steps_is_not_saved(folder: Path, rank: int) -> None:
+    """Rank 1 has no last batch, and would not come to save it."""
+    accelerator, model, optimizer = prepared(folder / "uneven", CheckpointPolicy(every_n_steps=1))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            accelerator.backward(model(torch.ones(2, 3)).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with accelerator.join_uneven_inputs([model], even_batches=False):
+        steps(3 - rank)
+        for save in (accelerator.checkpoint, lambda: accelerator.save_state(folder / "uneven by hand")):
+            with pytest.raises(UsageError, match=r"join_uneven_inputs.*after the block"):
+                save()
+    accelerator.checkpoint()
+    with accelerator.join_uneven_inputs([model], even_batches=True):
+        steps(1)
+        assert accelerator.checkpoint() is not None
+    accelerator.wait_for_checkpoint()
+    assert accelerator.checkpoint_counts.saved == 2
+
+
 def run(argument: str, rank: int, size: int) -> None:
     for check in (
         places_of_its_own_are_refused,
         policies_of_its_own_are_refused,
         what_one_rank_alone_has_frozen_is_refused,
         what_changes_while_it_is_copied_is_saved_again,
+        what_has_uneven_steps_is_not_saved,
     ):
         print(check.__name__, flush=True)
         check(Path(argument), rank)

@@ -59,7 +59,8 @@ class Loop(Facade):
     def join_uneven_inputs(self, joinables: list[Any], even_batches: bool | None = None) -> Iterator[None]:
         """A context in which ranks may have different numbers of batches.
 
-        A rank that has none left takes part in the others' exchanges until all are through.
+        A rank that has none left takes part in the others' exchanges until all are through. It can't take
+        part in saving: checkpoints are made after the block, or with `even_batches=True`.
 
         Args:
             joinables: prepared models.
@@ -74,9 +75,14 @@ class Loop(Facade):
                 for loader in self._state.loaders:
                     inside.callback(setattr, loader, "even_batches", loader.even_batches)
                     loader.even_batches = even_batches
+            if not even_batches and self._world.size > 1:
+                inside.callback(setattr, self._state, "steps_differ", self._state.steps_differ)
+                self._state.steps_differ = True
             if not even_batches:
                 inside.enter_context(self._parallel.join(joinables))
             yield
+        if not even_batches and self._world.size > 1:
+            self._state.even_out_steps()
 
     def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
         """A context in which computation runs in the run's precision; prepared models do so by themselves.

@@ -144,6 +144,7 @@ class Saver:
         if not busy:
             self._ask_finished()
         state, entered_s = self._state, self._pacer.clock()
+        state.check_steps()
         if not state.window.sync_gradients or state.ranks_apart:
             return None
         self._compare(store)
@@ -247,6 +248,7 @@ class Saver:
         pinned: bool | None,
     ) -> Checkpoint:
         """Save now; durable on return."""
+        self._state.check_steps()
         self.wait()
         place = output_dir or self._require_store("save_state() without output_dir").address
         if output_dir is not None and not self._project.automatic_checkpoint_naming:

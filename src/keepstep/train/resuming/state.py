@@ -70,6 +70,7 @@ class TrainState:
         registered: objects with `state_dict` and `load_state_dict`.
         log: how far the run's log has come.
         ranks_apart: why ranks have other parameters at this instant; empty while they have the same.
+        steps_differ: ranks may do different numbers of steps now, so they can't save together.
         gate: where optimizers wait until the state has been copied.
     """
 
@@ -86,6 +87,7 @@ class TrainState:
     registered: list[Any] = field(default_factory=list)
     log: LogState = field(default_factory=LogState)
     ranks_apart: str = ""
+    steps_differ: bool = False
     gate: StagingGate = field(default_factory=StagingGate)
 
     def __post_init__(self) -> None:
@@ -143,6 +145,25 @@ class TrainState:
                 "buffers": Buffers(self.models, self.world.size).state_dict(),
             },
         )
+
+    def check_steps(self) -> None:
+        """Raise UsageError if a rank may be waited for in vain."""
+        if self.steps_differ:
+            raise UsageError(
+                "Inside join_uneven_inputs(..., even_batches=False) ranks may do different numbers of steps, "
+                "and one that has no batch left would be waited for in vain. Save after the block, or have "
+                "all ranks get the same number of batches: join_uneven_inputs(..., even_batches=True)"
+            )
+
+    def even_out_steps(self) -> None:
+        """Count the steps of the rank that did most, so that all save at the same ones."""
+        done = [prepared.steps_done for prepared in self.optimizers]
+        for prepared, counts in zip(
+            self.optimizers,
+            zip(*self.world.exchange(done, purpose="join_uneven_inputs"), strict=True),
+            strict=True,
+        ):
+            prepared.steps_done = max(counts)
 
     def changing(self) -> list[torch.Tensor]:
         """What may change between two optimizer steps: buffers, by a forward; gradients; learning rates."""
