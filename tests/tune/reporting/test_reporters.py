@@ -347,8 +347,28 @@ def test_megabytes_are_counted_not_shown(tmp_path: Path) -> None:
     out.clear()
     with file.open("ab") as stream:
         stream.write(b"later\n")
+        stream.flush()
+        echo.turn([trial])
+        stream.write(b"a line of twenty b.\n" * 60 + b"its beginning is left out, ")
+        stream.flush()
+        echo.turn([trial])
+        out[1:] = []
+        stream.write(b"and so is its end\nlater still\n")
     echo.turn([trial])
     file.unlink()
     echo.turn([trial])
     echo.end(trial)
-    assert out == [f"({trial}) later\n"]
+    assert out == [f"({trial}) later\n", f"({trial}) later still\n"]
+
+
+def test_a_line_without_an_end_is_cut(tmp_path: Path) -> None:
+    out: list[str] = []
+    echo, (trial,) = Echo(out.append), trials_of(tmp_path, [RUNNING])
+    file = tmp_path / "stdout"
+    echo.start(trial, [file])
+    file.write_bytes(b"x" * 50_000 + b"\nend\n")
+    echo.turn([trial])
+    first, second = "".join(out).splitlines()
+    assert first.endswith("xxx ... 45.9 kB more")
+    assert len(first) < 4200
+    assert second == f"({trial}) end"

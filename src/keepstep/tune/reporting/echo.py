@@ -22,13 +22,15 @@ _ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]")
 class _Followed:
     """One file of a trial."""
 
-    __slots__ = ("begun", "offset", "path")
+    __slots__ = ("begun", "offset", "path", "torn")
 
     def __init__(self, path: Path, offset: int) -> None:
         self.path = path
         self.offset = offset
         self.begun = b""
         """A line whose end is not there yet."""
+        self.torn = False
+        """Whether what comes next is the rest of a line whose beginning was left out."""
 
 
 class Echo:
@@ -106,18 +108,25 @@ def _read(file: _Followed, size: int, most: int) -> tuple[bytes, int]:
         return b"", 0
     try:
         data = os.pread(fd, min(size - file.offset, most), file.offset)
+        last = os.pread(fd, 1, size - 1)
     finally:
         os.close(fd)
     skipped = size - file.offset - len(data)
+    if file.torn:
+        _, end, data = data.partition(b"\n")
+        file.torn = not end
     file.offset = size
     if skipped > 0:
         whole = data[: data.rfind(b"\n") + 1] or data + b"\n"
+        file.torn = last != b"\n"
         return whole, skipped + max(0, len(data) - len(whole))
     return data, 0
 
 
 def _readable(line: bytes) -> str:
     """A line as it stands at last: of a progress bar the last state, nothing that a terminal acts on."""
+    if len(line) > _LINE_BYTES:
+        line = line[:_LINE_BYTES] + f" ... {bytes_in_words(len(line) - _LINE_BYTES)} more".encode()
     text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
     text = _ESCAPES.sub("", text)
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\t" else "" for c in text)
