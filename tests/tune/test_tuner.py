@@ -17,6 +17,7 @@ from keepstep.errors import (
     ExperimentBusyError,
     ExperimentExistsError,
     ExperimentNotFoundError,
+    NoResultError,
     TrialError,
     UsageError,
 )
@@ -346,3 +347,23 @@ def test_ray_s_interval_of_snapshots_is_accepted_and_said_to_be_unneeded(
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "5")
     tune.Tuner(counting(1))
     assert "TUNE_GLOBAL_CHECKPOINT_S is set, and not needed" in caplog.text
+
+
+def test_a_result_that_nobody_can_compare_fails_its_trial_by_name_and_others_go_on(tmp_path: Path) -> None:
+    def train(config: dict[str, Any]) -> None:
+        tune.report({"loss" if config["x"] == 1 else "lost": 1.0})
+        tune.report({"loss": 0.5})
+
+    config = tune.TuneConfig(metric="loss", mode="min", scheduler=tune.schedulers.ASHAScheduler())
+    space = {"x": tune.grid_search([1, 2])}
+    for _ in range(2):  # a second start tells everybody the same again
+        results = fit(tmp_path, train, space, config)
+        assert (results.num_terminated, results.num_errors) == (1, 1)
+        assert "without the metric 'loss'" in str(results.errors[0])
+        assert "'lost'" in str(results.errors[0])
+
+
+def test_the_best_of_results_without_the_metric_is_an_error_that_names_it(tmp_path: Path) -> None:
+    results = fit(tmp_path, counting(2), {}, tune.TuneConfig(metric="accuracy", mode="max"))
+    with pytest.raises(NoResultError, match="accuracy"):
+        results.get_best_result()

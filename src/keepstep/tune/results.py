@@ -303,7 +303,7 @@ class ResultGrid:
         scope: str = "last",
         filter_nan_and_inf: bool = True,
     ) -> Result:
-        """The best trial's result; of an experiment of one trial, that one's.
+        """The best trial's result; of an experiment of one trial without a metric, that one's.
 
         Args:
             metric: nested ones by "a/b"; None: `TuneConfig.metric`.
@@ -316,7 +316,7 @@ class ResultGrid:
             NoResultError: no trial has such a value.
             UsageError: metric, mode or scope is missing, or none that there is.
         """
-        if len(self._trials) == 1:
+        if len(self._trials) == 1 and (metric or self._metric) is None:
             return self[0]
         metric, way = checked(
             metric or self._metric, mode or self._mode, scope, asked="ResultGrid.get_best_result"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from keepstep.errors import TuneError
+from keepstep.errors import TrialError, TuneError
 from keepstep.tune.driver.plain import plain
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.records import Act
@@ -34,6 +34,7 @@ class Verdict:
     why: str | None
     acts: tuple[Act, ...]
     save: bool = False
+    problem: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +172,17 @@ class Decider:
             trial: it.
             result: what it reported.
             done: whether it ends with it by its own word.
+
+        Returns:
+            What becomes of it; with a `problem` if nobody can make anything of the result.
         """
+        try:
+            return self._decided(trial, result, done=done)
+        except TrialError as error:
+            self.ledger.take_saves()
+            return Verdict(decision="NOOP", why="refused", acts=self._taken(), problem=str(error))
+
+    def _decided(self, trial: Trial, result: dict[str, Any], *, done: bool) -> Verdict:
         stops = self.stopper(trial.trial_id, result)  # told of the last result, too
         why = "done" if done else "stop" if stops else None
         decision: Decision

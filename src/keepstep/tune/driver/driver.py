@@ -225,6 +225,11 @@ class Driver:
         saved = event.checkpoint is not None
         if saved:
             self._keep(trial, asked=False)
+        if verdict.problem is not None:
+            run.over = True
+            self._executor.kill(run.id)
+            self._fail(trial, verdict.problem, "", final=True)
+            return
         self._carry_out(run, verdict, save=bool(result.get(SHOULD_CHECKPOINT)) and not saved, saved=saved)
 
     def _carry_out(self, run: Run, verdict: Verdict, *, save: bool, saved: bool) -> None:

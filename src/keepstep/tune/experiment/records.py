@@ -145,7 +145,7 @@ class ResultReported:
         total_s: seconds of training in all.
         since: iterations since the last start.
         decision: "CONTINUE", "PAUSE", "STOP" or "NOOP" (the trial itself is among `acts`).
-        why: who stopped it: "done", "stop", "scheduler".
+        why: who stopped it: "done", "stop", "scheduler"; or "refused": nobody could make anything of it.
         checkpoint: the name of what was committed with it.
         bytes: what that takes on disk.
         acts: what the scheduler did to trials with it.
