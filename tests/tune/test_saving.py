@@ -99,6 +99,25 @@ def test_directories_states_and_checkpoints_in_turn(trial: str, tmp_path: Path) 
         assert Store(trial).best("acc", "max") is not None
 
 
+def test_it_is_known_what_was_reported_as_a_state(trial: str, tmp_path: Path) -> None:
+    """A directory comes back as a directory, also if it is a whole checkpoint of an `Accelerator`'s."""
+    saver = Saver(trial)
+    whole = save_directory(tmp_path / "whole", {"n": 5})
+    made(tmp_path / "plain", a=b"1")
+    given = [Checkpoint(tmp_path / "plain"), Checkpoint(whole.path), whole, {"n": 1}]
+    for step, what in enumerate(given):
+        saver.save(what, iteration=step, metrics={})
+    reported = [Checkpoint(f"{trial}/{name}") for name in names(trial)]
+    assert [checkpoint.is_state for checkpoint in reported] == [False, False, True, True]
+    again = Saver(f"{trial}_again")
+    for step, checkpoint in enumerate(reported):
+        again.save(checkpoint, iteration=step, metrics={})
+    assert [Checkpoint(f"{trial}_again/{name}").is_state for name in names(f"{trial}_again")] == [
+        False, False, True, True
+    ]  # fmt: skip
+    assert not Checkpoint(tmp_path / "plain").is_state
+
+
 def test_what_did_not_change_is_shared_and_outlives_what_is_deleted(trial: str, tmp_path: Path) -> None:
     """Also over a restart, which knows the checkpoint that it goes on from."""
     base = os.urandom(3 * MIB)

@@ -224,11 +224,8 @@ class Checkpoint:
 
     @property
     def is_state(self) -> bool:
-        """Whether it was reported as a state, to be loaded by `load`, and not as a directory."""
-        if self._manifest is None:
-            return False
-        reported_as = self._manifest.environment.get(REPORTED_AS)
-        return reported_as != "directory" and not _holds_files(self._manifest)
+        """Whether it was reported as a state, or as a `keepstep.Checkpoint`, and not as a directory."""
+        return self._manifest is not None and self._manifest.environment.get(REPORTED_AS) == "state"
 
     def load(self, only: str | Sequence[str] | None = None) -> Any:
         """The state that was reported as a tree; as `keepstep.Checkpoint.load`.
