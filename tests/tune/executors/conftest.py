@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tune.executors import trials
+from tests.tune.executors import heavy, trials
 from tests.tune.executors.driving import Drive
 
 from keepstep.tune.executors.inline import InlineExecutor
@@ -54,12 +54,12 @@ def shared() -> Iterator[dict[Any, Executor]]:
 
 @pytest.fixture
 def drive(kind: Kind, shared: dict[Any, Executor], tmp_path: Path) -> Callable[..., Drive]:
-    """An executor of that kind for a trainable of `trials`."""
+    """An executor of that kind for a trainable of `trials` or `heavy`."""
 
     def of(name: str = "function") -> Drive:
         key = (id(kind), name)
         if key not in shared:
-            shared[key] = kind.make(getattr(trials, name), TOTAL)
+            shared[key] = kind.make(getattr(heavy if hasattr(heavy, name) else trials, name), TOTAL)
         return Drive(shared[key], tmp_path)
 
     return of

@@ -87,13 +87,13 @@ def test_save_checkpoint_may_not_return_another_directory(drive: Drives) -> None
 
 
 def test_an_accelerator_in_a_function_goes_on_to_the_same_bits(drive: Drives) -> None:
-    d = drive()
-    whole, end = d.run("whole", {"do": "accelerator", "n": 4})
+    d = drive("with_accelerator")
+    whole, end = d.run("whole", {"n": 4})
     assert isinstance(end, Ended), end
-    first, _ = d.run("parts", {"do": "accelerator", "n": 2})
+    first, _ = d.run("parts", {"n": 2})
     second, end = d.run(
         "parts",
-        {"do": "accelerator", "n": 2},
+        {"n": 2},
         checkpoint=str(d.root / "parts" / first[1].checkpoint.name),
         iteration=2,
         next_checkpoint=2,

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from tests.tune.executors import trials
 from tests.tune.executors.conftest import KINDS, TOTAL, Kind
-from tests.tune.executors.driving import Drive, Ended, Go, Reported, Started
+from tests.tune.executors.driving import Drive, Ended, Go, Next, Reported, Started
 
 from keepstep import tune
 from keepstep.errors import UsageError
@@ -162,6 +162,28 @@ def test_a_closed_executor_leaves_nothing(local: Drives) -> None:
     server = psutil.Process(pids[0]).ppid()
     d.executor.close()
     assert gone(*pids, server)
+
+
+def test_a_process_that_hangs_on_its_way_to_the_next_trial_can_be_killed(drive: Drives) -> None:
+    d = drive("Counter")
+    first, second = d.launch("first"), d.job("second", {"fail": "hang"})
+    d.event(first.run, Reported)
+    d.order(first.run, Next(job=second))
+    d.executor.wait(0.1)
+    d.executor.kill(second.run)
+    assert d.last(second.run)[0].killed
+    assert d.of(first.run)[-1] == Ended(run=first.run)
+    assert d.executor.fits(TOTAL)
+
+
+def test_a_process_that_died_before_it_could_become_the_next_trial_loses_nothing(drive: Drives) -> None:
+    d = drive("Counter")
+    first, second = d.launch("first"), d.job("second", {"end": 1})
+    d.event(first.run, Reported)
+    os.kill(d.of(first.run, Started)[0].pid, signal.SIGKILL)
+    d.order(first.run, Next(job=second))
+    assert isinstance(d.last(second.run)[0], Ended)
+    assert d.of(first.run)[-1] == Ended(run=first.run)
 
 
 DRIVER = """

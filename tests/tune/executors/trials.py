@@ -82,30 +82,6 @@ def do_checkpoint(config: dict[str, Any]) -> None:
         tune.report({"n": n}, checkpoint=tune.Checkpoint.from_directory(f"made/{n}"))
 
 
-def do_accelerator(config: dict[str, Any]) -> None:
-    """Train with an Accelerator: its checkpoints are the trial's, and it goes on from them."""
-    import torch
-
-    from keepstep import Accelerator
-
-    accelerator = Accelerator(project_dir=".", cpu=True)
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
-    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters()))
-    if checkpoint := tune.get_checkpoint():
-        with checkpoint.as_directory() as directory:
-            accelerator.load_state(directory)
-    for n in range(config["n"]):
-        loss = model(torch.ones(4, 8)).square().mean()
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        kept = accelerator.save_state(f"step_{n}")
-        tune.report({"loss": loss}, checkpoint=tune.Checkpoint.from_directory(kept))
-    state = {"model": model, "n": config["n"]}
-    tune.report({"weights": sum(p.sum() for p in model.parameters())}, checkpoint=state)
-
-
 def do_vanishing(config: dict[str, Any]) -> None:
     checkpoint = None
     Path("gone").mkdir()
@@ -264,27 +240,12 @@ class Counter(tune.Trainable):
         if new_config.get("fail") == "reset":
             raise ValueError("reset failed")
         self.n = 0
+        if new_config.get("fail") == "hang":
+            time.sleep(600)
         return bool(new_config.get("resets", True))
 
     def cleanup(self) -> None:
         Path(self.logdir, "cleaned").write_text(self.trial_id)
-
-
-class Dictionary(tune.Trainable):
-    """Its checkpoints are dicts."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        self.n = 0
-
-    def step(self) -> dict[str, Any]:
-        self.n += 1
-        return {"n": self.n}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> Any:
-        return {"n": self.n}
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        self.n = checkpoint["n"]
 
 
 class Forgetful(tune.Trainable):
@@ -292,7 +253,3 @@ class Forgetful(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         return {"n": self.iteration}
-
-
-def class_or_function(kind: str) -> Any:
-    return {"function": function, "Counter": Counter, "Dictionary": Dictionary, "Forgetful": Forgetful}[kind]

@@ -1,4 +1,4 @@
-"""What Linux offers to keep processes together; elsewhere these do nothing."""
+"""What Linux offers to keep processes together."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Collection
 from typing import Final
 
-__all__ = ["adopt_orphans", "die_with_parent", "end_orphans", "kill_group", "why_not_to_fork"]
+__all__ = ["adopt_orphans", "children", "die_with_parent", "end_orphans", "kill_group", "why_not_to_fork"]
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -20,8 +19,7 @@ _PATIENCE_S: Final = 2.0
 
 
 def _prctl(option: int, argument: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
 
 
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
@@ -51,7 +49,7 @@ def kill_group(leader: int) -> None:
 def end_orphans(known: Collection[int]) -> None:
     """Kill and reap every child that isn't known, and what they leave behind."""
     end = time.monotonic() + _PATIENCE_S
-    while (strangers := [child for child in _children() if child not in known]) and time.monotonic() < end:
+    while (strangers := [child for child in children() if child not in known]) and time.monotonic() < end:
         for child in strangers:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(child, signal.SIGKILL)
@@ -61,8 +59,8 @@ def end_orphans(known: Collection[int]) -> None:
                     time.sleep(0.001)
 
 
-def _children() -> list[int]:
-    """Of this process, which has one thread."""
+def children() -> list[int]:
+    """Process ids of the children of the main thread."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
             return [int(child) for child in file.read().split()]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import selectors
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -38,10 +39,15 @@ class LocalExecutor:
         total: what there is in all, as {"cpu": 8, "gpu": 2, "licence": 1}; None: what this machine has.
 
     Raises:
-        UsageError: the trainable can't travel to another process.
+        UsageError: the trainable can't travel to another process, or this is not Linux.
     """
 
     def __init__(self, trainable: Any, *, total: Resources | None = None) -> None:
+        if sys.platform != "linux":
+            raise UsageError(
+                f'The executor "local" keeps processes together by means of Linux, not {sys.platform}; '
+                'choose "inline", which runs trials in this process, or "ray"'
+            )
         machine, gpus = machine_total(visible_gpus()) if total is None else (dict(total), ())
         self._trainable = trainable
         self._pool = Pool(machine, gpus)

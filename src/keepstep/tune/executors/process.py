@@ -167,8 +167,15 @@ def _not_made(run: str, error: BaseException) -> Failed:
 
 def _news(before: frozenset[str]) -> list[str]:
     """Modules that this trial loaded, and that are worth to be there before the next is forked."""
-    ours = (name for name in sys.modules if name.startswith("keepstep."))
-    return sorted({*ours, *(name for name in _WORTH_SHARING if name in sys.modules)} - before)
+    worth = {
+        name
+        for name in sys.modules
+        if name.startswith("keepstep.")
+        or (
+            name.partition(".")[0] in _WORTH_SHARING and name.count(".") <= 1
+        )  # torch._dynamo: an optimizer's
+    }
+    return sorted(worth - before)
 
 
 def _end() -> None:

@@ -23,6 +23,7 @@ from typing import Any, Final
 from keepstep.tune.executors.environment import put, variables
 from keepstep.tune.executors.kernel import (
     adopt_orphans,
+    children,
     die_with_parent,
     end_orphans,
     kill_group,
@@ -42,7 +43,7 @@ BOOTSTRAP: Final = (
 )
 """What a fresh interpreter is started with, and one argument of JSON."""
 
-_MESSAGE_BYTES: Final = 1 << 16
+_MESSAGE_BYTES: Final = 1 << 18
 
 
 def main(control: int, trainable: int, driver: int) -> None:
@@ -103,6 +104,7 @@ class _Server:
     def _settle(self) -> None:
         """Make ready to fork, and tell the driver how trials are started."""
         self._why_not = why_not_to_fork()
+        self._own = frozenset({*children()} - self._trials.keys())  # of the user's modules, and no trial's
         gc.collect()
         gc.freeze()
         self._tell({"ready": self._why_not})
@@ -220,7 +222,7 @@ class _Server:
             if run is not None:
                 ended.append((run, status))
         if ended:
-            end_orphans(self._trials.keys())
+            end_orphans(self._own | self._trials.keys())
         for run, status in ended:
             self._tell({"ended": run, "status": os.waitstatus_to_exitcode(status)})
 

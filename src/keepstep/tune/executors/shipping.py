@@ -10,7 +10,6 @@ import io
 import mmap
 import os
 import pickle
-import tempfile
 from typing import Any
 
 import cloudpickle
@@ -57,11 +56,7 @@ def ship(value: Any, what: str) -> int:
     Raises:
         UsageError: as `dumps`.
     """
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("keepstep-trainable")
-    else:
-        with tempfile.TemporaryFile() as anonymous:
-            descriptor = os.dup(anonymous.fileno())
+    descriptor = os.memfd_create("keepstep-trainable")
     try:
         with open(descriptor, "wb", closefd=False) as file:
             _dump(value, file, what)
