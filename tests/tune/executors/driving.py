@@ -23,7 +23,7 @@ from keepstep.tune.executors.protocol import (
     Stop,
 )
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 _numbers = itertools.count()
 
 

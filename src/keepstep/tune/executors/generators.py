@@ -50,10 +50,10 @@ class Generators:
 
 
 def _states() -> tuple[Any, Any, Any]:
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    numpy, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
     return (
         random.getstate(),
-        numpy.random.get_state() if numpy else None,
+        numpy.get_state() if numpy else None,
         torch.default_generator.get_state() if torch else None,
     )
 
@@ -62,14 +62,14 @@ def _restore(states: tuple[Any, Any, Any]) -> None:
     python, numpy, torch = states
     random.setstate(python)
     if numpy is not None:
-        sys.modules["numpy"].random.set_state(numpy)
+        sys.modules["numpy.random"].set_state(numpy)
     if torch is not None:
         sys.modules["torch"].default_generator.set_state(torch)
 
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed)
+    if (numpy := sys.modules.get("numpy.random")) is not None:
+        numpy.seed(seed)
     if (torch := sys.modules.get("torch")) is not None:
         torch.default_generator.manual_seed(seed)

@@ -240,8 +240,8 @@ class _Server:
 
 def _draw_anew() -> None:
     """NumPy's global generator was seeded before the fork: seed it anew, unless code had seeded it."""
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        state = numpy.random.get_state()
-        if state[1][0] == 0x80000000 and state[2] == len(state[1]):  # as the operating system seeded it
-            numpy.random.seed()
+    random = sys.modules.get("numpy.random")
+    if random is not None:
+        _, words, place, *_ = random.get_state()
+        if words[0] == 0x80000000 and place >= len(words) - 1:  # as it is when nobody seeded it or drew
+            random.seed()
