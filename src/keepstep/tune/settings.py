@@ -168,8 +168,7 @@ class TuneConfig:
             `time_budget_s` is over, or something stops it.
         max_concurrent_trials: most trials at a time; None: as many as resources allow.
         time_budget_s: seconds (or a timedelta) after which running trials are stopped after a checkpoint and
-        no other starts.
-            Time before a restart counts.
+            no other starts. Time before a restart counts.
         reuse_actors: a class with `reset_config` goes on in the same process with the next trial; None:
             classes that define `reset_config` do.
         trial_name_creator: the name of a trial, from the trial.

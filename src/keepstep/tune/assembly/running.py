@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.errors import ExperimentExistsError, UsageError
@@ -54,6 +54,10 @@ from keepstep.tune.trainable.kinds import is_class_trainable, trainable_name
 from keepstep.tune.trainable.resources import resources_of
 
 __all__ = ["Plan", "Resume", "carry_out"]
+
+
+_UNSYNCED_S: Final = 60.0
+"""The system writes what is in its memory to the disk before so many seconds are over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,21 +177,25 @@ def _audience(plan: Plan, opened: Opened, history: History, stack: contextlib.Ex
 
 
 def _rebuild(files: TrialFiles, records: Sequence[Record], history: History) -> None:
-    """Make the files of trials that may go on agree with the journal."""
-    results: dict[str, list[dict[str, Any]]] = {
-        id_: [] for id_, trial in history.live.items() if trial.starts
-    }
-    if not results:
-        return
-    first, *others = records
+    """Make the files of trials agree with the journal: of those that may go on, and of those that ended last.
+
+    Files are not synced: what was written to them just before a power cut may be gone.
+    """
+    first, *others = records or [history.made]
     assert isinstance(first, ExperimentMade)
+    since = max((record.time for record in others), default=0.0) - _UNSYNCED_S
+    results: dict[str, list[dict[str, Any]]] = {}
+    recent = {id_ for id_, trial in history.live.items() if trial.starts}
+    recent |= {
+        record.trial for record in others if isinstance(record, ResultReported) and record.time > since
+    }
     again = History(first, history.path)
-    for record in others:
+    for record in others if recent else ():
         again.apply(record)
-        if isinstance(record, ResultReported) and record.trial in results:
-            results[record.trial].append(again.result_of(record))
-    for trial_id, found in results.items():
-        files.rebuild(history.trial(trial_id), found)
+        if isinstance(record, ResultReported) and record.trial in recent:
+            results.setdefault(record.trial, []).append(again.result_of(record))
+    for trial_id in sorted(recent):
+        files.rebuild(history.trial(trial_id), results.get(trial_id, []))
 
 
 def _brought_up(plan: Plan, opened: Opened, spec: Mapping[str, Any]) -> tuple[History, Decider]:
