@@ -367,3 +367,14 @@ def test_the_best_of_results_without_the_metric_is_an_error_that_names_it(tmp_pa
     results = fit(tmp_path, counting(2), {}, tune.TuneConfig(metric="accuracy", mode="max"))
     with pytest.raises(NoResultError, match="accuracy"):
         results.get_best_result()
+
+
+def test_callbacks_are_told_by_name(tmp_path: Path) -> None:
+    told: list[set[str]] = []
+
+    class TakesAll(tune.Callback):
+        def on_trial_result(self, **info: Any) -> None:  # type: ignore[override]
+            told.append(set(info))
+
+    fit(tmp_path, counting(1), callbacks=[TakesAll()])
+    assert told == [{"iteration", "trials", "trial", "result"}]

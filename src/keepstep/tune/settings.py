@@ -169,8 +169,7 @@ class TuneConfig:
         max_concurrent_trials: most trials at a time; None: as many as resources allow.
         time_budget_s: seconds (or a timedelta) after which running trials are stopped after a checkpoint and
             no other starts. Time before a restart counts.
-        reuse_actors: a class with `reset_config` goes on in the same process with the next trial; None:
-            classes that define `reset_config` do.
+        reuse_actors: a class with `reset_config` goes on in the same process with the next trial; None: no.
         trial_name_creator: the name of a trial, from the trial.
         trial_dirname_creator: the name of its directory, from the trial.
         seed: of everything drawn at random; None: one is drawn and written down, so that a restart goes on

@@ -47,48 +47,52 @@ class Audience:
                     changed[str(number)] = self._states[str(number)] = state
         return changed
 
+    def _seen(self) -> dict[str, Any]:
+        """What every method is handed, by name: a callback may take it as `**info`."""
+        return {"iteration": self._turn, "trials": self._history.all}
+
     def turn_begins(self) -> None:
         """The driver is about to look for news."""
         self._turn += 1
         for callback in self._callbacks:
-            callback.on_step_begin(self._turn, self._history.all)
+            callback.on_step_begin(**self._seen())
 
     def turn_ends(self) -> None:
         """The driver has dealt with the news."""
         for callback in self._callbacks:
-            callback.on_step_end(self._turn, self._history.all)
+            callback.on_step_end(**self._seen())
 
     def started(self, trial: Trial, *, restored: bool) -> None:
         """A trial starts; `restored`: from a checkpoint."""
         for callback in self._callbacks:
-            callback.on_trial_start(self._turn, self._history.all, trial)
+            callback.on_trial_start(**self._seen(), trial=trial)
             if restored:
-                callback.on_trial_restore(self._turn, self._history.all, trial)
+                callback.on_trial_restore(**self._seen(), trial=trial)
 
     def resulted(self, trial: Trial, result: dict[str, Any]) -> None:
         """A trial reported; they may change the result."""
         for callback in self._callbacks:
-            callback.on_trial_result(self._turn, self._history.all, trial, result)
+            callback.on_trial_result(**self._seen(), trial=trial, result=result)
 
     def checkpointed(self, trial: Trial, made: CheckpointRecord, *, asked: bool) -> None:
         """A checkpoint was committed and is in the journal; `asked`: a class was told to."""
         for callback in self._callbacks:
             if asked:
-                callback.on_trial_save(self._turn, self._history.all, trial)
-            callback.on_checkpoint(self._turn, self._history.all, trial, made)
+                callback.on_trial_save(**self._seen(), trial=trial)
+            callback.on_checkpoint(**self._seen(), trial=trial, checkpoint=made)
 
     def completed(self, trial: Trial) -> None:
         """A trial ended well."""
         for callback in self._callbacks:
-            callback.on_trial_complete(self._turn, self._history.all, trial)
+            callback.on_trial_complete(**self._seen(), trial=trial)
 
     def failed(self, trial: Trial, *, final: bool) -> None:
         """A trial failed."""
         for callback in self._callbacks:
             tell: Callable[..., None] = callback.on_trial_error if final else callback.on_trial_recover
-            tell(self._turn, self._history.all, trial)
+            tell(**self._seen(), trial=trial)
 
     def ended(self) -> None:
         """All is done."""
         for callback in self._callbacks:
-            callback.on_experiment_end(self._history.all)
+            callback.on_experiment_end(trials=self._history.all)
