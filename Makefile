@@ -42,7 +42,7 @@ soak: export OMP_NUM_THREADS := 1
 soak: $(READY)  ## The long tests: random states, kills and faults
 	$(RUN) -m pytest -n $(TEST_PROCESSES) -m soak --timeout 3600
 
-bench: $(READY)  ## Speed and memory beside torch.save, Accelerate and DCP
+bench: $(READY)  ## Speed and memory beside torch.save, Accelerate, DCP and Ray Tune
 	$(RUN) -m benchmarks
 
 docs: $(DOCS_READY)  ## Build the pages into build/docs

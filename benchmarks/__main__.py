@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import blocked, cold, every_step, frozen, load, overhead, save, scale, small_tensors
+from benchmarks import blocked, cold, every_step, frozen, load, overhead, save, scale, small_tensors, tune
 from benchmarks.methods import quiet_peers
 from benchmarks.report import Bar, heading, note, show_bars
 from benchmarks.settings import FULL, QUICK, Settings
@@ -31,6 +31,7 @@ _PARTS: dict[str, Callable[[Settings], list[Bar]]] = {
     "small_tensors": small_tensors.run,
     "scale": scale.run,
     "overhead": overhead.run,
+    "tune": tune.run,
 }
 
 
@@ -46,8 +47,13 @@ _PARTS: dict[str, Callable[[Settings], list[Bar]]] = {
     show_default=True,
     help="On the disk to be measured; what is written there is removed.",
 )
-def main(only: tuple[str, ...], quick: bool, directory: Path) -> None:
-    """Measure keepstep beside torch.save, Accelerate and DCP."""
+@click.option(
+    "--ray-python",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="An interpreter that has Ray Tune, for the part `tune`; by default this one, if it has it.",
+)
+def main(only: tuple[str, ...], quick: bool, directory: Path, ray_python: Path | None) -> None:
+    """Measure keepstep beside torch.save, Accelerate, DCP and Ray Tune."""
     quiet_peers()
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
@@ -63,7 +69,7 @@ def main(only: tuple[str, ...], quick: bool, directory: Path) -> None:
             place = Path(workplace) / name
             place.mkdir()
             part_began = time.perf_counter()
-            found = _PARTS[name](Settings(size=size, directory=place.resolve()))
+            found = _PARTS[name](Settings(size=size, directory=place.resolve(), ray_python=ray_python))
             show_bars(f"Bars: {name}", found)
             note(f"{name} took {time.perf_counter() - part_began:.0f} s")
             bars += found

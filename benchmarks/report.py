@@ -52,7 +52,7 @@ def heading(text: str) -> None:
 
 
 def note(text: str) -> None:
-    _console.print(text, style="dim")
+    _console.print(text, style="dim", markup=False)
 
 
 def status(text: str) -> AbstractContextManager[object]:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FULL", "QUICK", "SIZES", "TINY", "EveryStep", "Frozen", "Point", "Scale", "Settings", "Size"]
+__all__ = [
+    "FULL",
+    "QUICK",
+    "SIZES",
+    "TINY",
+    "EveryStep",
+    "Frozen",
+    "Point",
+    "Scale",
+    "Settings",
+    "Size",
+    "Tuning",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +89,27 @@ class Scale:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Experiments of trivial trials, two at a time.
+
+    Attributes:
+        trials, reports: of an experiment.
+        checkpoint_bytes: of a report, where there are checkpoints.
+        steps, step_s: reports of a trial while memory is watched, and how far apart they are.
+        many: trials of the experiment in one process.
+        rounds: in which the contenders take turns.
+    """
+
+    trials: int
+    reports: int
+    checkpoint_bytes: int
+    steps: int
+    step_s: float
+    many: int
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Size:
     """What is saved and loaded, and how many rounds are timed.
 
@@ -94,6 +127,7 @@ class Size:
         every_step: the loop that saves at every step.
         frozen: the checkpoints of a frozen base.
         scale: how many of what is counted.
+        tuning: experiments.
         disk_bytes: most that is on disk at a time.
     """
 
@@ -113,6 +147,7 @@ class Size:
     every_step: EveryStep
     frozen: Frozen
     scale: Scale
+    tuning: Tuning
     disk_bytes: int
 
 
@@ -123,10 +158,12 @@ class Settings:
     Attributes:
         size: what is measured.
         directory: on the disk to be measured; everything is written below it and removed.
+        ray_python: the interpreter that has Ray Tune; None: this one, if it has it.
     """
 
     size: Size
     directory: Path
+    ray_python: Path | None = None
 
 
 FULL = Size(
@@ -157,6 +194,9 @@ FULL = Size(
     ),
     frozen=Frozen(width=2048, layers=24, rank=256, checkpoints=20, peer_saves=3),
     scale=Scale(manifests=(1_000, 4_000), tensors=(10_000, 100_000), ranks=(64, 1_024), sharded=32),
+    tuning=Tuning(
+        trials=32, reports=20, checkpoint_bytes=10_000_000, steps=30, step_s=0.1, many=10_000, rounds=3
+    ),
     disk_bytes=12 << 30,
 )
 QUICK = Size(
@@ -185,6 +225,9 @@ QUICK = Size(
     ),
     frozen=Frozen(width=1024, layers=24, rank=128, checkpoints=20, peer_saves=2),
     scale=Scale(manifests=(250, 1_000), tensors=(10_000, 100_000), ranks=(64, 512), sharded=16),
+    tuning=Tuning(
+        trials=8, reports=20, checkpoint_bytes=10_000_000, steps=20, step_s=0.1, many=2_000, rounds=1
+    ),
     disk_bytes=4 << 30,
 )
 TINY = Size(
@@ -206,6 +249,7 @@ TINY = Size(
     ),
     frozen=Frozen(width=256, layers=8, rank=2, checkpoints=4, peer_saves=1),
     scale=Scale(manifests=(2, 6), tensors=(100, 1_000), ranks=(2, 6), sharded=3),
+    tuning=Tuning(trials=2, reports=2, checkpoint_bytes=10_000, steps=2, step_s=0.3, many=20, rounds=1),
     disk_bytes=1 << 20,
 )
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from benchmarks import __main__ as program
-from benchmarks import blocked, cold, every_step, frozen, load, overhead, save, scale, small_tensors
+from benchmarks import blocked, cold, every_step, frozen, load, overhead, save, scale, small_tensors, tune
 from benchmarks.every_step import SamplesFor
 from benchmarks.methods import fsync_all
 from benchmarks.report import Bar
 from benchmarks.settings import TINY, Point, Settings
 from benchmarks.simulated import SimulatedRanks
 from benchmarks.small_tensors import fitted_exponent
+from benchmarks.tuning.tree import MARK, Tree
 from click.testing import CliRunner
 
 from keepstep.checkpoint.format.parse import read_manifest, read_state
@@ -110,6 +113,31 @@ def test_small_tensors(settings: Settings) -> None:
 
 def test_overhead(settings: Settings) -> None:
     assert len(overhead.run(settings)) == 6
+
+
+def test_tune_without_ray(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = dataclasses.replace(settings, ray_python=Path("/bin/false"))
+    bars = bars_by_name(tune.run(nowhere))
+    assert len(bars) == 4
+    assert all(float(bar.measured.split()[0].rstrip("x")) > 0 for bar in bars.values())
+    printed = capsys.readouterr().out
+    assert "pip install 'keepstep[bench]'" in printed
+    assert printed.count("floor: bare processes") == 4
+    assert list(settings.directory.iterdir()) == []
+
+
+def test_processes_of_a_command_are_found_and_ended() -> None:
+    tree = Tree("of this test", patience_s=0.2)
+    command = ["/bin/sh", "-c", "setsid sleep 60 & sleep 60"]
+    process = subprocess.Popen(command, env=os.environ | {MARK: "of this test"})
+    try:
+        while tree.peak.processes < 2:
+            tree.sample()
+        assert tree.peak.rss_bytes >= tree.peak.pss_bytes > 0
+    finally:
+        tree.ended()
+    assert process.wait() == -signal.SIGKILL
+    assert tree.processes() == []
 
 
 def test_the_exponent_of_a_straight_line_is_one() -> None:
