@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Tuner:
                 searcher is not keepstep's own.
             run_config: stop, callbacks, checkpoint and failure configuration; None: from the journal, without
                 callbacks. Its name and storage_path are not looked at.
-            storage_options: for a bucket.
+            storage_options: for a bucket; None: those of `run_config`.
 
         Raises:
             ExperimentNotFoundError: there is none at that path.
@@ -99,6 +100,8 @@ class Tuner:
                 "go on or begin anew: choose one"
             )
         address = _address(path)
+        if storage_options is None and run_config is not None:
+            storage_options = run_config.storage_options
         records = read_experiment(address, storage_options)
         made = records[0] if records else None
         if not isinstance(made, ExperimentMade):
@@ -108,6 +111,7 @@ class Tuner:
         spec = newest_spec(records)
         tune, run = revive(spec, tune_config, run_config)
         space = param_space if param_space is not None else revived(spec["param_space"])
+        run = replace(run, storage_options=storage_options)
         tuner = cls(trainable, param_space=space, tune_config=tune, run_config=run)
         tuner._address = address
         tuner._resume = Resume(

@@ -68,7 +68,7 @@ class ObjectsLike(Protocol):
     def address(self) -> str:
         """Where they are, for messages."""
 
-    def list(self, prefix: str = "") -> Iterator[FoundLike]:
+    def list(self, prefix: str = "", *, after: str | None = None) -> Iterator[FoundLike]:
         """Every object below a prefix, in no order."""
 
     def size(self, key: str) -> int | None:

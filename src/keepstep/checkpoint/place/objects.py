@@ -141,10 +141,15 @@ class Objects:
 
     # -------------------------------------------------------------------------------------- reads
 
-    def list(self, prefix: str = "") -> Iterator[Found]:
-        """Every object below `prefix`, a whole number of path segments; in no order."""
+    def list(self, prefix: str = "", *, after: str | None = None) -> Iterator[Found]:
+        """Every object below `prefix`, a whole number of path segments; in no order.
+
+        Args:
+            prefix: of their keys.
+            after: only those whose key is greater.
+        """
         with self._explained("list", f"{prefix}/*" if prefix else "*"):
-            for batch in obstore.list(self._store, prefix or None, chunk_size=1000):
+            for batch in obstore.list(self._store, prefix or None, offset=after, chunk_size=1000):
                 for meta in batch:
                     yield Found(
                         key=meta["path"],

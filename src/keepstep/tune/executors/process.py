@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import logging
 import os
 import socket
 import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
+from keepstep.checkpoint.place.registry import open_objects
+from keepstep.errors import KeepstepError
 from keepstep.tune.executors.environment import changes_directory, put
 from keepstep.tune.executors.protocol import Event, Failed, Job, Order
 from keepstep.tune.executors.shipping import loads
@@ -18,7 +21,9 @@ from keepstep.tune.executors.wire import frame, read_frame, text_of
 from keepstep.tune.executors.worker import describe, run_job
 from keepstep.tune.trainable.session import TrialStopped
 
-__all__ = ["MODULES", "Errand", "Loaded", "run_trial"]
+__all__ = ["MODULES", "Errand", "Home", "Loaded", "not_made", "run_trial"]
+
+_log = logging.getLogger(__name__)
 
 MODULES: Final = "modules"
 """What a frame is called that names modules."""
@@ -56,7 +61,7 @@ class Loaded(NamedTuple):
 class _Channel:
     """To the driver; `keepstep.tune.executors.channel.Channel`."""
 
-    def __init__(self, connection: socket.socket, place: _Home) -> None:
+    def __init__(self, connection: socket.socket, place: Home) -> None:
         self._connection = connection
         self._place = place
         self._pid = os.getpid()
@@ -93,11 +98,16 @@ class _Channel:
         return errand
 
 
-class _Home:
-    """Where a process's trials run, one after another; `keepstep.tune.executors.channel.Place`."""
+class Home:
+    """Where a process's trials run, one after another; `keepstep.tune.executors.channel.Place`.
+
+    Attributes:
+        directory: of the next job that is entered; of one in a bucket: a directory that stands in for it.
+    """
 
     def __init__(self) -> None:
         self.directory = ""
+        self._outputs: tuple[Job, list[str]] | None = None
         self._undo: dict[str, str | None] = {}
         self._places: dict[str, str] = {}
 
@@ -110,15 +120,45 @@ class _Home:
         return os.getpid()
 
     def enter(self, job: Job) -> None:
+        """Be the place of this job: its directory, environment and output."""
+        self.leave()
         self.directory = self._places.setdefault(job.run, self.directory)
         put(self._undo)
         self._undo = put(job.env)
         Path(self.directory).mkdir(parents=True, exist_ok=True)
+        names = []
         for path, stream, number in ((job.stdout, sys.stdout, 1), (job.stderr, sys.stderr, 2)):
             if path is not None:
-                _redirect(path, stream, number)
+                name = path.removeprefix(f"{job.path}/")
+                names.append(name)
+                _redirect(os.path.join(self.directory, name), stream, number)
+        self._outputs = (job, names) if "://" in job.path else None
         if changes_directory():
             os.chdir(self.directory)
+
+    def leave(self) -> None:
+        """The job that was entered last is over: what it printed goes where its files are."""
+        if self._outputs is None:
+            return
+        (job, names), self._outputs = self._outputs, None
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        try:
+            _upload(job, Path(self.directory), names)
+        except (KeepstepError, OSError) as error:
+            _log.warning("what %s printed could not be uploaded: %s", job.trial_name, error)
+
+
+def _upload(job: Job, directory: Path, names: list[str]) -> None:
+    """Append what a job printed to what earlier starts of its trial did."""
+    objects = open_objects(job.path, job.storage_options)
+    for name in names:
+        data = (directory / name).read_bytes()
+        if data:
+            with contextlib.suppress(FileNotFoundError):
+                data = objects.get(name) + data
+            objects.put(name, data)
+            os.truncate(directory / name, 0)
 
 
 def _redirect(path: str, stream: TextIO, number: int) -> None:
@@ -139,7 +179,7 @@ def run_trial(connection: socket.socket, run: str, loaded: Loaded) -> None:
         run: the job's, for what goes wrong before it is known.
         loaded: the trainable.
     """
-    home = _Home()
+    home = Home()
     channel = _Channel(connection, home)
     try:
         if loaded.error is not None:
@@ -149,14 +189,16 @@ def run_trial(connection: socket.socket, run: str, loaded: Loaded) -> None:
     except TrialStopped:
         os._exit(1)
     except BaseException as error:  # noqa: BLE001 - importing the user's modules may raise anything
-        channel.send(_not_made(run, error))
+        channel.send(not_made(run, error))
     else:
         run_job(job, loaded.trainable, channel, home)
+        home.leave()
         channel.tell_modules(_news(loaded.modules))
     _end()
 
 
-def _not_made(run: str, error: BaseException) -> Failed:
+def not_made(run: str, error: BaseException) -> Failed:
+    """The failure of a trial whose function, class or configuration could not be loaded."""
     found = describe(run, error)
     said = (
         f"The trainable or the configuration could not be made anew in the trial's process: {found.error}. "
