@@ -31,15 +31,58 @@ class Kind:
     captures: bool
 
 
+def _on_ray(trainable: Any, total: Resources) -> Executor:
+    from keepstep.tune.executors.ray import RayExecutor  # where no test asks for it, Ray isn't loaded
+
+    return RayExecutor(trainable, total=total)
+
+
 KINDS = {
     "inline": Kind(lambda trainable, total: InlineExecutor(trainable, total=total), False, False),
     "local": Kind(lambda trainable, total: LocalExecutor(trainable, total=total), True, True),
+    "ray": Kind(_on_ray, True, True),
 }
+ALIKE_ON_RAY = (
+    "test_what_a_function_returns_is_its_last_result",
+    "test_a_function_that_returns_nonsense",
+    "test_a_class_that_raises",
+    "test_whatever_a_trial_raises",
+    "test_a_class_whose_checkpoints_are_dicts",
+    "test_a_directory_that_vanishes",
+    "test_save_checkpoint_may_not_return",
+    "test_a_generator_reports",
+)
+"""What does not pass through an executor twice; an actor takes a second to start."""
+
 TOTAL = {"cpu": 4.0, "gpu": 2.0, "licence": 1.0}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        called = getattr(item, "callspec", None)
+        if called and called.params.get("kind") == "ray" and item.name.startswith(ALIKE_ON_RAY):
+            item.add_marker(pytest.mark.soak)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A cluster of this machine: what tests need, and GPUs that are none."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            num_cpus=4, num_gpus=2, resources={"licence": 1}, include_dashboard=False, log_to_driver=False
+        )
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
+    if request.param == "ray":
+        request.getfixturevalue("cluster")
     return KINDS[request.param]
 
 

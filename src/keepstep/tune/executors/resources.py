@@ -48,6 +48,16 @@ class Pool:
         self._free = {name: _units(amount) for name, amount in total.items()}
         self._devices = dict.fromkeys(devices or [str(number) for number in range(gpus)], _UNITS)
 
+    def grow(self, total: Mapping[str, float]) -> None:
+        """There is at least this much in all now; what was there and is not in `total` stays."""
+        for name, amount in total.items():
+            more = _units(amount) - _units(self.total.get(name, 0.0))
+            if more > 0:
+                self.total[name] = amount
+                self._free[name] = self._free.get(name, 0) + more
+        for number in range(len(self._devices), int(self.total.get(GPU, 0))):
+            self._devices[str(number)] = _UNITS
+
     def fits(self, resources: Mapping[str, float]) -> bool:
         """Whether these could be taken now."""
         wanted = {name: _units(amount) for name, amount in resources.items()}

@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Final
 
+from keepstep.tune.executors.course import Course
 from keepstep.tune.executors.process import Errand
-from keepstep.tune.executors.protocol import Ended, Event, Failed, Job, Next, Order, Started
+from keepstep.tune.executors.protocol import Event, Failed, Job, Next, Order
 from keepstep.tune.executors.resources import Grant
 from keepstep.tune.executors.servers import Server
 from keepstep.tune.executors.shipping import dumps
@@ -26,7 +27,7 @@ _FROM_OUTSIDE: Final = frozenset(
 )
 
 
-class Run:
+class Run(Course):
     """A trial's process, or that of several that follow each other in it.
 
     Args:
@@ -35,22 +36,16 @@ class Run:
 
     Attributes:
         first: the name of the first run; the server knows the process by it.
-        next: what it was told to become.
-        last: the event after which it has nothing more to say; told when the process is gone.
-        killed: the run that the driver killed; "": none.
         deaf: nothing more comes.
         lingers_until: when it is killed if it is not gone.
     """
 
     def __init__(self, job: Job, grant: Grant) -> None:
-        self.job = job
+        super().__init__(job)
         self.first = job.run
         self.grant = grant
         self.server: Server | None = None
         self.pid: int | None = None
-        self.next: Job | None = None
-        self.last: Ended | Failed | None = None
-        self.killed = ""
         self.deaf = False
         self.lingers_until = math.inf
         self.connection, self.theirs = socket.socketpair()
@@ -107,17 +102,6 @@ class Run:
                 self.deaf = True
             yield from self._frames.feed(data)
 
-    def take(self, event: Event) -> list[Event]:
-        """An event came: what the driver is to be told now."""
-        if isinstance(event, Ended | Failed):
-            self.last = event
-            return []
-        if isinstance(event, Started) and self.next is not None and event.run == self.next.run:
-            told: list[Event] = [self.last] if self.last is not None else []
-            self.job, self.next, self.last = self.next, None, None
-            return [*told, event]
-        return [event]
-
     # -------------------------------------------------------------------------------------------- the end
 
     def end(self, status: int | None, why: str | None) -> tuple[list[Event], Job | None]:
@@ -127,15 +111,7 @@ class Run:
             status: the exit code of the process, minus the signal's number if one killed it; None: unknown.
             why: how it ended, if that is known better.
         """
-        last: Event | None = self.last
-        if last is None and self.next is not None and self.killed != self.job.run:
-            last = Ended(
-                run=self.job.run
-            )  # it was to end: that it did not come back from it is nobody's loss
-        last = last or self._failure(self.job.run, status, why)
-        if self.next is not None and self.killed:
-            return [last, self._failure(self.next.run, status, why)], None
-        return [last], self.next
+        return self.finish(lambda run: self._failure(run, status, why))
 
     def _failure(self, run: str, status: int | None, why: str | None) -> Failed:
         if self.killed:
