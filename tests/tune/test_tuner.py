@@ -378,3 +378,34 @@ def test_callbacks_are_told_by_name(tmp_path: Path) -> None:
 
     fit(tmp_path, counting(1), callbacks=[TakesAll()])
     assert told == [{"iteration", "trials", "trial", "result"}]
+
+
+def test_a_class_that_can_be_reset_goes_on_with_the_next_trial(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    class Resettable(Counter):
+        def setup(self, config: dict[str, Any]) -> None:
+            super().setup(config)
+            made.append(config["x"])
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.count = 0
+            return True
+
+    config = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=1)
+    results = fit(tmp_path, Resettable, {"x": tune.grid_search([1, 2, 3])}, config)
+    assert made == [1]
+    assert [result.metrics["count"] for result in results] == [5, 5, 5]
+    assert [len(list(Path(result.path).glob("checkpoint_*"))) for result in results] == [1, 1, 1]
+
+
+def test_a_paused_trial_goes_on_from_its_checkpoint_in_its_own_time(tmp_path: Path) -> None:
+    scheduler = tune.schedulers.HyperBandScheduler(time_attr="training_iteration", max_t=9)
+    config = tune.TuneConfig(metric="loss", mode="min", scheduler=scheduler, max_concurrent_trials=2)
+    results = fit(tmp_path, counting(9), {"x": tune.grid_search(list(range(9)))}, config)
+    assert results.num_errors == 0
+    for result in results:
+        told = [line["training_iteration"] for line in lines(result)]
+        assert told == list(range(1, len(told) + 1))
+    assert max(result.metrics["training_iteration"] for result in results) == 9
+    assert min(result.metrics["training_iteration"] for result in results) < 9
