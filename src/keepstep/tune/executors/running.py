@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -68,7 +69,7 @@ class Run(Course):
 
     def send(self, order: Order) -> None:
         """Give an order that has no job in it."""
-        self._outbox += frame(dumps(Errand(order), "An order"))
+        self._outbox += _frame_of(order)
 
     def _directory(self, job: Job) -> str:
         if "://" not in job.path:
@@ -134,3 +135,9 @@ class Run(Course):
         self.theirs.close()
         for directory in self._temporary:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+@functools.cache
+def _frame_of(order: Order) -> bytes:
+    """There are few orders without a job, and each report is answered with one."""
+    return frame(dumps(Errand(order), "An order"))

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from typing import Any, Final
 
+from keepstep.checkpoint.collector import collector_paused
 from keepstep.tune.executors.environment import put, variables
 from keepstep.tune.executors.kernel import (
     adopt_orphans,
@@ -75,7 +76,8 @@ def main_of_one(connection: int, trainable: int, run: str, server: int) -> None:
 def _load(trainable: int) -> Loaded:
     made, raised = None, None
     try:
-        made = receive_from(trainable)
+        with collector_paused():  # importing torch is a million objects that all stay
+            made = receive_from(trainable)
     except BaseException as error:  # noqa: BLE001 - the user's modules may raise anything, SystemExit too
         raised = error
     return Loaded(made, raised, frozenset(sys.modules))

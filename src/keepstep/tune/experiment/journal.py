@@ -22,6 +22,7 @@ __all__ = ["JOURNAL_NAME", "Journal", "LocalLog", "Log", "Told", "parse_journal"
 
 JOURNAL_NAME: Final = "journal.jsonl"
 _DIGEST_CHARACTERS: Final = 16
+_JSON: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 class Log(Protocol):
@@ -166,7 +167,7 @@ def _record(node: dict[str, Any], name: str, number: int) -> Record:
 
 def dump_record(record: Record) -> bytes:
     """One line."""
-    body = json.dumps(to_node(record), separators=(",", ":"), ensure_ascii=False)[:-1].encode()
+    body = _JSON.encode(to_node(record))[:-1].encode()
     return body + b',"x":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n'
 
 
