@@ -68,6 +68,18 @@ def test_one_process_at_a_time_appends_and_one_that_was_shut_out_stays_so(
     assert BucketLog(address, options).read() == b"".join(lines(12))
 
 
+def test_an_append_whose_answer_was_lost_is_not_taken_for_another_process(
+    server: Server, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = BucketLog(address, server.options())
+    kind: Any = type(open_objects(address, server.options()))
+    real: Callable[..., bool] = kind.create
+    monkeypatch.setattr(kind, "create", lambda self, *a: (real(self, *a), real(self, *a))[1])
+    for line in lines(2):
+        log.append(line)
+    assert BucketLog(address, server.options()).read() == b"".join(lines(2))
+
+
 def test_an_object_that_was_deleted_from_a_journal_is_missed(server: Server, address: str) -> None:
     log = BucketLog(address, server.options())
     for line in lines(4):

@@ -154,3 +154,60 @@ def test_a_machine_that_does_not_see_the_storage_says_so(
     assert isinstance(failed, Failed)
     assert f"{job.path} is not there on" in failed.error
     assert "s3://bucket/runs" in failed.error
+
+
+CLUSTER = """
+import sys, time
+import ray
+from ray.cluster_utils import Cluster
+from keepstep import tune
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+machines = [cluster.add_node(num_cpus=1)]
+ray.init(address=cluster.address, log_to_driver=False)
+
+class Fall(tune.Callback):
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        if result["step"] == 2 and machines:
+            cluster.add_node(num_cpus=1)
+            cluster.remove_node(machines.pop(), allow_graceful=False)
+
+def train(config):
+    checkpoint = tune.get_checkpoint()
+    start = checkpoint.load()["step"] + 1 if checkpoint else 0
+    for step in range(start, 6):
+        tune.report({"step": step, "from": start}, checkpoint={"step": step})
+        time.sleep(0.5)
+
+config = tune.RunConfig(
+    name="it", storage_path=sys.argv[1], executor="ray", verbose=0, callbacks=[Fall()],
+    failure_config=tune.FailureConfig(max_failures=1),
+)
+(result,) = tune.Tuner(train, run_config=config).fit()
+print("said:", result.metrics["step"], result.metrics["from"], result.metrics["training_iteration"])
+cluster.add_node(num_cpus=1)
+wide = tune.RunConfig(name="wide", storage_path=sys.argv[1], executor="ray", verbose=0)
+(result,) = tune.Tuner(tune.with_resources(train, {"cpu": 2}), run_config=wide).fit()
+print("said:", result.error)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.soak
+def test_a_machine_that_dies_takes_its_trials_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(CLUSTER)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "driver.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line.partition("said: ")[2] for line in done.stdout.splitlines() if "said: " in line]
+    assert said[0] in ("5 2 6", "5 3 6"), done.stderr[-3000:]
+    assert "no single machine of the cluster has all of it" in said[1]
+    (error,) = tmp_path.glob("it/*/error.txt")
+    assert "its machine died" in error.read_text()

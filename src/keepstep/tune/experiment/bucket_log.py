@@ -104,12 +104,14 @@ class BucketLog:
             with contextlib.suppress(ExperimentNotFoundError):
                 self.read()
         number = self._next or 0
+        key = f"{_PREFIX}{number:010d}.jsonl"
         with explained_bucket(self._address, "appending to the journal of"):
-            created = self._objects.create(f"{_PREFIX}{number:010d}.jsonl", data)
-        if not created:
+            # Its own bytes: the request was made twice, as the answer to the first one was lost.
+            appended = self._objects.create(key, data) or self._objects.get(key) == data
+        if not appended:
             raise ExperimentBusyError(
                 f"{self._address} is being run by another process, which has written to its journal since "
-                f"this one looked. Stop that one, or give this one another RunConfig.name"
+                "this one looked. Stop that one, or give this one another RunConfig.name"
             )
         self._next = number + 1
         self._unmerged.append(data)
