@@ -8,7 +8,6 @@ from typing import Any, Final, Literal
 
 from keepstep.errors import UsageError
 from keepstep.tune.experiment.trial import Trial
-from keepstep.tune.logger.reading import value_of
 from keepstep.tune.result import DEFAULT_METRIC
 
 __all__ = ["SCOPES", "best_trial", "checked", "number", "score"]
@@ -66,7 +65,7 @@ def score(
     """
     if scope == "last":
         return number(trial.metric(metric))
-    values = [number(value_of(result, metric)) for result in results(trial)]
+    values = [number(look_up(result, metric)) for result in results(trial)]
     found = [value for value in values if value is not None]
     if not found:
         return None

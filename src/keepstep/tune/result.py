@@ -79,13 +79,13 @@ EXPR_PARAM_FILE: Final = "params.json"
 EXPR_ERROR_FILE: Final = "error.txt"
 
 
-def look_up(result: Mapping[str, Any], name: str) -> Any:
-    """The value of a metric in a result; nested ones by "a/b". None if it is not there."""
+def look_up(result: Mapping[str, Any], name: str, missing: Any = None) -> Any:
+    """The value of a metric in a result; nested ones by "a/b". `missing` if it is not there."""
     if name in result:
         return result[name]
     found: Any = result
     for part in name.split("/"):
         if not isinstance(found, Mapping) or part not in found:
-            return None
+            return missing
         found = found[part]
     return found

@@ -23,7 +23,7 @@ from keepstep.tune.checkpoint import Checkpoint
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.trial import ERROR, TERMINATED, CheckpointRecord, Trial
 from keepstep.tune.logger.encoding import row_of
-from keepstep.tune.logger.reading import read_file, read_results, value_of
+from keepstep.tune.logger.reading import read_file, read_results
 from keepstep.tune.ranking import best_trial, checked, number
 from keepstep.tune.result import (
     AUTOMATIC_FIELDS,
@@ -32,6 +32,7 @@ from keepstep.tune.result import (
     EXPR_PARAM_FILE,
     TIME_TOTAL_S,
     TRAINING_ITERATION,
+    look_up,
 )
 
 __all__ = ["Result", "ResultGrid", "data_frame"]
@@ -167,7 +168,7 @@ class Result:
             UsageError: the mode is neither.
         """
         metric, way = checked(metric, mode, "all", asked="get_best_checkpoint")
-        found = [(number(value_of(metrics, metric)), at) for at, metrics in self._checkpoints]
+        found = [(number(look_up(metrics, metric)), at) for at, metrics in self._checkpoints]
         sound = [(value, at) for value, at in found if value is not None and value == value]
         if not sound:
             names = sorted({name for _, metrics in self._checkpoints for name in row_of(metrics)})
@@ -369,7 +370,7 @@ class ResultGrid:
         if metric is None:
             return trial.last_result
         metric, way = checked(metric, mode, "all", asked="ResultGrid.get_dataframe")
-        found = [(number(value_of(result, metric)), result) for result in self._results(trial)]
+        found = [(number(look_up(result, metric)), result) for result in self._results(trial)]
         sound = [(value, result) for value, result in found if value is not None and value == value]
         return (max if way == "max" else min)(sound, key=lambda pair: pair[0])[1] if sound else None
 

@@ -10,7 +10,7 @@ from keepstep.checkpoint.place.registry import is_address, open_objects
 from keepstep.tune.logger.encoding import parse_lines
 from keepstep.tune.result import EXPR_RESULT_FILE
 
-__all__ = ["read_file", "read_results", "value_of"]
+__all__ = ["read_file", "read_results"]
 
 
 def read_file(directory: str, name: str, storage_options: Mapping[str, Any] | None = None) -> str | None:
@@ -30,15 +30,3 @@ def read_file(directory: str, name: str, storage_options: Mapping[str, Any] | No
 def read_results(directory: str, storage_options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """All results of a trial that `result.json` has, oldest first."""
     return parse_lines(read_file(directory, EXPR_RESULT_FILE, storage_options) or "")
-
-
-def value_of(result: Mapping[str, Any], name: str) -> Any:
-    """A value of a result by its name, nested ones by "a/b"; None if it has none."""
-    if name in result:
-        return result[name]
-    found: Any = result
-    for part in name.split("/"):
-        if not isinstance(found, Mapping) or part not in found:
-            return None
-        found = found[part]
-    return found

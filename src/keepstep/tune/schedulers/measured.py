@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from keepstep.errors import TrialError, UsageError
 from keepstep.tune.experiment.trial import PENDING, Trial
-from keepstep.tune.result import AUTOMATIC_FIELDS, DEFAULT_METRIC
+from keepstep.tune.result import AUTOMATIC_FIELDS, DEFAULT_METRIC, look_up
 from keepstep.tune.schedulers.base import Decision, TrialScheduler
 
 __all__ = ["MeasuredScheduler"]
@@ -95,7 +95,7 @@ class MeasuredScheduler(TrialScheduler):
         Raises:
             TrialError: what it says is no number.
         """
-        value = _look_up(result, self.time_attr)
+        value = look_up(result, self.time_attr, _MISSING)
         if value is _MISSING:
             self.say_once(
                 "time_attr",
@@ -112,7 +112,7 @@ class MeasuredScheduler(TrialScheduler):
             TrialError: the metric is not there, or no number.
         """
         assert self.metric is not None, "set_search_properties comes first"
-        value = _look_up(result, self.metric)
+        value = look_up(result, self.metric, _MISSING)
         if value is _MISSING:
             raise TrialError(
                 f"{trial} reported a result without the metric {self.metric!r}, by which "
@@ -156,17 +156,6 @@ class MeasuredScheduler(TrialScheduler):
         if about not in self._said:
             self._said.add(about)
             self.messages.append(text)
-
-
-def _look_up(result: Mapping[str, Any], name: str) -> object:
-    if name in result:
-        return result[name]
-    found: Any = result
-    for part in name.split("/"):
-        if not isinstance(found, Mapping) or part not in found:
-            return _MISSING
-        found = found[part]
-    return found
 
 
 def _names(result: Mapping[str, Any]) -> str:
