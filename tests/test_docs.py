@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from tests.forked import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -68,14 +68,7 @@ def run_page(page: Path, directory: Path) -> subprocess.CompletedProcess[str] | 
     script.write_text(program, encoding="utf-8")
     workdir = directory / "empty"
     workdir.mkdir()
-    return subprocess.run(
-        [sys.executable, str(script)],
-        cwd=workdir,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    return run_program(script, cwd=workdir, timeout_s=TIMEOUT_S)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -83,7 +76,7 @@ def test_the_python_in_each_page_runs(page: Path, tmp_path: Path) -> None:
     done = run_page(page, tmp_path)
     if done is not None:
         assert done.returncode == 0, (
-            f"{page.name} (line numbers are the page's own)\n{done.stdout}\n{done.stderr}"
+            f"{page.name} (line numbers are the page's own)\n{done.stdout}"
         )
 
 
@@ -105,14 +98,14 @@ def test_a_broken_block_fails_on_its_own_line(tmp_path: Path) -> None:
     done = run_page(page, tmp_path)
     assert done is not None
     assert done.returncode == 1
-    assert "line 12" in done.stderr
-    assert "assert x == 2" in done.stderr
+    assert "line 12" in done.stdout
+    assert "assert x == 2" in done.stdout
 
 
 def test_a_block_that_does_not_compile_fails(tmp_path: Path) -> None:
     done = run_page(page_with(tmp_path, "````python\ndef broken(:\n````\n"), tmp_path)
     assert done is not None
-    assert "SyntaxError" in done.stderr
+    assert "SyntaxError" in done.stdout
 
 
 def test_blocks_share_names_and_other_languages_are_left_alone(tmp_path: Path) -> None:

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import faulthandler
+import importlib.util
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_START = (
-    "import sys, os, faulthandler\n"
-    "faulthandler.dump_traceback_later(float(sys.argv[4]), exit=True)\n"
-    "import torch, torch.distributed as dist\n"
-    "torch.set_num_threads(1)\n"
-    "import datetime\n"
-    "rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n"
-    "if size > 1 or sys.argv[5] == 'yes':\n"
-    "    dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=60))\n"
-    "import importlib.util\n"
-    "spec = importlib.util.spec_from_file_location('ranks_script', sys.argv[1])\n"
-    "module = importlib.util.module_from_spec(spec)\n"
-    "sys.modules['ranks_script'] = module\n"
-    "spec.loader.exec_module(module)\n"
-    "getattr(module, sys.argv[2])(sys.argv[3], rank, size)\n"
-    "print('DONE', flush=True)\n"
-    "if size > 1:  # rank 0 serves the store that the others may still be reading\n"
-    "    store = dist.distributed_c10d._get_default_store()\n"
-    "    store.set(f'bye/{rank}', '')\n"
-    "    try:\n"
-    "        if rank == 0: store.wait([f'bye/{r}' for r in range(size)], datetime.timedelta(seconds=3))\n"
-    "    except RuntimeError: pass\n"
-    "os._exit(0)\n"
-)
+import torch
+import torch.distributed as dist
+from tests.forked import Forked
+
+
+def _be_rank(script: str, function: str, argument: str, timeout_s: float, alone_with_group: bool) -> None:
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size > 1 or alone_with_group:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    spec = importlib.util.spec_from_file_location("ranks_script", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ranks_script"] = module
+    spec.loader.exec_module(module)
+    getattr(module, function)(argument, rank, size)
+    print("DONE", flush=True)
+    if size > 1:
+        _leave_together(rank, size)
+    os._exit(0)
+
+
+def _leave_together(rank: int, size: int) -> None:
+    """Rank 0 serves the store that the others may still be reading."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"bye/{rank}", "")
+    if rank == 0:
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"bye/{other}" for other in range(size)], datetime.timedelta(seconds=3))
 
 
 class RankProcesses:
@@ -63,15 +74,10 @@ class RankProcesses:
                 "GLOO_SOCKET_IFNAME": "lo",
                 "TORCH_CPP_LOG_LEVEL": "FATAL",
             }
-            with_group = "yes" if alone_with_group else "no"
-            arguments = [str(script), function, str(argument), str(timeout_s), with_group]
             self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", _START, *arguments],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
+                Forked(
+                    *(_be_rank, str(script), function, str(argument), timeout_s, alone_with_group),
+                    environment=environment,
                 )
             )
 
@@ -83,11 +89,15 @@ class RankProcesses:
         """What the ranks printed, once they have ended."""
         wanted = range(len(self.processes)) if ranks is None else ranks
         try:
-            return [self.processes[rank].communicate(timeout=self.timeout_s + 10)[0] for rank in wanted]
+            with ThreadPoolExecutor(len(self.processes)) as readers:  # all at once: a full pipe holds its writer up
+                return list(readers.map(self._output, wanted))
         finally:
             for process in self.processes:
                 if process.poll() is None and ranks is None:
                     process.kill()
+
+    def _output(self, rank: int) -> str:
+        return self.processes[rank].communicate(timeout=self.timeout_s + 10)[0]
 
     def kill(self) -> None:
         """Kill whoever still lives."""
