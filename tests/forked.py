@@ -1,4 +1,4 @@
-"""Real processes in milliseconds: forked from a server that has imported torch and keepstep, four seconds of work.
+"""Real processes in milliseconds: forked from one that has imported torch and keepstep, which takes seconds.
 
 The server has run nothing and holds one thread; what it forks has the environment, directory and path of the
 process that asks, as if it had been started afresh.
@@ -37,12 +37,19 @@ class Forked:
     """
 
     def __init__(
-        self, function: Callable[..., object], *arguments: object, environment: Mapping[str, str] | None = None
+        self,
+        function: Callable[..., object],
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         _ensure_server()
         reading, writing = _CONTEXT.Pipe(duplex=False)
         self._process = _CONTEXT.Process(
-            target=_begin, args=(writing, dict(environment or os.environ), function, arguments)
+            target=_begin,
+            args=(
+                *(writing, dict(environment or os.environ), multiprocessing.get_start_method()),
+                *(function, arguments),
+            ),
         )
         self._process.start()
         writing.close()
@@ -119,8 +126,8 @@ def start_program(
 ) -> Forked:
     """Start a program as `python -c` or `python FILE` would: a text is Python, a `Path` a file of it.
 
-    Not for what hangs on the end of the interpreter itself: functions registered with atexit are called, modules
-    are not torn down.
+    Not for what hangs on the end of the interpreter itself: functions registered with atexit are called,
+    modules are not torn down.
     """
     given = [str(argument) for argument in arguments]
     return Forked(_be_program, program, given, cwd or Path.cwd(), environment=environment)
@@ -129,7 +136,8 @@ def start_program(
 def _be_program(program: str | Path, arguments: list[str], cwd: Path) -> None:
     os.chdir(cwd)
     is_file = isinstance(program, Path)
-    source, name = (program.read_text("utf-8"), str(program)) if isinstance(program, Path) else (program, "-c")
+    source = program.read_text("utf-8") if isinstance(program, Path) else program
+    name = str(program) if isinstance(program, Path) else "-c"
     sys.argv = [name, *arguments]
     sys.path.insert(0, str(Path(name).parent) if is_file else "")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -151,14 +159,19 @@ def _ensure_server() -> None:
 
 
 def _begin(
-    output: Connection, environment: dict[str, str], function: Callable[..., object], arguments: tuple[Any, ...]
+    output: Connection,
+    environment: dict[str, str],
+    start_method: str,
+    function: Callable[..., object],
+    arguments: tuple[Any, ...],
 ) -> None:
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
-    sys.stdout = open(1, "w", closefd=False)  # noqa: PTH123, SIM115 - a descriptor, open as long as the process
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - a descriptor, open as long as the process
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(start_method, force=True)
     np.random.seed()  # noqa: NPY002 - each process its own, as when it had just started
     function(*arguments)

@@ -75,9 +75,7 @@ def run_page(page: Path, directory: Path) -> subprocess.CompletedProcess[str] | 
 def test_the_python_in_each_page_runs(page: Path, tmp_path: Path) -> None:
     done = run_page(page, tmp_path)
     if done is not None:
-        assert done.returncode == 0, (
-            f"{page.name} (line numbers are the page's own)\n{done.stdout}"
-        )
+        assert done.returncode == 0, f"{page.name} (line numbers are the page's own)\n{done.stdout}"
 
 
 def test_the_readme_has_something_to_run() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import faulthandler
 import importlib.util
 import os
@@ -24,7 +24,7 @@ def _be_rank(script: str, function: str, argument: str, timeout_s: float, alone_
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size > 1 or alone_with_group:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=dt.timedelta(seconds=60))
     spec = importlib.util.spec_from_file_location("ranks_script", script)
     assert spec is not None
     assert spec.loader is not None
@@ -44,7 +44,7 @@ def _leave_together(rank: int, size: int) -> None:
     store.set(f"bye/{rank}", "")
     if rank == 0:
         with contextlib.suppress(RuntimeError):
-            store.wait([f"bye/{other}" for other in range(size)], datetime.timedelta(seconds=3))
+            store.wait([f"bye/{other}" for other in range(size)], dt.timedelta(seconds=3))
 
 
 class RankProcesses:
@@ -89,7 +89,8 @@ class RankProcesses:
         """What the ranks printed, once they have ended."""
         wanted = range(len(self.processes)) if ranks is None else ranks
         try:
-            with ThreadPoolExecutor(len(self.processes)) as readers:  # all at once: a full pipe holds its writer up
+            # All at once: a full pipe holds its writer up.
+            with ThreadPoolExecutor(len(self.processes)) as readers:
                 return list(readers.map(self._output, wanted))
         finally:
             for process in self.processes:
