@@ -123,6 +123,7 @@ def start_program(
     *arguments: object,
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    start_new_session: bool = False,
 ) -> Forked:
     """Start a program as `python -c` or `python FILE` would: a text is Python, a `Path` a file of it.
 
@@ -130,11 +131,14 @@ def start_program(
     modules are not torn down.
     """
     given = [str(argument) for argument in arguments]
-    return Forked(_be_program, program, given, cwd or Path.cwd(), environment=environment)
+    place = cwd or Path.cwd()
+    return Forked(_be_program, program, given, place, start_new_session, environment=environment)
 
 
-def _be_program(program: str | Path, arguments: list[str], cwd: Path) -> None:
+def _be_program(program: str | Path, arguments: list[str], cwd: Path, new_session: bool) -> None:
     os.chdir(cwd)
+    if new_session:
+        os.setsid()
     is_file = isinstance(program, Path)
     source = program.read_text("utf-8") if isinstance(program, Path) else program
     name = str(program) if isinstance(program, Path) else "-c"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 from tests.checkpoint.equality import assert_same
 from tests.crash.harness import leftovers
 from tests.crash.tally import Tally, draw_seed, rounds
+from tests.forked import run_program
 
 from keepstep.checkpoint.store import Store
 
@@ -272,14 +272,8 @@ accelerator.wait_for_checkpoint()
 
 
 def test_a_fork_trains_on_while_its_parent_saves(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING_FORK, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program(TRAINING_FORK, tmp_path)
+    assert done.returncode == 0, done.stdout
     (checkpoint,) = Store(tmp_path / "checkpoints").list()
     assert checkpoint.step == 1
     assert checkpoint.verify().sound
@@ -329,14 +323,8 @@ print(caught, whole)
 
 
 def slips(root: Path, tally: Tally, count: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SLIPS, str(root), str(draw_seed()), str(rounds(count))],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program(SLIPS, root, draw_seed(), rounds(count), timeout_s=3600)
+    assert done.returncode == 0, done.stdout
     caught, whole = map(int, done.stdout.split())
     tally("slips in real time that were caught", caught)
     tally("slips in real time that came too late to matter", whole)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import tests.crash.rounds
 from tests.crash.rounds import KINDS
 from tests.crash.tally import Tally, draw_seed, rounds
+from tests.forked import run_program
 
 
 def play(root: Path, tally: Tally, kind: str, count: int) -> dict[str, int]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.crash.rounds", str(root), kind, str(draw_seed()), str(rounds(count))],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
+    program = Path(tests.crash.rounds.__file__)
+    done = run_program(program, root, kind, draw_seed(), rounds(count), timeout_s=3600)
+    assert done.returncode == 0, done.stdout
     counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     tally(f"random kills: {kind}", counts["kills"])
     tally("random kills that fell within a save", counts["in a save"])

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from tests.checkpoint.equality import assert_same
 from tests.crash.harness import leftovers
 from tests.crash.tally import Tally, draw_seed
 from tests.crash.tally import rounds as scaled
+from tests.forked import Forked, run_program, start_program
 
 from keepstep.checkpoint.store import Store
 
@@ -58,26 +57,19 @@ def state(number: int) -> dict[str, object]:
     }
 
 
-def start(root: Path, how: str, steps: int = 10_000) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(root), how, str(steps)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
+def start(root: Path, how: str, steps: int = 10_000) -> Forked:
+    return start_program(TRAIN, root, how, steps)
 
 
 def kill_in_the_middle(root: Path, how: str, after_s: float) -> tuple[int, str]:
     """The last step that the killed process said was durable."""
     process = start(root, how)
-    assert process.stdout is not None
     first = process.stdout.readline()
-    assert first.startswith("ready"), process.stderr.read() if process.stderr else first
+    assert first.startswith("ready"), first + process.stdout.read()
     time.sleep(after_s)
     process.send_signal(signal.SIGKILL)
-    out, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err
+    out, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, out
     # The kill may cut the last line off.
     lines = [
         line for line in out.splitlines(keepends=True) if line.startswith("durable ") and line.endswith("\n")
@@ -102,8 +94,8 @@ def rounds(root: Path, how: str, count: int, tally: Tally) -> None:
             assert_same(checkpoint.load(), state(checkpoint.step))
     tally(f"random kills: whole processes, {how}", count)
     finished = start(root, how, steps=2)
-    _out, err = finished.communicate()
-    assert finished.returncode == 0, err
+    said, _ = finished.communicate()
+    assert finished.returncode == 0, said
     assert leftovers(root) == []
     assert Store(root).latest() is not None
 
@@ -154,14 +146,8 @@ print("sound")
 def fork_rounds(root: Path, count: int, tally: Tally) -> None:
     """Children of a warm process: dozens of kills a second, most of them within a save."""
     seed = draw_seed()
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED, str(root), str(seed), str(count)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program(FORKED, root, seed, count, timeout_s=3600)
+    assert done.returncode == 0, done.stdout
     tally("random kills: forked children", count)
     Store(root).save(state(1))
     assert leftovers(root) == []
@@ -179,8 +165,8 @@ def test_hundreds_of_kills_of_forked_children(tmp_path: Path, tally: Tally) -> N
 
 def test_a_background_save_is_finished_when_the_process_ends(tmp_path: Path) -> None:
     done = start(tmp_path, "background", steps=1)
-    _, err = done.communicate()
-    assert done.returncode == 0, err
+    said, _ = done.communicate()
+    assert done.returncode == 0, said
     newest = Store(tmp_path).latest()
     assert newest is not None
     assert newest.step == 1
@@ -189,25 +175,24 @@ def test_a_background_save_is_finished_when_the_process_ends(tmp_path: Path) -> 
 
 def test_two_processes_on_one_store(tmp_path: Path) -> None:
     first = start(tmp_path, "save")
-    assert first.stdout is not None
     while not first.stdout.readline().startswith("durable"):
         pass
     second = start(tmp_path, "save", steps=1)
-    _, err = second.communicate()
+    said, _ = second.communicate()
     assert second.returncode != 0
-    assert "StoreBusyError" in err
+    assert "StoreBusyError" in said
     holder = json.loads((tmp_path / ".keepstep" / "lock").read_text())
     assert holder["pid"] == first.pid
-    assert f"being written to by process {first.pid} on " in err
-    assert "give this run another directory" in err
+    assert f"being written to by process {first.pid} on " in said
+    assert "give this run another directory" in said
     assert first.poll() is None, "the one that was there first is not disturbed"
     newest = Store(tmp_path).latest()
     assert newest is not None, "reading needs no lock"
     first.send_signal(signal.SIGKILL)
     first.communicate()
     third = start(tmp_path, "save", steps=1)  # the lock goes with its holder
-    _, err = third.communicate()
-    assert third.returncode == 0, err
+    said, _ = third.communicate()
+    assert third.returncode == 0, said
 
 
 def test_data_loader_workers_that_outlive_their_run_keep_nobody_out(tmp_path: Path) -> None:
@@ -224,10 +209,7 @@ def test_data_loader_workers_that_outlive_their_run_keep_nobody_out(tmp_path: Pa
         os.kill(os.getpid(), 9)
         """
     )
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert run.stdout is not None
+    run = start_program(code, tmp_path, start_new_session=True)
     assert run.stdout.readline() == "saved\n"
     run.wait()
     try:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import ModuleType
 import pytest
 from tests.cli.processes import PROGRAM
 from tests.documents import checkpoints, notebook, quick_tour
+from tests.forked import run_program
 from tests.ranks.spawn import run_ranks
 from tests.test_docs import ROOT, program_of
 
@@ -79,15 +79,9 @@ def test_the_accelerator_prints_once_and_ranks_meet(
 
 
 def test_cells_of_a_notebook(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", notebook.__name__],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "KEEPSTEP_USE_CPU": "1", "KEEPSTEP_HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    environment = {**os.environ, "KEEPSTEP_USE_CPU": "1", "KEEPSTEP_HOME": str(tmp_path)}
+    done = run_program(Path(str(notebook.__file__)), environment=environment)
+    assert done.returncode == 0, done.stdout
     # Three trainings: by its arguments, given a model, and on two machines, each of which prints.
     assert done.stdout.count("one of 2") == 1
     assert [done.stdout.count(f"epoch {epoch}: ") for epoch in range(5)] == [4] * 5

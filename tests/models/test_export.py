@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from accelerate.utils import load_checkpoint_in_model as load_with_accelerate
 from safetensors.torch import load_file, load_model
 from tests.checkpoint.faults import NO_SPACE, FaultyFiles, Killed
+from tests.forked import run_program
 from torch import nn
 
 from keepstep.errors import DirectoryNotOursError, NoSpaceError, TensorNotSavableError, UsageError
@@ -153,7 +152,8 @@ def test_a_disk_that_is_full_in_the_middle_is_told_so(tmp_path: Path) -> None:
         "    except StoreError as error: assert 'File too large' in str(error), error\n"
         "    else: raise SystemExit('no error')\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    done = run_program(code, tmp_path)
+    assert done.returncode == 0, done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

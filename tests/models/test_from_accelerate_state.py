@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.forked import run_program
 
 import keepstep
 from keepstep.errors import DamagedCheckpointError, ForeignTypeError, MismatchError, RestoreError, UsageError
@@ -82,7 +81,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What Accelerate wrote after three steps, and the values that it ended with after six."""
     directory = tmp_path_factory.mktemp("theirs")
     code = SCRIPT + THEIRS.replace("STEPS", str(STEPS))
-    subprocess.run([sys.executable, "-c", code, str(directory)], check=True, timeout=120)
+    done = run_program(code, directory)
+    assert done.returncode == 0, done.stdout
     return directory
 
 

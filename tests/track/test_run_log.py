@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.forked import run_program, start_program
 from tests.track.runs import STEPS, attempt, curve, killed, training, whole
 
 from keepstep import Accelerator, Checkpoint
@@ -333,6 +331,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from tests.forked import run_program, start_program
 from tests.track.runs import attempt
 attempt(Path(sys.argv[1]), saves=set(range(0, 3000, 10)), epochs=int(sys.argv[2]))
 """
@@ -343,18 +342,16 @@ def test_sigkill_at_any_instant_leaves_the_curve_of_an_uninterrupted_run(tmp_pat
     attempt(tmp_path / "whole", saves={10}, epochs=epochs)
     expected = curve(read_log(tmp_path / "whole"))
     project = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", _KILLED_FOR_REAL, str(project), str(epochs)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    process = start_program(_KILLED_FOR_REAL, project, epochs)
     while process.poll() is None and _lines(project) < 35:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.communicate()[1]
+    assert process.wait() == -signal.SIGKILL, process.communicate()[0]
     process.communicate()
     steps = [row.step for row in read_log(project)]
     assert steps == sorted(steps)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_program(_KILLED_FOR_REAL, project, epochs)
+    assert done.returncode == 0, done.stdout
     log = read_log(project)
     assert curve(log) == expected
     assert max(row.attempt for row in log) == 2

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from tests.forked import run_program, start_program
 
 SCRIPT = """
 import hashlib, random, sys, time
@@ -62,14 +62,9 @@ print("digest", digest.hexdigest(), flush=True)
 """
 
 
-def command(script: Path, project: Path, nap_s: float, workers: int) -> list[str]:
-    return [sys.executable, str(script), str(project), str(nap_s), str(workers)]
-
-
-def killed_after(steps: int, arguments: list[str]) -> None:
+def killed_after(steps: int, script: Path, *arguments: object) -> None:
     """Start, wait for that many reported steps, then SIGKILL the whole process group."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
+    process = start_program(script, *arguments, start_new_session=True)
     for _ in range(steps):
         assert process.stdout.readline().startswith("step")
     time.sleep(0.002 * steps)
@@ -81,12 +76,11 @@ def killed_after(steps: int, arguments: list[str]) -> None:
 def test_killed_and_started_again(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    twin = subprocess.Popen(command(script, tmp_path / "twin", 0, 0), stdout=subprocess.PIPE, text=True)
-    killed_after(4, command(script, tmp_path / "killed", 0.01, 0))
-    killed_after(7, command(script, tmp_path / "killed", 0.002, 1))
-    last = subprocess.run(
-        command(script, tmp_path / "killed", 0, 0), stdout=subprocess.PIPE, text=True, check=True
-    )
+    twin = start_program(script, tmp_path / "twin", 0, 0)
+    killed_after(4, script, tmp_path / "killed", 0.01, 0)
+    killed_after(7, script, tmp_path / "killed", 0.002, 1)
+    last = run_program(script, tmp_path / "killed", 0, 0)
+    assert last.returncode == 0, last.stdout
     expected, _ = twin.communicate()
     assert twin.returncode == 0
     digest = expected.splitlines()[-1]
