@@ -52,6 +52,7 @@ PUBLIC_NAMES = [
 ]
 
 MAX_IMPORT_S = 0.050
+MAX_IMPORT_STARTS = 2.5
 
 
 def run_python(code: str) -> str:
@@ -116,12 +117,17 @@ def test_a_star_import_brings_the_public_names_and_leaves_the_process_as_it_was(
 
 
 def test_importing_keepstep_is_quick() -> None:
-    code = "from time import perf_counter as now\nt = now()\nimport keepstep\nprint(now() - t)"
-    times_s = []
-    for _ in range(8):
-        times_s.append(float(run_python(code)))
-        if times_s[-1] < MAX_IMPORT_S:
+    """In processor time, beside the interpreter's own start: what slows the machine slows both alike."""
+    code = "from time import process_time as now\nstart = now()\nimport keepstep\nprint(start, now() - start)"
+    starts_s, imports_s = [], []
+    for _ in range(12):
+        start_s, import_s = map(float, run_python(code).split())
+        starts_s.append(start_s)
+        imports_s.append(import_s)
+        if min(imports_s) < max(MAX_IMPORT_S, MAX_IMPORT_STARTS * min(starts_s)):
             return
     pytest.fail(
-        f"`import keepstep` took {min(times_s):.3f} s at best of {len(times_s)}; allowed: {MAX_IMPORT_S} s"
+        f"`import keepstep` took {min(imports_s):.3f} s at best of {len(imports_s)}, "
+        f"the interpreter itself {min(starts_s):.3f} s; allowed: {MAX_IMPORT_S} s, "
+        f"or {MAX_IMPORT_STARTS} times the interpreter's start"
     )

@@ -35,8 +35,8 @@ def test_every_default_is_a_launch_of_one_process(home: Path) -> None:
 
 def test_answers_about_several_machines_and_sharding(home: Path, workdir: Path) -> None:
     result = answer(
-        *("several machines", "2", "1", "10.0.0.1", "4000", "c10d"),
-        *("no", "8", "0,1,2,3", "yes"),
+        *("several machines", "3", "2", "10.0.0.7", "6000", "c10d"),
+        *("no", "12", "0,1,2,3", "yes"),
         *("no", "yes", "", "size_based_wrap", "1000", ""),
         *("inductor", "reduce-overhead", "", "yes"),
         *("bf16", "yes"),
@@ -45,16 +45,16 @@ def test_answers_about_several_machines_and_sharding(home: Path, workdir: Path) 
     assert result.exit_code == 0, result.output
     assert not home.exists()
     assert read_settings(workdir / "own.json") == Settings(
-        distributed_type="FSDP",
-        num_processes=8,
-        num_machines=2,
-        machine_rank=1,
-        main_process_ip="10.0.0.1",
-        main_process_port=4000,
-        mixed_precision="bf16",
+        num_machines=3,
+        machine_rank=2,
+        main_process_ip="10.0.0.7",
+        main_process_port=6000,
+        num_processes=12,
         gpu_ids="0,1,2,3",
-        debug=True,
+        distributed_type="FSDP",
         rdzv_backend="c10d",
+        debug=True,
+        mixed_precision="bf16",
         dynamo_config={
             "dynamo_backend": "INDUCTOR",
             "dynamo_mode": "reduce-overhead",

@@ -50,7 +50,7 @@ def check(cells: list[matrix.Cell], size: int, folder: Path, timeout_s: float) -
         assert any(after["resumed at"] for after in resumed), "nothing was resumed"
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_run_that_was_left_off_ends_as_a_whole_one(size: int, tmp_path: Path) -> None:
     check(a_choice_of_cells(), size, tmp_path, 150)
 
