@@ -50,6 +50,7 @@ class Forked:
                 *(writing, dict(environment or os.environ), multiprocessing.get_start_method()),
                 *(function, arguments),
             ),
+            daemon=True,  # it never outlives the tests
         )
         self._process.start()
         writing.close()
@@ -177,5 +178,6 @@ def _begin(
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(start_method, force=True)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have workers
     np.random.seed()  # noqa: NPY002 - each process its own, as when it had just started
     function(*arguments)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.forked import run_program
 
 from keepstep.errors import UsageError
 from keepstep.launch import cuda
@@ -57,10 +56,8 @@ except Exception as error:
 
 def test_cells_of_a_notebook(workdir: Path) -> None:
     (workdir / "cells.py").write_text(CELLS)
-    done = subprocess.run(
-        [sys.executable, "cells.py"], cwd=workdir, capture_output=True, text=True, timeout=150, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_program(workdir / "cells.py")
+    assert done.returncode == 0, done.stdout
     assert [(workdir / f"nb_{rank}").read_text() for rank in (0, 1)] == ["2 3.0 bf16 1"] * 2
     assert [(workdir / f"die_{rank}").read_text() for rank in (0, 1)] == ["2 5.0 no 1"] * 2
     assert (workdir / "one_0").read_text() == "1 3.0 bf16 1"
