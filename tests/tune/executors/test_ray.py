@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def test_a_machine_that_dies_takes_its_trials_elsewhere(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line.partition("said: ")[2] for line in done.stdout.splitlines() if "said: " in line]
-    assert said[0] in ("5 2 6", "5 3 6"), done.stderr[-3000:]
+    assert said[0] in ("5 2 6", "5 3 6", "5 4 6", "5 5 6"), done.stderr[-3000:]
     assert "no single machine of the cluster has all of it" in said[1]
     (error,) = tmp_path.glob("it/*/error.txt")
-    assert "its machine died" in error.read_text()
+    assert re.search("its machine died|can't be reached", error.read_text())

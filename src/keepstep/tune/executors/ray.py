@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from keepstep.errors import UsageError
 from keepstep.tune.executors.actor import TrialActor
@@ -254,6 +254,8 @@ class RayExecutor:
         if error is None:
             run.actor.__ray_terminate__.remote()
             self._leaving.append((time.monotonic() + _LINGER_S, run.actor))
+        else:
+            ray.kill(run.actor)  # one that can't be reached may live, and must not write beside its successor
         if follows is not None:
             self.launch(follows)
 
@@ -272,6 +274,8 @@ class RayExecutor:
             words = f"killed by Ray{where}, as memory was running out: {said}"
         elif isinstance(error, RayActorError) and "node has died" in said:
             words = f"its machine died{where}"
+        elif isinstance(error, ActorUnavailableError):
+            words = f"its process or machine can't be reached{where}: {said}"
         elif isinstance(error, RayActorError):
             words = f"its process died{where} (killed? out of memory?): {_detail(said)}"
         else:
