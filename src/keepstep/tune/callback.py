@@ -40,7 +40,7 @@ class Callback:
         """A trial goes on from a checkpoint."""
 
     def on_trial_save(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A class saved a checkpoint."""
+        """A trial's checkpoint was committed and written down; after `on_checkpoint`."""
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

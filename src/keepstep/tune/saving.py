@@ -15,10 +15,11 @@ from typing import Any, Final, NamedTuple
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place
+from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.saving.copying import Copier
 from keepstep.checkpoint.saving.description import Description, Lineage, describe
 from keepstep.checkpoint.saving.handed_over import Committed, save_handed_over
-from keepstep.errors import DamagedCheckpointError
+from keepstep.errors import DamagedCheckpointError, DirectoryNotSavableError, UsageError
 from keepstep.tune.checkpoint import METADATA, REPORTED_AS, Checkpoint
 from keepstep.tune.places import open_place
 
@@ -83,9 +84,11 @@ class Saver:
 
         Raises:
             CheckpointNotFoundError: a directory that is not there.
+            UsageError: a path, which is neither a checkpoint nor a state.
             StateError: a state or a directory that can't be saved as it is; nothing was committed.
             StoreError: the place refuses; nothing was committed.
         """
+        source = _source_of(what)
         self._begin()
         name = checkpoint_dirname(self._number)
         lineage = Lineage(run=self._lineage, parent=self._parent)
@@ -102,7 +105,6 @@ class Saver:
             pinned=False,
             environment=environment,
         )
-        source = _source_of(what)
         if source is None:
             manifest = self._save_state(name, what, said, lineage)
         else:
@@ -130,6 +132,7 @@ class Saver:
         self, name: str, source: AbstractContextManager[Path], said: Description, lineage: Lineage
     ) -> Manifest:
         with source as directory:
+            self._check_apart(directory)
             return save_handed_over(
                 self._place.workspace(name),
                 directory,
@@ -138,6 +141,15 @@ class Saver:
                 copier=self._copier,
                 previous=self._previous,
             )
+
+    def _check_apart(self, directory: Path) -> None:
+        if is_address(self._path) or not Path(self._path).resolve().is_relative_to(directory.resolve()):
+            return
+        raise DirectoryNotSavableError(
+            f"{directory} can't be a checkpoint of this trial: the trial's own directory, {self._path}, with "
+            "all checkpoints lies in it. Write the files to a directory of their own, as a temporary one; "
+            "nothing was committed"
+        )
 
     def _save_state(self, name: str, state: Any, said: Description, lineage: Lineage) -> Manifest:
         if self._states is None:
@@ -150,6 +162,11 @@ class Saver:
 
 def _source_of(what: Any) -> AbstractContextManager[Path] | None:
     """The directory to make a checkpoint of; None: `what` is a state."""
+    if isinstance(what, str | bytes | os.PathLike):
+        raise UsageError(
+            f"checkpoint is {what!r:.200} ({type(what).__name__}), which is no checkpoint; one "
+            "is made of a directory by tune.Checkpoint.from_directory(...)"
+        )
     if isinstance(what, Checkpoint):
         return what.as_source()
     if isinstance(getattr(what, "manifest", None), Manifest):  # a keepstep.Checkpoint, which needs torch

@@ -74,12 +74,11 @@ class Audience:
         for callback in self._callbacks:
             callback.on_trial_result(**self._seen(), trial=trial, result=result)
 
-    def checkpointed(self, trial: Trial, made: CheckpointRecord, *, asked: bool) -> None:
-        """A checkpoint was committed and is in the journal; `asked`: a class was told to."""
+    def checkpointed(self, trial: Trial, made: CheckpointRecord) -> None:
+        """A checkpoint was committed and is in the journal."""
         for callback in self._callbacks:
-            if asked:
-                callback.on_trial_save(**self._seen(), trial=trial)
             callback.on_checkpoint(**self._seen(), trial=trial, checkpoint=made)
+            callback.on_trial_save(**self._seen(), trial=trial)
 
     def completed(self, trial: Trial) -> None:
         """A trial ended well."""

@@ -40,6 +40,7 @@ from keepstep.tune.experiment.records import (
     ResultReported,
     TrialEnded,
     TrialFailed,
+    TrialLaunched,
     TrialStarted,
 )
 from keepstep.tune.experiment.trial import RUNNING, Trial
@@ -146,7 +147,9 @@ class Driver:
         job = job_of(self._history, trial, self._options)
         run = Run(job=job, trial=trial, total_s=job.time_total_s)
         self._runs[run.id] = run
-        self._history.launched(trial)
+        record = TrialLaunched(time=_now(), trial=trial.trial_id)
+        self._journal.add(record)
+        self._history.apply(record)
         return run
 
     # -------------------------------------------------------------------------------------- news
@@ -224,7 +227,7 @@ class Driver:
         self._history.decided(record, acted=True)
         saved = event.checkpoint is not None
         if saved:
-            self._keep(trial, asked=False)
+            self._keep(trial)
         if verdict.problem is not None:
             run.over = True
             self._executor.kill(run.id)
@@ -292,11 +295,10 @@ class Driver:
         )
         self._journal.add(record)
         self._history.apply(record)
-        self._keep(run.trial, asked=True)
+        self._keep(run.trial)
 
-    def _keep(self, trial: Trial, *, asked: bool) -> None:
-        made = trial.checkpoints[-1]
-        self._audience.checkpointed(trial, made, asked=asked)
+    def _keep(self, trial: Trial) -> None:
+        self._audience.checkpointed(trial, trial.checkpoints[-1])
         self._keeper.added(trial)
 
     def _ended(self, run: Run) -> None:

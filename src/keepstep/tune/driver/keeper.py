@@ -47,6 +47,7 @@ class Keeper:
         self._say = say
         self._said: set[str] = set()
         self._changed: dict[str, Trial] = {}
+        self._pins: set[Key] = set()
         self._undeleted: list[Key] = []
 
     def added(self, trial: Trial) -> None:
@@ -63,7 +64,10 @@ class Keeper:
         if not self._changed:
             return ()
         changed, self._changed = self._changed, {}
-        pinned = self._pinned()
+        before, self._pins = self._pins, self._pinned()
+        pinned = self._pins
+        for trial_id, _ in before - pinned:  # what was kept for another trial need not be any more
+            changed.setdefault(trial_id, self._history.trial(trial_id))
         dropped: list[CheckpointRecord] = []
         for trial in changed.values():
             dropped += self._heard(superfluous(_holding(trial), self._rules, pinned=pinned))

@@ -22,6 +22,7 @@ from keepstep.tune.experiment.records import (
     TrialAgain,
     TrialEnded,
     TrialFailed,
+    TrialLaunched,
     TrialMade,
     TrialStarted,
 )
@@ -157,13 +158,12 @@ class History:
         self.trials[trial.trial_id] = self.live[trial.trial_id] = trial
         self.all.append(trial)
 
-    def launched(self, trial: Trial) -> None:
-        """A trial is being started; a record follows as soon as its code runs."""
-        trial.status = RUNNING
-
     def elapsed_s(self, now: float) -> float:
         """Seconds that drivers worked on it until `now` (since 1970), the time between them left out."""
         return self._elapsed_s + max(0.0, now - self._seen_at)
+
+    def _trial_launched(self, record: TrialLaunched) -> None:
+        self.trial(record.trial).status = RUNNING
 
     def _trial_started(self, record: TrialStarted) -> None:
         trial = self.trial(record.trial)
@@ -322,6 +322,7 @@ class History:
     _effects: Mapping[type, Callable[[History, Any], None]] = {
         DriverStarted: _driver_started,
         TrialMade: _trial_made,
+        TrialLaunched: _trial_launched,
         TrialStarted: _trial_started,
         CheckpointSaved: _checkpoint_saved,
         CheckpointsDropped: _checkpoints_dropped,

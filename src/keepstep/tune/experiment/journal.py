@@ -6,6 +6,7 @@ torn at the end is dropped when the journal is opened again: nobody has acted on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import xxhash
 
 from keepstep.checkpoint.place.local import explained
-from keepstep.errors import ExperimentNotFoundError, JournalError, NoSpaceError
+from keepstep.errors import ExperimentNotFoundError, JournalError, NoSpaceError, StoreError
 from keepstep.files import Files, LocalFiles
 from keepstep.tune.experiment.records import FORMAT, ExperimentMade, Record, parse_record, to_node
 
@@ -36,7 +37,7 @@ class Log(Protocol):
         """
 
     def append(self, data: bytes) -> None:
-        """Append; durable on return. If it raises, nothing was appended."""
+        """Append; durable on return. If it raises, nothing was appended that anybody will find."""
 
     def cut(self, size: int) -> None:
         """Drop everything behind the first `size` bytes."""
@@ -83,6 +84,17 @@ class LocalLog:
             except OSError:
                 os.ftruncate(fd, size)
                 raise
+        self._check_still_there()
+
+    def _check_still_there(self) -> None:
+        """What is appended to a file that has no name any more, or another one, nobody would find."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(self.path.stat(), os.fstat(self._fd)):
+                return
+        raise StoreError(
+            f"{self.path} was moved, replaced or deleted while its experiment runs. Trials are stopped. If "
+            "it was moved, go on where it is now by Tuner.restore; don't move an experiment that runs"
+        )
 
     def _open(self) -> int:
         if self._fd < 0:
@@ -167,7 +179,11 @@ def _record(node: dict[str, Any], name: str, number: int) -> Record:
 
 def dump_record(record: Record) -> bytes:
     """One line."""
-    body = _JSON.encode(to_node(record))[:-1].encode()
+    node = to_node(record)
+    try:
+        body = _JSON.encode(node)[:-1].encode()
+    except UnicodeEncodeError:  # half of a character, as in names that are not UTF-8
+        body = json.dumps(node, separators=(",", ":"))[:-1].encode()
     return body + b',"x":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}\n'
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "TrialAgain",
     "TrialEnded",
     "TrialFailed",
+    "TrialLaunched",
     "TrialMade",
     "TrialStarted",
     "parse_record",
@@ -118,6 +119,15 @@ class TrialMade:
     dirname: str
     resources: Mapping[str, float]
     name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialLaunched:
+    """A trial is given to the executor: from here on it runs, for all who decide."""
+
+    kind: ClassVar[str] = "launched"
+    time: float
+    trial: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,6 +257,7 @@ Record = (
     ExperimentMade
     | DriverStarted
     | TrialMade
+    | TrialLaunched
     | TrialStarted
     | ResultReported
     | CheckpointSaved
@@ -263,6 +274,7 @@ _KINDS: Final[dict[str, type[Record]]] = {
         ExperimentMade,
         DriverStarted,
         TrialMade,
+        TrialLaunched,
         TrialStarted,
         ResultReported,
         CheckpointSaved,

@@ -10,7 +10,12 @@ from typing import Any, Final
 
 from keepstep.track.values import joined
 
-__all__ = ["Table", "json_line", "params_text", "parse_lines", "row_of"]
+__all__ = ["Table", "encoded", "json_line", "params_text", "parse_lines", "row_of"]
+
+
+def encoded(text: str) -> bytes:
+    """Text as UTF-8; half of a character, as in names that are not UTF-8, as an escape."""
+    return text.encode(errors="backslashreplace")
 
 
 def _otherwise(value: Any) -> Any:

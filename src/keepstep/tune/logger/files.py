@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from keepstep.checkpoint.place.registry import is_address, open_objects
 from keepstep.tune.experiment.trial import Trial
-from keepstep.tune.logger.encoding import Table, json_line, params_text, row_of
+from keepstep.tune.logger.encoding import Table, encoded, json_line, params_text, row_of
 from keepstep.tune.logger.uploads import Uploads
 from keepstep.tune.result import (
     EXPR_ERROR_FILE,
@@ -217,7 +217,7 @@ class TrialFiles:
             return
         found.table = Table()  # nothing lies here yet
         try:
-            _write_all(fd, text.encode())
+            _write_all(fd, text)
         finally:
             os.close(fd)
         self._changed(found, EXPR_PARAM_FILE)
@@ -228,7 +228,7 @@ class TrialFiles:
         try:
             size = os.fstat(fd).st_size
             try:
-                _write_all(fd, text.encode())
+                _write_all(fd, text)
             except OSError:
                 os.ftruncate(fd, size)
                 raise
@@ -241,7 +241,7 @@ class TrialFiles:
         unfinished = f"{name}.tmp"
         fd = _open_file(found.directory, unfinished, os.O_TRUNC)
         try:
-            _write_all(fd, text.encode())
+            _write_all(fd, text)
         finally:
             os.close(fd)
         Path(found.directory, unfinished).replace(Path(found.directory, name))
@@ -273,7 +273,8 @@ def _open_file(directory: str, name: str, how: int) -> int:
         return os.open(f"{directory}/{name}", flags, 0o666)
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def _write_all(fd: int, text: str) -> None:
+    data = encoded(text)
     written = os.write(fd, data)
     while written < len(data):
         written += os.write(fd, data[written:])

@@ -12,6 +12,7 @@ from typing import Final
 
 from keepstep.checkpoint.place.bucket import ObjectsLike
 from keepstep.errors import KeepstepError
+from keepstep.tune.logger.encoding import encoded
 
 __all__ = ["Uploads"]
 
@@ -45,7 +46,7 @@ class Uploads:
         if self._sizes is None:
             self._sizes = {found.key: found.bytes for found in self._objects.list()}
         return all(
-            self._sizes.get(f"{dirname}/{name}", 0) == len(text.encode()) for name, text in texts.items()
+            self._sizes.get(f"{dirname}/{name}", 0) == len(encoded(text)) for name, text in texts.items()
         )
 
     def changed(self, dirname: str, name: str) -> None:
