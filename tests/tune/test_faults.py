@@ -163,3 +163,26 @@ def test_callbacks_are_told_of_every_checkpoint_that_is_saved(tmp_path: Path) ->
     told = Told()
     tuner(tmp_path, train, callbacks=[told], env={"FULL": str(tmp_path / "full")}).fit()
     assert told.saves == ["checkpoint_000000", "checkpoint_000001"]
+
+
+def test_a_metric_that_counts_and_never_comes_is_said_once_and_names_the_trial(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(config: dict[str, Any]) -> None:
+        tune.report({"loss": 0.5} if config["number"] == 0 else {"los": 0.5})
+
+    space = {"number": tune.grid_search([0, 1, 2])}
+    found = tuner(tmp_path, train, space, said=tune.TuneConfig(metric="loss", mode="min")).fit()
+    (said,) = [record.getMessage() for record in caplog.records if "TuneConfig.metric" in record.getMessage()]
+    assert "00001" in said
+    assert "which has: los" in said
+    assert found.get_best_result().config == {"number": 0}
+
+
+def test_the_best_over_all_results_is_found(tmp_path: Path) -> None:
+    def train(config: dict[str, Any]) -> None:
+        for loss in (config["lowest"], 9.0):
+            tune.report({"loss": loss})
+
+    found = tuner(tmp_path, train, {"lowest": tune.grid_search([3.0, 1.0, 2.0])}).fit()
+    assert found.get_best_result("loss", "min", scope="all").config == {"lowest": 1.0}

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from keepstep.errors import UsageError
 from keepstep.tune.experiment.trial import Trial
-from keepstep.tune.result import DEFAULT_METRIC
+from keepstep.tune.result import DEFAULT_METRIC, look_up
 
 __all__ = ["SCOPES", "best_trial", "checked", "number", "score"]
 

@@ -246,6 +246,7 @@ class Driver:
             self._answer(run, self._ending(run, Stop()))
         elif trial.is_finished():
             self._audience.completed(trial)
+            self._showing.ended(trial)
             self._keeper.finished(trial)
             self._answer(run, self._ending(run, Stop(save=self._options.save_at_end and not saved)))
         elif trial.status != RUNNING or self._halt.reason is not None:
@@ -310,6 +311,7 @@ class Driver:
         self._history.completed(draft, acted=True)
         self._journal.add(replace(draft, acts=self._decider.completed(trial)))
         self._audience.completed(trial)
+        self._showing.ended(trial)
         self._keeper.finished(trial)
 
     def _failed(self, run: Run, event: Failed) -> None:

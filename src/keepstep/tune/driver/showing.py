@@ -10,8 +10,9 @@ from typing import Literal
 from keepstep.tune.driver.deciding import Decider
 from keepstep.tune.executors.protocol import Executor
 from keepstep.tune.experiment.history import History
-from keepstep.tune.experiment.trial import RUNNING
+from keepstep.tune.experiment.trial import RUNNING, Trial
 from keepstep.tune.reporting.base import Overview, ProgressReporter
+from keepstep.tune.result import AUTOMATIC_FIELDS
 
 __all__ = ["Showing"]
 
@@ -47,6 +48,7 @@ class Showing:
         self._metric = metric
         self._mode = mode
         self._messages: list[str] = []
+        self._lacked = False
 
     def say(self, message: str) -> None:
         """Tell people something, once."""
@@ -54,6 +56,18 @@ class Showing:
             _log.warning("%s", message)
         else:
             self._messages.append(message)
+
+    def ended(self, trial: Trial) -> None:
+        """A trial ended well; that its last result lacks the metric that counts is said once."""
+        name = self._metric
+        if name is None or self._lacked or not trial.last_result or trial.metric(name) is not None:
+            return
+        self._lacked = True
+        own = sorted(set(trial.last_result) - {*AUTOMATIC_FIELDS})
+        self.say(
+            f"{trial} ended without the metric {name!r} (TuneConfig.metric) in its last result, which has: "
+            f"{', '.join(own) or 'nothing'}. Such trials are never the best"
+        )
 
     def look(self, *, done: bool = False) -> None:
         """Show it, if it is time; `done`: for the last time."""
