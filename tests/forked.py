@@ -7,6 +7,7 @@ process that asks, as if it had been started afresh.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -179,5 +180,6 @@ def _begin(
     os.environ.update(environment)
     multiprocessing.set_start_method(start_method, force=True)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have workers
+    gc.freeze()  # what the server imported stays
     np.random.seed()  # noqa: NPY002 - each process its own, as when it had just started
     function(*arguments)
