@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, Workspace
-from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.place.deletion import delete_checkpoint, empty_trash, is_ours
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.place.local import LocalWorkspace, explained, sweep
 from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.errors import CheckpointBusyError
 from keepstep.files import Files, LocalFiles
+
+if TYPE_CHECKING:
+    from keepstep.checkpoint.place.bucket import BucketBackend
 
 __all__ = ["TrialPlace", "open_place"]
 

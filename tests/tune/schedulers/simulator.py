@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from keepstep.errors import TrialError
 from keepstep.tune.driver.deciding import Decider, Suggestion
 from keepstep.tune.driver.replay import replay
 from keepstep.tune.experiment.history import History
@@ -271,6 +272,8 @@ class Simulation:
         )
         self.history.reported(draft)
         verdict = self.decider.resulted(trial, trial.last_result, done=False)
+        if verdict.problem is not None:
+            raise TrialError(verdict.problem)
         record = ResultReported(
             **{name: getattr(draft, name) for name in ("time", "trial", "iteration", "metrics", "this_s")},
             total_s=draft.total_s,

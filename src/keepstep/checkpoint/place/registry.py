@@ -7,17 +7,20 @@ import re
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from keepstep.checkpoint.place.bucket import BucketBackend, ObjectsLike
 from keepstep.errors import UsageError
+
+if TYPE_CHECKING:
+    from keepstep.checkpoint.place.bucket import BucketBackend, ObjectsLike
 
 __all__ = ["is_address", "open_bucket", "open_objects"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _SCHEMES: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _ADAPTER: Final = "keepstep.checkpoint.place.objects"
+_BACKEND: Final = "keepstep.checkpoint.place.bucket"  # loaded when it is asked for: most runs have no bucket
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -40,7 +43,8 @@ def open_bucket(address: str, options: Mapping[str, Any] | None = None) -> Bucke
     Raises:
         UsageError: the address is none that keepstep knows, holds credentials, or obstore is missing.
     """
-    return BucketBackend(open_objects(address, options))
+    backend: BucketBackend = import_module(_BACKEND).BucketBackend(open_objects(address, options))
+    return backend
 
 
 def open_objects(address: str, options: Mapping[str, Any] | None = None) -> ObjectsLike:

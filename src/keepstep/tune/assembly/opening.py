@@ -6,6 +6,7 @@ import datetime as dt
 import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,12 +14,12 @@ from keepstep.checkpoint.place.local import explained
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.errors import ExperimentBusyError, ExperimentNotFoundError, UsageError
 from keepstep.files import DirectoryLock, LocalFiles
-from keepstep.tune.experiment.bucket_log import BucketLog
 from keepstep.tune.experiment.journal import JOURNAL_NAME, Journal, LocalLog, Log, parse_journal
 from keepstep.tune.experiment.records import DriverStarted, Record
 
 __all__ = ["DEFAULT_STORAGE", "Opened", "address_of", "free_name", "open_experiment", "read_experiment"]
 
+_BUCKET_LOG: Final = "keepstep.tune.experiment.bucket_log"  # loaded when it is asked for
 DEFAULT_STORAGE: Final = "~/keepstep_results"
 
 
@@ -109,14 +110,15 @@ def read_experiment(address: str, storage_options: Mapping[str, Any] | None = No
 
 def _log_of(address: str, storage_options: Mapping[str, Any] | None) -> Log:
     if is_address(address):
-        return BucketLog(address, storage_options)
+        log: Log = import_module(_BUCKET_LOG).BucketLog(address, storage_options)
+        return log
     return LocalLog(Path(address) / JOURNAL_NAME)
 
 
 def _taken(address: str, storage_options: Mapping[str, Any] | None) -> tuple[Log, Callable[[], None]]:
     """Its journal, held against others; in a bucket another process that appends shuts this one out."""
     if is_address(address):
-        log = BucketLog(address, storage_options)
+        log = _log_of(address, storage_options)
         return log, log.close
     return _local(Path(address))
 

@@ -8,11 +8,13 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from keepstep.checkpoint.place.bucket import ObjectsLike
 from keepstep.errors import KeepstepError
 from keepstep.tune.logger.encoding import encoded
+
+if TYPE_CHECKING:
+    from keepstep.checkpoint.place.bucket import ObjectsLike
 
 __all__ = ["Uploads"]
 
