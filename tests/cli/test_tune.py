@@ -90,6 +90,14 @@ def document(*arguments: str | Path) -> dict[str, Any]:
     return found
 
 
+def test_ls_and_verify_of_an_experiment_name_the_commands_that_look_at_it(tmp_path: Path) -> None:
+    write_experiment(tmp_path / "digits")
+    for command_name in ("ls", "verify"):
+        done = run(command_name, str(tmp_path / "digits"))
+        assert done.returncode == 2
+        assert f"`keepstep tune ls {tmp_path / 'digits'}` lists them" in done.stderr
+
+
 def test_the_commands_and_their_options_are_these() -> None:
     assert {name: [p.opts[0] for p in one.params] for name, one in command.commands.items()} == OPTIONS
     for name in OPTIONS:

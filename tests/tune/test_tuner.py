@@ -318,6 +318,21 @@ def test_a_trial_that_asks_for_more_than_there_is_fails_by_name_and_others_go_on
     assert "asks for 10000 cpu" in str(results.errors[0])
 
 
+def test_a_resource_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    results = fit(tmp_path, tune.with_resources(counting(1), {"cpus": 1}))
+    assert "asks for 1 cpus (what there is: cpu, " in str(results.errors[0])
+
+
+def test_what_can_never_start_is_told_in_a_line_and_how_to_run_it_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, tune.with_resources(counting(1), {"cpu": 10_000}), verbose=1)
+    told = capsys.readouterr().out
+    failed, advice, _ = told.splitlines()
+    assert "FAILED: it asks for 10000 cpu" in failed
+    assert f"Tuner.restore('{tmp_path / 'it'}', trainable, restart_errored=True).fit()" in advice
+
+
 def test_a_callback_that_keeps_a_state_gets_it_back(tmp_path: Path) -> None:
     class Counts(tune.Callback):
         def __init__(self) -> None:

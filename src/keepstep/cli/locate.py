@@ -22,6 +22,7 @@ from keepstep.checkpoint.keeping.catalog import (
 )
 from keepstep.checkpoint.place.registry import is_address, open_bucket
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
+from keepstep.tune.experiment.journal import JOURNAL_NAME
 
 __all__ = [
     "Found",
@@ -124,6 +125,11 @@ def locate(path: Path | str, *, or_set_aside: bool = False) -> Found:
             return Found(root=candidate, entries=[], is_store=True)
     if beside := _named_otherwise(root):
         return Found(root=root, entries=beside, is_store=True)
+    if (root / JOURNAL_NAME).is_file():
+        raise CheckpointNotFoundError(
+            f"{path} is an experiment of many trials: `keepstep tune ls {path}` lists them; each trial's "
+            f"directory is a store for `keepstep ls {path}/TRIAL` and `keepstep verify {path}/TRIAL`"
+        )
     aside = [left for candidate in candidates for left in leftovers(candidate)]
     listed = ", ".join(left.path.name for left in aside[:_SHOWN_NAMES])
     damaged = sum(left.kind == "damaged" for left in aside)

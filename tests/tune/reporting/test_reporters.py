@@ -129,7 +129,7 @@ def test_lines_tell_of_starts_ends_and_failures_at_once(tmp_path: Path) -> None:
     assert all(line.startswith("[digits] ") for line in lines)
     assert lines[0] == "[digits] checkpoint_frequency is left out [31m"
     assert lines[1] == f"[digits] {trials[0]} started: lr=0.1"
-    assert lines[4] == f"[digits] {trials[0]} TERMINATED after 1 iterations, 0.5 s: loss=1 acc=0.5"
+    assert lines[4] == f"[digits] {trials[0]} TERMINATED after 1 iteration, 0.5 s: loss=1 acc=0.5"
     assert lines[5].endswith("failed (failure 1) and is tried again: killed by SIGKILL")
     assert f"{trials[1]} FAILED: ValueError: no really (see {trials[1].path}/error.txt)" in lines[6]
     assert f"{trials[2]} started again, from iteration 3: lr=" in lines[7]
@@ -144,6 +144,22 @@ def test_lines_say_now_and_then_how_all_stands(tmp_path: Path) -> None:
     reporter = LinesReporter(out.append, status_every_s=0.0)
     reporter.report(overview([], expected_trials=None), done=False)
     assert out == ["[digits] no trials yet · 1 min 40 s · CPU 1/2\n"]
+
+
+def test_an_experiment_that_goes_on_says_how_it_stood_and_starts_each_trial_once(tmp_path: Path) -> None:
+    out: list[str] = []
+    reporter = LinesReporter(out.append, status_every_s=1000)
+    trials = trials_of(tmp_path, [TERMINATED, "PENDING"])
+    make_result(trials[1], 1, loss=1.0)
+    trials[1].starts = 1
+    reporter.report(overview(trials), done=False)
+    trials[1].status = RUNNING  # launched, and its process is not there yet
+    reporter.report(overview(trials), done=False)
+    trials[1].starts = 2
+    reporter.report(overview(trials), done=False)
+    lines = "".join(out).splitlines()
+    assert lines[0].startswith("[digits] goes on: 1 of 2 trials ended · 1 pending")
+    assert lines[1:] == ["[digits] train_e1_00001 started again, from iteration 1: lr=0.2"]
 
 
 def test_thousands_of_news_are_a_few_lines(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ class Driver:
         Returns:
             Why it ended, as `ExperimentEnded` has it.
         """
+        self._showing.look()  # so that reporters know what was there before
         while True:
             self._audience.turn_begins()
             self._watch()
@@ -117,7 +118,7 @@ class Driver:
         self._history.apply(ended)
         self._settle()
         self._audience.turn_ends()
-        self._showing.look(done=True)
+        self._showing.end()
         return why
 
     # ---------------------------------------------------------------------------------- starting

@@ -10,7 +10,7 @@ from typing import Literal
 from keepstep.tune.driver.deciding import Decider
 from keepstep.tune.executors.protocol import Executor
 from keepstep.tune.experiment.history import History
-from keepstep.tune.experiment.trial import RUNNING, Trial
+from keepstep.tune.experiment.trial import ERROR, RUNNING, Trial
 from keepstep.tune.reporting.base import Overview, ProgressReporter
 from keepstep.tune.result import AUTOMATIC_FIELDS
 
@@ -68,6 +68,17 @@ class Showing:
             f"{trial} ended without the metric {name!r} (TuneConfig.metric) in its last result, which has: "
             f"{', '.join(own) or 'nothing'}. Such trials are never the best"
         )
+
+    def end(self) -> None:
+        """All is done: show it for the last time, and how failed trials run again."""
+        failed = sum(trial.status == ERROR for trial in self._history.all)
+        if failed:
+            self.say(
+                f"{failed:,} of {len(self._history.all):,} trials failed for good; a new start does not run "
+                f"them again. Tuner.restore({self._history.path!r}, trainable, restart_errored=True).fit() "
+                "does, from the beginning; resume_errored=True: from their last checkpoints"
+            )
+        self.look(done=True)
 
     def look(self, *, done: bool = False) -> None:
         """Show it, if it is time; `done`: for the last time."""

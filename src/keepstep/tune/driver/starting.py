@@ -93,7 +93,8 @@ class Starter:
     def _impossible(self, wanted: Resources) -> str | None:
         total = self._executor.total
         missing = [
-            f"{amount:g} {name} (there are {total.get(name, 0):g})"
+            f"{amount:g} {name} "
+            + (f"(there are {total[name]:g})" if name in total else f"(what there is: {', '.join(total)})")
             for name, amount in wanted.items()
             if amount > total.get(name, 0) + 1e-9
         ]

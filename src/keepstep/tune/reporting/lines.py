@@ -80,12 +80,17 @@ class LinesReporter(ProgressReporter):
 
     def report(self, overview: Overview, done: bool) -> None:
         began = time.monotonic()
+        first = self._watch is None
         if self._watch is None:
             self._watch = Watch(overview.metric, overview.mode)
         standing = self._watch.look(overview.trials)
-        lines = [in_one_line(message) for message in overview.messages]
+        goes_on = first and not standing.counts.get(RUNNING) and standing.finished < len(overview.trials)
+        lines = [f"goes on: {status_line(overview, standing)}"] if goes_on else []
+        messages = [in_one_line(message) for message in overview.messages]
+        lines += [] if done else messages
         for kind in ("started", "ended", "again", "failed"):
             lines += self._news([trial for trial, what in standing.news if what == kind], kind)
+        lines += messages if done else []  # the last words are of all of it
         if done or began >= self._status_at:
             self._status_at = began + self._status_every_s
             lines.append(status_line(overview, standing))
@@ -112,7 +117,8 @@ class LinesReporter(ProgressReporter):
             found = [(name, trial.metric(name)) for name in names]
             told = " ".join(f"{name}={value(number)}" for name, number in found if number is not None)
             count = trial.training_iteration
-            return f"{trial} {TERMINATED} after {count:,} iterations, {duration(trial.time_total_s)}: {told}"
+            after = f"{count:,} iteration{'' if count == 1 else 's'}, {duration(trial.time_total_s)}"
+            return f"{trial} {TERMINATED} after {after}: {told}".rstrip(": ")
         error = cut(in_one_line((trial.error or "").strip()), _ERROR_CHARACTERS)
         if kind == "again":
             return f"{trial} failed (failure {trial.num_failures}) and is tried again: {error}"

@@ -89,7 +89,7 @@ class TableReporter(ProgressReporter):
         self._parameters = {**(self._parameters or {}), parameter: representation or parameter}
 
     def should_report(self, trials: Sequence[Trial], done: bool = False) -> bool:
-        return done or (not self._only_at_end and time.monotonic() >= self._next)
+        return done or (bool(trials) and not self._only_at_end and time.monotonic() >= self._next)
 
     def report(self, overview: Overview, done: bool) -> None:
         self._next = time.monotonic() + self._every_s
