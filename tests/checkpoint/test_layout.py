@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepstep.checkpoint.format.manifest import DATA_ALIGNMENT_BYTES, ITEMSIZES
-from keepstep.checkpoint.format.parse import _FILE_NAME
+from keepstep.checkpoint.format.names import is_handed_over, problem_of_name
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
 
 
@@ -45,7 +45,8 @@ def check(layout: Layout, tensors: list[TensorInfo]) -> None:
     assert sorted(placed + [a.index for a in layout.aliases]) == list(range(len(tensors)))
     assert len({s.file.lower() for s in layout.segments}) == len(layout.segments)
     for segment in layout.segments:
-        assert _FILE_NAME.match(segment.file)
+        assert problem_of_name(segment.file) is None
+        assert not is_handed_over(segment.file)
         assert len(segment.header) % DATA_ALIGNMENT_BYTES == 0
         position = len(segment.header)
         for placement in segment.placements:

@@ -23,12 +23,10 @@ class Kind:
     Attributes:
         make: of a trainable and what there is in all.
         processes: each trial has a process of its own.
-        captures: what a trial prints goes to the files that the job names.
     """
 
     make: Callable[[Any, Resources], Executor]
     processes: bool
-    captures: bool
 
 
 def _on_ray(trainable: Any, total: Resources) -> Executor:
@@ -38,9 +36,9 @@ def _on_ray(trainable: Any, total: Resources) -> Executor:
 
 
 KINDS = {
-    "inline": Kind(lambda trainable, total: InlineExecutor(trainable, total=total), False, False),
-    "local": Kind(lambda trainable, total: LocalExecutor(trainable, total=total), True, True),
-    "ray": Kind(_on_ray, True, True),
+    "inline": Kind(lambda trainable, total: InlineExecutor(trainable, total=total), False),
+    "local": Kind(lambda trainable, total: LocalExecutor(trainable, total=total), True),
+    "ray": Kind(_on_ray, True),
 }
 ALIKE_ON_RAY = (
     "test_what_a_function_returns_is_its_last_result",

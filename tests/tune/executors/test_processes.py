@@ -1,4 +1,4 @@
-"""What executors with a process for each trial promise: deaths, orphans, output, environment, speed."""
+"""What the local executor promises of its processes: deaths, orphans, output, environment, speed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from keepstep.tune.executors.local import LocalExecutor
 Drives = Callable[..., Drive]
 
 
-@pytest.fixture(params=[name for name, kind in KINDS.items() if kind.processes])
+@pytest.fixture(params=["local"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,15 @@ def test_wandb_has_a_run_for_each_trial(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads(json.dumps(dict(seen[0].config))) == {"lr": 0.1}
     callback.on_trial_complete(0, trials, trials[0])
     callback.on_trial_error(0, trials, trials[1])
-    written = [path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
-    assert len(written) == 2
-    assert all(b"training_iteration" in data and b"node_ip" not in data for data in written)
+    end = time.monotonic() + 20  # wandb's own process may write after the run has ended
+    while True:
+        written = [path.read_bytes() for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+        there = [b"training_iteration" in data for data in written]
+        if there == [True, True] or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    assert there == [True, True]
+    assert not any(b"node_ip" in data for data in written)
 
 
 def test_a_callback_of_ones_own_is_told_in_the_words_of_a_logger(tmp_path: Path) -> None:

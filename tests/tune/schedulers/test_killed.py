@@ -100,8 +100,8 @@ def test_killed_ten_times_it_decides_the_same(in_memory: Path, synch: bool) -> N
     script.write_text(SCRIPT)
     assert run(script, whole, synch, 0, 0) == 0
     for kill in range(10):
-        # Somewhere behind its sixth step: while it saves, reports, is written down, or is answered.
-        assert run(script, killed, synch, 6, 0.004 * kill) == -signal.SIGKILL
+        # Somewhere behind its fourth step: while it saves, reports, is written down, or is answered.
+        assert run(script, killed, synch, 4, 0.002 * kill) == -signal.SIGKILL
     assert run(script, killed, synch, 0, 0) == 0
     assert decisions(killed) == decisions(whole)
     assert sum(act[0] == "exploit" for told in decisions(whole) for act in told[-1] if told[2:]) > 5
