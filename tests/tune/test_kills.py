@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -177,9 +178,11 @@ def test_a_trial_that_is_killed_goes_on_from_its_checkpoint_while_others_train(
     storage = tmp_path / "runs"
     process = start(started, script, "local", storage, 0.05, 2)
     wait_for(lambda: reported(storage) >= 8)
-    results = [json.loads(line) for path in storage.glob("it/*/result.json") for line in path.open()]
-    victim = results[-1]["pid"]
-    os.kill(victim, signal.SIGKILL)
+    for _ in range(100):  # the trial that reported last, unless it has ended meanwhile
+        results = [json.loads(line) for path in storage.glob("it/*/result.json") for line in path.open()]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(max(results, key=lambda result: result["timestamp"])["pid"], signal.SIGKILL)
+            break
     assert process.communicate(timeout=120)[0] == "done\n"
     for told in iterations(storage).values():
         assert told == list(range(1, len(told) + 1))
