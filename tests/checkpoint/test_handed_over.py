@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -452,7 +453,7 @@ def open_below(directory: Path) -> list[str]:
     found = []
     for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            found.append(os.readlink(fd))
+            found.append(str(fd.readlink()))
     return [path for path in found if path.startswith(f"{directory}/")]
 
 
@@ -461,5 +462,8 @@ def test_threads_that_fail_leave_nothing_open(tmp_path: Path) -> None:
     for at in range(12, 20):
         with pytest.raises(StoreError):
             save(LocalWorkspace(FaultyFiles(at=at, error=NO_SPACE), tmp_path / "c"), source)
+        end = time.monotonic() + 5  # a thread that was cut off may be on its way out
+        while open_below(tmp_path) and time.monotonic() < end:
+            time.sleep(0.01)
         assert open_below(tmp_path) == []
         assert below(tmp_path) == ["source"]
