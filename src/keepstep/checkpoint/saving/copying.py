@@ -131,7 +131,11 @@ class _Target:
         with reading_source(source.path):
             self._fd = os.open(source.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         if source.bytes > _BLOCK_BYTES:  # several threads share it
-            self._segment = workspace.create_segment(source.name, source.bytes)
+            try:
+                self._segment = workspace.create_segment(source.name, source.bytes)
+            except BaseException:
+                self.close()  # nobody else knows of it yet
+                raise
 
     def read(self, view: memoryview, begin: int) -> None:
         """Fill `view` from `begin`."""
