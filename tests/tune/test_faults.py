@@ -134,7 +134,7 @@ def test_what_was_kept_for_an_exploit_goes_once_it_is_not_needed(tmp_path: Path)
     [
         (lambda: str(Path.cwd()), r"from_directory"),
         (lambda: Path("model.pt"), r"which is no checkpoint"),
-        (lambda: tune.Checkpoint(tune.get_context().get_trial_dir()), "a directory of their own"),
+        (lambda: tune.Checkpoint(Path.cwd().parent), "a directory of their own"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, handed_over: Any, message: str) -> None:

@@ -189,7 +189,7 @@ def test_two_checkpoints_to_keep_are_the_best_and_what_is_needed_to_go_on(tmp_pa
             with tempfile.TemporaryDirectory() as directory:
                 Path(directory, "score").write_text(str(score))
                 tune.report({"score": score}, checkpoint=tune.Checkpoint.from_directory(directory))
-            there = Path(tune.get_context().get_trial_dir()).glob("checkpoint_*/files/score")
+            there = Path(tune.get_context().get_trial_dir()).parent.glob("checkpoint_*/files/score")
             seen.append(sorted(path.read_text() for path in there))
 
     kept = tune.CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="score")

@@ -76,22 +76,22 @@ def test_metrics_become_plain_values_and_what_json_cannot_hold_is_named(drive: D
     assert result.left_out == {"nested/what": "builtins.object", "array": "numpy.ndarray"}
 
 
-def test_a_trial_knows_itself_and_runs_in_its_directory(drive: Drives) -> None:
+def test_a_trial_knows_itself_and_runs_in_its_working_directory(drive: Drives) -> None:
     d = drive()
     (result,), _ = d.run("t", {"do": "context"}, resources={"cpu": 2.0, "gpu": 0.5}, env={"MINE": "1"})
     assert result.metrics == {
         "id": "t",
         "name": "name_of_t",
         "experiment": "experiment",
-        "dir": str(d.root / "t"),
-        "cwd": str(d.root / "t"),
+        "dir": str(d.root / "t" / "working_dir"),
+        "cwd": str(d.root / "t" / "working_dir"),
         "resources": {"CPU": 2.0, "GPU": 0.5},
         "world": [1, 0],
         "env": "1",
         "checkpoint": False,
     }
     assert "MINE" not in os.environ
-    assert Path.cwd() != d.root / "t"
+    assert Path.cwd() != d.root / "t" / "working_dir"
 
 
 def test_a_stopped_function_is_unwound_though_it_catches_exceptions(drive: Drives) -> None:
@@ -101,8 +101,8 @@ def test_a_stopped_function_is_unwound_though_it_catches_exceptions(drive: Drive
     d.order(job.run, Stop())
     (end,) = d.last(job.run)
     assert end == Ended(run=job.run)
-    assert (d.root / "t" / "finally").exists()
-    assert not (d.root / "t" / "swallowed").exists()
+    assert (d.root / "t" / "working_dir" / "finally").exists()
+    assert not (d.root / "t" / "working_dir" / "swallowed").exists()
     d.order(job.run, Go())  # over: without effect
 
 
@@ -188,11 +188,11 @@ def test_a_class_trains_until_it_says_done_and_cleans_up(drive: Drives) -> None:
     assert results[0].metrics == {
         "n": 1,
         "x": 1,
-        "cwd": str(d.root / "t"),
+        "cwd": str(d.root / "t" / "working_dir"),
     }  # automatic fields are the driver's
     assert results[2].metrics["done"] is True
     assert isinstance(end, Ended)
-    assert (d.root / "t" / "cleaned").read_text() == "t"
+    assert (d.root / "t" / "working_dir" / "cleaned").read_text() == "t"
 
 
 @pytest.mark.parametrize("fail", ["setup", "step"])
@@ -200,7 +200,7 @@ def test_a_class_that_raises_fails_and_cleans_up_what_was_set_up(drive: Drives, 
     d = drive("Counter")
     _, end = d.run("t", {"fail": fail})
     assert end.error == f"ValueError: {fail} failed"
-    assert (d.root / "t" / "cleaned").exists() == (fail == "step")
+    assert (d.root / "t" / "working_dir" / "cleaned").exists() == (fail == "step")
 
 
 def test_one_process_runs_trial_after_trial_if_the_class_can(drive: Drives) -> None:
@@ -218,9 +218,9 @@ def test_one_process_runs_trial_after_trial_if_the_class_can(drive: Drives) -> N
         (6, 1, 2),
         (7, 2, 2),
     ]
-    assert d.of(second.run, Reported)[0].metrics["cwd"] == str(d.root / "second")
-    assert (d.root / "second" / "cleaned").read_text() == "second"
-    assert not (d.root / "first" / "cleaned").exists()
+    assert d.of(second.run, Reported)[0].metrics["cwd"] == str(d.root / "second" / "working_dir")
+    assert (d.root / "second" / "working_dir" / "cleaned").read_text() == "second"
+    assert not (d.root / "first" / "working_dir" / "cleaned").exists()
     assert d.executor.fits(TOTAL)
 
 
@@ -232,7 +232,7 @@ def test_a_class_that_cannot_become_another_trial_is_started_anew(drive: Drives,
     d.order(first.run, Next(job=second))
     assert isinstance(d.last(second.run)[0], Ended)
     assert d.of(first.run)[-1] == Ended(run=first.run)
-    assert (d.root / "first" / "cleaned").read_text() == "first"
+    assert (d.root / "first" / "working_dir" / "cleaned").read_text() == "first"
     assert [e.metrics["x"] for e in d.of(second.run, Reported)] == [2]
     if kind.processes:
         assert d.of(first.run, Started)[0].pid != d.of(second.run, Started)[0].pid

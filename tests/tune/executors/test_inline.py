@@ -101,7 +101,10 @@ def test_directory_and_environment_are_the_drivers_between_turns(inline: Callabl
     assert "MINE" not in os.environ
     d.last(one.run, two.run)
     for job in (one, two):
-        assert d.of(job.run, Reported)[1].metrics == {"cwd": str(d.root / job.trial_id), "mine": job.trial_id}
+        assert d.of(job.run, Reported)[1].metrics == {
+            "cwd": str(d.root / job.trial_id / "working_dir"),
+            "mine": job.trial_id,
+        }
 
 
 def test_a_closed_executor_unwinds_what_waits(inline: Callable[..., Drive]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+from typing import Final, Protocol
 
 from keepstep.tune.executors.protocol import Event, Job, Order
 
-__all__ = ["Channel", "Place"]
+__all__ = ["WORKING_DIR", "Channel", "Place", "make_working_dir", "remove_if_empty"]
+
+WORKING_DIR: Final = "working_dir"
+"""Where in its directory a trial's code runs, so that relative names meet none of ours."""
 
 
 class Channel(Protocol):
@@ -27,7 +31,7 @@ class Place(Protocol):
     """Where a trial's code runs: its directory, its environment, its output."""
 
     @property
-    def trial_dir(self) -> str:
+    def working_dir(self) -> str:
         """The working directory of the job that was entered last."""
 
     @property
@@ -36,3 +40,19 @@ class Place(Protocol):
 
     def enter(self, job: Job) -> None:
         """Be the place of this job, and no longer of another."""
+
+
+def make_working_dir(directory: str) -> str:
+    """The working directory in a trial's directory; what an earlier start left there is there again."""
+    path = os.path.join(directory, WORKING_DIR)
+    os.makedirs(path, exist_ok=True)
+    return path
+
+
+def remove_if_empty(path: str) -> bool:
+    """Remove a working directory that nothing was written to; whether it was one."""
+    try:
+        os.rmdir(path)
+    except OSError:  # it holds files, and they stay
+        return False
+    return True

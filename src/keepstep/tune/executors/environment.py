@@ -19,7 +19,7 @@ def visible_gpus() -> str | None:
 
 
 def changes_directory() -> bool:
-    """Whether trials run in their directories: RAY_CHDIR_TO_TRIAL_DIR, Ray's name for it, is not "0"."""
+    """Whether trials run in working directories of their own: RAY_CHDIR_TO_TRIAL_DIR is not "0"."""
     return os.environ.get("RAY_CHDIR_TO_TRIAL_DIR", "1") != "0"
 
 

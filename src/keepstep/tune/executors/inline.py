@@ -7,6 +7,7 @@ these start from its id, so that what it draws does not depend on others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from keepstep.tune.executors.channel import make_working_dir, remove_if_empty
 from keepstep.tune.executors.environment import changes_directory, put, visible_gpus
 from keepstep.tune.executors.generators import Generators
 from keepstep.tune.executors.machine import machine_total
@@ -160,7 +162,7 @@ class _Run:
         self.done = False
         self._told: list[Event] = []
         self._session: Session | None = None
-        self._directory = ""
+        self._working_dirs: list[str] = []
         self._temporary: list[str] = []
         self._undo: Mapping[str, str | None] = {}
 
@@ -173,8 +175,9 @@ class _Run:
         enter(self._session)
         self._wear(self.job.env)
         try:
-            if self._directory and changes_directory():
-                os.chdir(self._directory)
+            if self._working_dirs and changes_directory():
+                with contextlib.suppress(FileNotFoundError):  # it was deleted
+                    os.chdir(self.working_dir)
             self.thread.run_until_it_waits()
         finally:
             self._session = current()
@@ -189,15 +192,17 @@ class _Run:
 
     def clear(self) -> None:
         """Remove what was only for the run."""
+        for directory in self._working_dirs:
+            remove_if_empty(directory)
         for directory in self._temporary:
             shutil.rmtree(directory, ignore_errors=True)
 
     # ----------------------------------------------------------------------------- called by the run's thread
 
     @property
-    def trial_dir(self) -> str:
+    def working_dir(self) -> str:
         """The directory in which it runs."""
-        return self._directory
+        return self._working_dirs[-1]
 
     @property
     def pid(self) -> int:
@@ -208,13 +213,13 @@ class _Run:
         """Be the place of this job."""
         self._wear(job.env)
         if "://" in job.path:
-            self._directory = tempfile.mkdtemp(prefix="keepstep-trial-")
-            self._temporary.append(self._directory)
+            directory = tempfile.mkdtemp(prefix="keepstep-trial-")
+            self._temporary.append(directory)
         else:
-            self._directory = os.path.abspath(job.path)
-            os.makedirs(self._directory, exist_ok=True)
+            directory = os.path.abspath(job.path)
+        self._working_dirs.append(make_working_dir(directory))
         if changes_directory():
-            os.chdir(self._directory)
+            os.chdir(self.working_dir)
 
     def _wear(self, env: Mapping[str, str]) -> None:
         if env or self._undo:

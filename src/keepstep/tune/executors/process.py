@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, TextIO
 
 from keepstep.checkpoint.place.registry import open_objects
 from keepstep.errors import KeepstepError
+from keepstep.tune.executors.channel import make_working_dir, remove_if_empty
 from keepstep.tune.executors.environment import changes_directory, put
 from keepstep.tune.executors.protocol import Event, Failed, Job, Order
 from keepstep.tune.executors.shipping import loads
@@ -102,18 +103,19 @@ class Home:
     """Where a process's trials run, one after another; `keepstep.tune.executors.channel.Place`.
 
     Attributes:
-        directory: of the next job that is entered; of one in a bucket: a directory that stands in for it.
+        directory: the trial's, of the next job that is entered; of one in a bucket: what stands in for it.
     """
 
     def __init__(self) -> None:
         self.directory = ""
+        self._working_dir = ""
         self._outputs: tuple[Job, list[str]] | None = None
         self._undo: dict[str, str | None] = {}
         self._places: dict[str, str] = {}
 
     @property
-    def trial_dir(self) -> str:
-        return self.directory
+    def working_dir(self) -> str:
+        return self._working_dir
 
     @property
     def pid(self) -> int:
@@ -125,7 +127,7 @@ class Home:
         self.directory = self._places.setdefault(job.run, self.directory)
         put(self._undo)
         self._undo = put(job.env)
-        Path(self.directory).mkdir(parents=True, exist_ok=True)
+        self._working_dir = make_working_dir(self.directory)
         names = []
         for path, stream, number in ((job.stdout, sys.stdout, 1), (job.stderr, sys.stderr, 2)):
             if path is not None:
@@ -134,10 +136,12 @@ class Home:
                 _redirect(os.path.join(self.directory, name), stream, number)
         self._outputs = (job, names) if "://" in job.path else None
         if changes_directory():
-            os.chdir(self.directory)
+            os.chdir(self._working_dir)
 
     def leave(self) -> None:
         """The job that was entered last is over: what it printed goes where its files are."""
+        if self._working_dir and remove_if_empty(self._working_dir) and changes_directory():
+            os.chdir(os.path.dirname(self._working_dir))
         if self._outputs is None:
             return
         (job, names), self._outputs = self._outputs, None

@@ -128,7 +128,7 @@ class _Start:
             trial_id=job.trial_id,
             trial_name=job.trial_name,
             experiment_name=job.experiment,
-            trial_dir=process.place.trial_dir,
+            working_dir=process.place.working_dir,
             resources=resource_dict_to_pg_factory(job.resources),
             pid=process.place.pid,
             report=self.function_report,

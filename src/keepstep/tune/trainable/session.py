@@ -38,7 +38,7 @@ class Session:
         trial_id: of the trial.
         trial_name: for people.
         experiment_name: of the experiment.
-        trial_dir: the trial's directory on this machine.
+        working_dir: in which its code runs, on this machine.
         resources: what it holds.
         pid: the process in which it runs.
         report: takes a result, a checkpoint or None, and who says it; returns when it is on disk.
@@ -48,7 +48,7 @@ class Session:
     trial_id: str
     trial_name: str
     experiment_name: str
-    trial_dir: str
+    working_dir: str
     resources: PlacementGroupFactory
     pid: int
     report: Callable[[Any, Any, str], None]
@@ -137,8 +137,12 @@ class TuneContext:
         return _session("get_trial_resources()").resources
 
     def get_trial_dir(self) -> str:
-        """The trial's directory on this machine; files in it stay, unless the experiment is in a bucket."""
-        return _session("get_trial_dir()").trial_dir
+        """The trial's working directory: `working_dir/` in its directory.
+
+        Files in it stay, and are there again when the trial goes on; of an experiment in a bucket they go
+        when the trial's process ends.
+        """
+        return _session("get_trial_dir()").working_dir
 
     def get_world_size(self) -> int:
         """1: a trial is one process."""

@@ -289,7 +289,7 @@ class Trainable:
 
     @property
     def logdir(self) -> str:
-        """The trial's directory; a temporary one outside of an experiment."""
+        """The trial's working directory; a temporary one outside of an experiment."""
         if self._logdir is None:
-            self._logdir = self._session.trial_dir if self._session else tempfile.mkdtemp()
+            self._logdir = self._session.working_dir if self._session else tempfile.mkdtemp()
         return self._logdir
