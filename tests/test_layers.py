@@ -19,6 +19,7 @@ TORCH_FREE = [
     "keepstep.errors",
     "keepstep.files",
     "keepstep.keystore",
+    "keepstep.lazy",
     "keepstep.meetings",
     "keepstep.patching",
     "keepstep.checkpoint.format.manifest",

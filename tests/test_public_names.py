@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -91,6 +94,35 @@ def test_what_scripts_import_from_accelerate_itself_is_there() -> None:
 def test_an_unknown_name_says_what_there_is() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'Accelerater'; it has: .*Accelerator"):
         keepstep.Accelerater  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        "keepstep",
+        "keepstep.tune",
+        "keepstep.tune.logger",
+        "keepstep.tune.reporting",
+        "keepstep.tune.schedulers",
+        "keepstep.tune.search",
+        "keepstep.utils",
+    ],
+)
+def test_type_checkers_see_the_names_that_are_imported_when_asked_for(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__file__ is not None
+    imports = [
+        (f"{node.module}.{alias.name}", alias.asname)
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("keepstep.")
+        for alias in node.names
+    ]
+    seen = {name: home for home, name in imports if name is not None}
+    assert set(seen) == set(module.__all__) - {"__version__"}
+    for name, home in seen.items():
+        value = getattr(module, name)
+        above, _, last = home.rpartition(".")
+        assert value is getattr(importlib.import_module(above), last), name
 
 
 def test_importing_keepstep_loads_nothing_heavy() -> None:

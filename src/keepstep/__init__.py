@@ -6,8 +6,9 @@ checkpoints never imports torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from keepstep.lazy import lazy_names
 
 if TYPE_CHECKING:
     from keepstep.checkpoint import dcp as dcp
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {"dcp": "keepstep.checkpoint.dcp"}
 _HOME_OF_NAME = {
     "Accelerator": "keepstep.train.accelerator",
     "AutocastKwargs": "keepstep.train.settings.plugins",
@@ -90,20 +90,5 @@ _HOME_OF_NAME = {
     "synchronize_rng_states": "keepstep.train.ranks.seeding",
 }
 
-__all__ = ["__version__", *sorted([*_HOME_OF_NAME, *_MODULES])]  # noqa: PLE0604
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF_NAME.get(name)
-    if name in _MODULES:
-        value: Any = import_module(_MODULES[name])
-    elif home is not None:
-        value = getattr(import_module(home), name)
-    else:
-        raise AttributeError(f"module 'keepstep' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__ = ["__version__", "dcp", *sorted(_HOME_OF_NAME)]  # noqa: PLE0604
+__getattr__, __dir__ = lazy_names(__name__, _HOME_OF_NAME, modules=["keepstep.checkpoint.dcp"])

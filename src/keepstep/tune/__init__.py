@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from keepstep.lazy import lazy_names
 
 if TYPE_CHECKING:
     from keepstep.errors import TuneError as TuneError
@@ -109,21 +110,6 @@ _HOME_OF_NAME = {
 }
 
 __all__ = sorted([*_HOME_OF_NAME, *_MODULES])  # noqa: PLE0605
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF_NAME.get(name)
-    if name in _MODULES:
-        value: Any = import_module(f"keepstep.tune.{name}")
-    elif home is not None:
-        value = getattr(import_module(home), name)
-    else:
-        raise AttributeError(
-            f"module 'keepstep.tune' has no attribute {name!r}; it has: {', '.join(__all__)}"
-        )
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__, _HOME_OF_NAME, modules=[f"{__name__}.{module}" for module in _MODULES]
+)

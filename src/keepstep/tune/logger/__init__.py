@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from keepstep.errors import MissingPackageError
+from keepstep.lazy import lazy_names
 
 if TYPE_CHECKING:
     from keepstep.tune.logger.base import CSVLoggerCallback as CSVLoggerCallback
@@ -16,28 +15,17 @@ if TYPE_CHECKING:
     from keepstep.tune.logger.wandb import WandbLoggerCallback as WandbLoggerCallback
 
 _HOME_OF_NAME = {
-    "CSVLoggerCallback": "base",
-    "JsonLoggerCallback": "base",
-    "LoggerCallback": "base",
-    "MLflowLoggerCallback": "mlflow",
-    "TBXLoggerCallback": "tensorboard",
-    "WandbLoggerCallback": "wandb",
+    "CSVLoggerCallback": "keepstep.tune.logger.base",
+    "JsonLoggerCallback": "keepstep.tune.logger.base",
+    "LoggerCallback": "keepstep.tune.logger.base",
+    "MLflowLoggerCallback": "keepstep.tune.logger.mlflow",
+    "TBXLoggerCallback": "keepstep.tune.logger.tensorboard",
+    "WandbLoggerCallback": "keepstep.tune.logger.wandb",
 }
 
 __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME_OF_NAME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(__all__)}")
-    try:
-        value = getattr(import_module(f"{__name__}.{home}"), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != home:
-            raise
-        raise MissingPackageError(
-            f"{name} needs {home}, which is not installed: pip install 'keepstep[{home}]'"
-        ) from None
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    _HOME_OF_NAME,
+    needs={extra: f"pip install 'keepstep[{extra}]'" for extra in ("mlflow", "tensorboard", "wandb")},
+)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from keepstep.lazy import lazy_names
 from keepstep.tune.schedulers.base import FIFOScheduler as FIFOScheduler
 from keepstep.tune.schedulers.base import TrialScheduler as TrialScheduler
 from keepstep.tune.schedulers.registry import CLASSES
@@ -22,16 +22,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = sorted([*CLASSES, "TrialScheduler", "create_scheduler"])  # noqa: PLE0605
-
-
-def __getattr__(name: str) -> Any:
-    """A scheduler's module is imported when it is asked for: what some of them need takes a while to load."""
-    if name not in CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; there is: {', '.join(__all__)}")
-    found = getattr(import_module(f"{__name__}.{CLASSES[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return __all__
+# A scheduler's module is imported when it is asked for: what some of them need takes a while to load.
+__getattr__, __dir__ = lazy_names(
+    __name__, {name: f"{__name__}.{module}" for name, module in CLASSES.items()}
+)

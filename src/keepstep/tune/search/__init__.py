@@ -7,9 +7,9 @@ stand around another.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from keepstep.lazy import lazy_names
 from keepstep.tune.search.create import NOT_HERE, missing
 
 if TYPE_CHECKING:
@@ -30,20 +30,10 @@ _HOME_OF_NAME = {
 }
 
 __all__ = sorted(_HOME_OF_NAME)  # noqa: PLE0605
+_find, __dir__ = lazy_names(__name__, _HOME_OF_NAME)
 
 
 def __getattr__(name: str) -> Any:
     if name in NOT_HERE.values():
         raise missing(name)  # no AttributeError: `from ... import` would say less
-    home = _HOME_OF_NAME.get(name)
-    if home is None:
-        raise AttributeError(
-            f"module 'keepstep.tune.search' has no attribute {name!r}; it has: {', '.join(__all__)}"
-        )
-    value = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return _find(name)
