@@ -12,9 +12,20 @@ import pytest
 from keepstep import errors
 
 
-def test_the_drawing_lists_every_exception() -> None:
-    drawn = re.findall(r"(\w+Error)\b", (errors.__doc__ or "").split("write down")[0])
-    assert set(errors.__all__) <= set(drawn)
+def test_the_drawing_is_the_tree() -> None:
+    drawn, above = {}, [""]
+    for line in (errors.__doc__ or "").splitlines():
+        if found := re.match(r"    ([│├└─ ]*)(\w+)", line):
+            depth = len(found[1]) // 4
+            above[depth + 1 :] = [found[2]]
+            drawn[found[2]] = above[depth]
+    kinds = {
+        name: kind.__bases__[0].__name__ if kind is not errors.KeepstepError else ""
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.KeepstepError)
+    }
+    assert drawn == kinds
+    assert sorted(errors.__all__) == sorted(kinds)
 
 
 def test_everything_is_one_family() -> None:
@@ -71,6 +82,11 @@ def test_a_mismatch_lists_one_difference_a_line() -> None:
         errors.MismatchError("no fit", missing=("a",), different=("b",)),
         errors.StoreReadOnlyError(errno.EROFS, "read-only"),
         errors.DirectoryNotOursError(errno.EEXIST, "not ours"),
+        errors.ExperimentExistsError(errno.EEXIST, "there"),
+        errors.StateChangedError(["model.w", "model.b"]),
+        errors.RankMissingError("late", ranks=[1, 2], waited_s=3.5),
+        errors.RankFailedError("gone", rank=1, kind="ValueError"),
+        errors.CollectiveMismatchError("differ", calls=["a", "b"]),
         errors.UsageError("bad"),
     ],
     ids=lambda error: type(error).__name__,
@@ -79,5 +95,5 @@ def test_errors_cross_process_boundaries(error: Exception) -> None:
     for back in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(back) is type(error)
         assert str(back) == str(error)
-        for name in ("path", "overwritten", "missing", "different", "errno"):
-            assert getattr(back, name, None) == getattr(error, name, None)
+        assert vars(back) == vars(error)
+        assert getattr(back, "errno", None) == getattr(error, "errno", None)

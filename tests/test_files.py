@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from keepstep.checkpoint.saving.staging import Block
-from keepstep.files import PAGE_BYTES, DirectoryLock, LocalFiles, StoreLock
+from keepstep.files import PAGE_BYTES, LocalFiles
+from keepstep.locks import DirectoryLock, StoreLock
 
 
 def open_files() -> int:
@@ -242,9 +243,9 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr("keepstep.files.fcntl.lockf", refuse)
+    monkeypatch.setattr("keepstep.locks.fcntl.lockf", refuse)
     assert StoreLock.acquire(tmp_path / "lock", b"me") is None
-    monkeypatch.setattr("keepstep.files.fcntl.flock", refuse)
+    monkeypatch.setattr("keepstep.locks.fcntl.flock", refuse)
     lock = DirectoryLock(tmp_path)
     assert not lock.supported
     lock.release()

@@ -20,6 +20,7 @@ TORCH_FREE = [
     "keepstep.files",
     "keepstep.keystore",
     "keepstep.lazy",
+    "keepstep.locks",
     "keepstep.meetings",
     "keepstep.patching",
     "keepstep.checkpoint.format.manifest",

@@ -8,6 +8,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     │   ├── StateStructureError    cycles, nesting too deep, keys that cannot be kept
     │   ├── TensorNotSavableError  meta, sparse, quantized or otherwise without plain bytes
     │   └── DirectoryNotSavableError  a directory with links or odd names, or that changes while it is read
+    ├── StateChangedError          tensors were written to while they were copied in the background
     ├── StoreError                 the place where checkpoints live refuses
     │   ├── DirectoryNotOursError  a directory that holds something else (also a FileExistsError)
     │   ├── StoreBusyError         another process writes to this store
@@ -52,6 +53,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,7 @@ __all__ = [
     "RanksDifferError",
     "RestoreError",
     "SchemaVersionError",
+    "StateChangedError",
     "StateError",
     "StateStructureError",
     "StillSavingError",
@@ -105,6 +108,9 @@ __all__ = [
 
 class KeepstepError(Exception):
     """Base class of everything that keepstep raises on purpose."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1]) if self.args else ""  # OSError would put "[Errno 17]" in front
 
 
 class StateError(KeepstepError):
@@ -150,9 +156,6 @@ class StateChangedError(KeepstepError):
 
 class StoreError(KeepstepError):
     """The place where checkpoints live refuses; checkpoints already there are untouched."""
-
-    def __str__(self) -> str:
-        return str(self.args[-1]) if self.args else ""  # OSError would put "[Errno 17]" in front
 
 
 class DirectoryNotOursError(StoreError, FileExistsError):
@@ -205,7 +208,7 @@ class DamagedCheckpointError(KeepstepError):
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _damage, (type(self), self.path, self.message, self.overwritten)
+        return partial(type(self), overwritten=self.overwritten), (self.path, self.message)
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.message}"
@@ -217,12 +220,6 @@ class DamagedCheckpointError(KeepstepError):
                 "The live objects are in a mixed state: load another checkpoint into them before you go on"
             )
         return text
-
-
-def _damage(
-    kind: type[DamagedCheckpointError], path: object, message: str, overwritten: Sequence[str]
-) -> DamagedCheckpointError:
-    return kind(path, message, overwritten=overwritten)
 
 
 class ManifestError(DamagedCheckpointError):
@@ -246,10 +243,7 @@ class DigestError(DamagedCheckpointError):
 
 
 class NoValidCheckpointError(KeepstepError):
-    """There are checkpoints, and every one of them is damaged.
-
-    Starting over in silence would hide the loss, so this is an error and not "no checkpoint".
-    """
+    """There are checkpoints, and every one is damaged: to start over in silence would hide the loss."""
 
 
 class MismatchError(KeepstepError, ValueError):
@@ -317,11 +311,7 @@ class RankMissingError(RankError):
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _missing, (str(self), self.ranks, self.waited_s)
-
-
-def _missing(message: str, ranks: Sequence[int], waited_s: float) -> RankMissingError:
-    return RankMissingError(message, ranks=ranks, waited_s=waited_s)
+        return partial(type(self), ranks=self.ranks, waited_s=self.waited_s), (str(self),)
 
 
 class RankFailedError(RankError):
@@ -338,11 +328,7 @@ class RankFailedError(RankError):
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _failed, (str(self), self.rank, self.kind)
-
-
-def _failed(message: str, rank: int, kind: str) -> RankFailedError:
-    return RankFailedError(message, rank=rank, kind=kind)
+        return partial(type(self), rank=self.rank, kind=self.kind), (str(self),)
 
 
 class CollectiveMismatchError(RankError):
@@ -357,11 +343,7 @@ class CollectiveMismatchError(RankError):
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _mismatch, (str(self), self.calls)
-
-
-def _mismatch(message: str, calls: Sequence[str]) -> CollectiveMismatchError:
-    return CollectiveMismatchError(message, calls=calls)
+        return partial(type(self), calls=self.calls), (str(self),)
 
 
 class RanksDifferError(RankError, StateError):
@@ -399,15 +381,9 @@ class TrialError(TuneError):
 class ExperimentExistsError(TuneError, FileExistsError):
     """Another experiment has that name; nothing of it was touched."""
 
-    def __str__(self) -> str:
-        return str(self.args[-1]) if self.args else ""
-
 
 class ExperimentNotFoundError(TuneError, FileNotFoundError):
     """There is no experiment there."""
-
-    def __str__(self) -> str:
-        return str(self.args[-1]) if self.args else ""
 
 
 class NoResultError(TuneError, RuntimeError):

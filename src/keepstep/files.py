@@ -5,7 +5,7 @@ write, fsync, link or rename. No torch here: looking at checkpoints is cheap.
 
 Platform differences are decided here and nowhere else: O_DIRECT where the file system takes it, else
 buffered writes; an atomic exchange of two directories where the kernel has it, else two renames; hard
-links, else copies; record locks, else none.
+links, else copies.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from typing import Protocol
 from keepstep.outcome import Outcome, wait_for_all
 
 __all__ = [
+    "NOT_SUPPORTED",
     "PAGE_BYTES",
-    "DirectoryLock",
     "Files",
     "LocalFiles",
     "SegmentFile",
-    "StoreLock",
     "free_bytes",
     "yield_to_others",
 ]
@@ -42,7 +41,8 @@ PAGE_BYTES = 4096
 _SYNC_THREADS = 8
 """So many files are synced at once: the file system writes its journal once for all of them."""
 
-_NOT_SUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EXDEV, errno.EPERM}
+NOT_SUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EXDEV, errno.EPERM}
+"""How a file system says that it has no such operation."""
 
 
 class SegmentFile(Protocol):
@@ -113,7 +113,7 @@ class _LocalSegment:
             self._fd = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
             self._direct = hasattr(os, "O_DIRECT")
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
+            if error.errno not in NOT_SUPPORTED:
                 raise
             # The file system may have made the name before it refused the flag.
             path.unlink(missing_ok=True)
@@ -126,7 +126,7 @@ class _LocalSegment:
         try:
             os.posix_fallocate(self._fd, 0, self._size_bytes)
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
+            if error.errno not in NOT_SUPPORTED:
                 self.abandon()
                 raise
 
@@ -206,7 +206,7 @@ class LocalFiles:
         try:
             os.fsync(fd)
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:  # some network file systems can't sync a directory
+            if error.errno not in NOT_SUPPORTED:  # some network file systems can't sync a directory
                 raise
         finally:
             os.close(fd)
@@ -250,7 +250,7 @@ class LocalFiles:
         try:
             os.link(source, target, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED | {errno.EMLINK}:
+            if error.errno not in NOT_SUPPORTED | {errno.EMLINK}:
                 raise
             shutil.copy2(source, target, follow_symlinks=False)
             if not target.is_symlink():
@@ -286,7 +286,7 @@ def _exchange(first: bytes, second: bytes) -> bool:
     if renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _NOT_SUPPORTED:
+    if code in NOT_SUPPORTED:
         return False
     raise OSError(code, os.strerror(code), os.fsdecode(first), None, os.fsdecode(second))
 
@@ -316,96 +316,3 @@ def yield_to_others() -> None:
             ctypes.CDLL(None).syscall(number, 1, _THIS_THREAD, _IDLE_CLASS)
     except (OSError, AttributeError):
         return
-
-
-class StoreLock:
-    """One writing process a store: an advisory record lock on a small file.
-
-    A record lock (not flock) is used since children don't inherit it: a killed run's data-loader
-    workers may outlive it for seconds, and must not keep the next attempt out. It goes with the
-    process, however that ends. Within a process every store of one path shares the lock.
-    """
-
-    _held: dict[Path, tuple[int, int]] = {}  # noqa: RUF012  (path -> pid, fd; one registry a process)
-    _guard = threading.Lock()
-
-    @classmethod
-    def acquire(cls, path: Path, owner: bytes) -> bytes | None:
-        """Take the lock for this process, for good.
-
-        Returns:
-            None if this process holds it now, else what the holder wrote about itself.
-        """
-        path = path.resolve()
-        with cls._guard:
-            if cls._holds(path):
-                return None
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.pread(fd, PAGE_BYTES, 0)
-                os.close(fd)
-                if error.errno in {errno.EACCES, errno.EAGAIN}:
-                    return holder
-                if error.errno in _NOT_SUPPORTED | {errno.ENOLCK}:
-                    return None  # a file system without locks: the rename still refuses a taken name
-                raise
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, owner, 0)
-            cls._held[path] = (os.getpid(), fd)
-            return None
-
-    @classmethod
-    def _holds(cls, path: Path) -> bool:
-        """Whether this process holds it; not so any more if the file was moved away or deleted."""
-        pid, fd = cls._held.get(path, (0, -1))
-        if pid != os.getpid():  # after a fork the copied registry says nothing about the child
-            return False
-        try:
-            return os.path.samestat(os.fstat(fd), os.stat(path))
-        except FileNotFoundError:
-            return False
-
-    @classmethod
-    def start_anew_after_fork(cls) -> None:
-        """Another thread of the parent may have been inside; its lock would never be released here."""
-        cls._guard = threading.Lock()
-
-
-os.register_at_fork(after_in_child=StoreLock.start_anew_after_fork)
-
-
-class DirectoryLock:
-    """Marks a directory as somebody's: an unfinished one that is not to be swept, one that is being read.
-
-    Args:
-        path: the directory.
-        shared: beside others that share it; else it is held alone.
-        wait: until whoever holds it (a sweep that looks at it) lets go, instead of raising BlockingIOError.
-    """
-
-    def __init__(self, path: Path, *, shared: bool = False, wait: bool = False) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.supported = True
-        try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(self._fd, kind if wait else kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise
-        except OSError:
-            self.supported = False
-
-    def holds(self, path: Path) -> bool:
-        """Whether the directory at `path` is the one that is locked: it may have been swept just before."""
-        try:
-            return os.path.samestat(os.fstat(self._fd), os.stat(path))
-        except FileNotFoundError:
-            return False
-
-    def release(self) -> None:
-        """Let go; safe to call twice."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)

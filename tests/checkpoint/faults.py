@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from keepstep.checkpoint.place import local
-from keepstep.files import DirectoryLock, LocalFiles, SegmentFile
+from keepstep.files import LocalFiles, SegmentFile
+from keepstep.locks import DirectoryLock
 
 
 class Killed(BaseException):

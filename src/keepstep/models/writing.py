@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from keepstep.files import DirectoryLock, Files
+from keepstep.files import Files
+from keepstep.locks import DirectoryLock
 from keepstep.models.shards import dense
 
 __all__ = ["unfinished_name", "write_weights", "writing_in"]

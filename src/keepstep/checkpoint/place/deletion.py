@@ -18,7 +18,8 @@ from keepstep.checkpoint.format.names import directories_within
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import has_plain_parents
 from keepstep.errors import CheckpointBusyError, DamagedCheckpointError, StoreError
-from keepstep.files import DirectoryLock, Files
+from keepstep.files import Files
+from keepstep.locks import DirectoryLock
 
 __all__ = ["delete_checkpoint", "empty_trash", "foreign_names", "is_ours", "reading"]
 

@@ -16,7 +16,8 @@ from keepstep.checkpoint.place.claimant import parse_claim, this_process
 from keepstep.checkpoint.place.deletion import delete_checkpoint, empty_trash
 from keepstep.checkpoint.place.local import LocalWorkspace, explained, sweep
 from keepstep.errors import CheckpointNotFoundError, StoreBusyError
-from keepstep.files import Files, StoreLock, free_bytes
+from keepstep.files import Files, free_bytes
+from keepstep.locks import StoreLock
 
 __all__ = ["LocalBackend", "forget_places_after_fork"]
 

@@ -32,7 +32,8 @@ from keepstep.errors import (
     StoreError,
     StoreReadOnlyError,
 )
-from keepstep.files import DirectoryLock, Files, SegmentFile
+from keepstep.files import Files, SegmentFile
+from keepstep.locks import DirectoryLock
 
 __all__ = [
     "LocalWorkspace",

@@ -13,7 +13,8 @@ from typing import Any, Final
 from keepstep.checkpoint.place.local import explained
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.errors import ExperimentBusyError, ExperimentNotFoundError, UsageError
-from keepstep.files import DirectoryLock, LocalFiles
+from keepstep.files import LocalFiles
+from keepstep.locks import DirectoryLock
 from keepstep.tune.experiment.journal import JOURNAL_NAME, Journal, LocalLog, Log, parse_journal
 from keepstep.tune.experiment.records import DriverStarted, Record
 
