@@ -124,10 +124,7 @@ class ProcessControl:
             function: what is decorated.
             process_index: where it runs; with one process in all, it runs there whatever is given.
         """
-        number = _given(process_index, "process_index")
-        if function is None:
-            return functools.partial(self.on_process, process_index=number)
-        return self._only(function, lambda: self.process_index == number or not self.use_distributed)
+        return self._only_where("process_index", process_index, function)
 
     def on_local_process(self, function: Any = None, local_process_index: int | None = None) -> Any:
         """Decorate a function to run on one process of each machine only.
@@ -136,10 +133,15 @@ class ProcessControl:
             function: what is decorated.
             local_process_index: where it runs; with one process in all, it runs there whatever is given.
         """
-        number = _given(local_process_index, "local_process_index")
+        return self._only_where("local_process_index", local_process_index, function)
+
+    def _only_where(self, name: str, number: int | None, function: Any) -> Any:
+        """Decorate a function, or make what decorates one, to run where the attribute `name` is `number`."""
+        if number is None:
+            raise UsageError(f"{name} is not given, so the function would run nowhere: name one, as {name}=0")
         if function is None:
-            return functools.partial(self.on_local_process, local_process_index=number)
-        return self._only(function, lambda: self.local_process_index == number or not self.use_distributed)
+            return functools.partial(self._only_where, name, number)
+        return self._only(function, lambda: getattr(self, name) == number or not self.use_distributed)
 
     @staticmethod
     def _only(function: Callable[..., R], here: Callable[[], bool]) -> Callable[..., R | None]:
@@ -172,12 +174,6 @@ class ProcessControl:
         """
         world = self._world
         yield inputs if world.size == 1 else _part(inputs, world.rank, world.size, apply_padding)
-
-
-def _given(number: int | None, name: str) -> int:
-    if number is None:
-        raise UsageError(f"{name} is not given, so the function would run nowhere: name one, as {name}=0")
-    return number
 
 
 def _part(inputs: Any, rank: int, size: int, padded: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, get_args
 
 from keepstep.errors import JournalError
 
@@ -268,23 +268,7 @@ Record = (
     | ExperimentEnded
 )
 
-_KINDS: Final[dict[str, type[Record]]] = {
-    kind.kind: kind
-    for kind in (
-        ExperimentMade,
-        DriverStarted,
-        TrialMade,
-        TrialLaunched,
-        TrialStarted,
-        ResultReported,
-        CheckpointSaved,
-        CheckpointsDropped,
-        TrialFailed,
-        TrialEnded,
-        TrialAgain,
-        ExperimentEnded,
-    )
-}
+_KINDS: Final[dict[str, type[Record]]] = {kind.kind: kind for kind in get_args(Record)}
 _MEMBERS: Final = {kind: fields(kind) for kind in (*_KINDS.values(), Act)}
 
 

@@ -88,7 +88,7 @@ class HyperBandScheduler(MeasuredScheduler):
         bracket = self._bracket_of(trial)
         if time >= self.max_t and self.stop_last_trials:
             self._num_stopped += 1
-            self._leave(tune_controller, trial)
+            self.leave(tune_controller, trial)
             return "STOP"
         if trial.trial_id not in bracket or time < bracket.rung or bracket.halvings == 0:
             return "CONTINUE"
@@ -112,16 +112,7 @@ class HyperBandScheduler(MeasuredScheduler):
             return "CONTINUE"
         return "STOP" if reporting.trial_id in halving.stop else self.pause(reporting)
 
-    def on_trial_complete(self, tune_controller: Controller, trial: Trial, result: dict[str, Any]) -> None:
-        self._leave(tune_controller, trial)
-
-    def on_trial_error(self, tune_controller: Controller, trial: Trial) -> None:
-        self._leave(tune_controller, trial)
-
-    def on_trial_remove(self, tune_controller: Controller, trial: Trial) -> None:
-        self._leave(tune_controller, trial)
-
-    def _leave(self, tune_controller: Controller, trial: Trial) -> None:
+    def leave(self, tune_controller: Controller, trial: Trial) -> None:
         bracket = self._bracket_of(trial)
         if trial.trial_id in bracket:
             bracket.remove(trial.trial_id)

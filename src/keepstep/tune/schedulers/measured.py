@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from keepstep.errors import TrialError, UsageError
 from keepstep.tune.experiment.trial import PENDING, Trial
 from keepstep.tune.result import AUTOMATIC_FIELDS, DEFAULT_METRIC, look_up
-from keepstep.tune.schedulers.base import Decision, TrialScheduler
+from keepstep.tune.schedulers.base import Controller, Decision, TrialScheduler
 
 __all__ = ["MeasuredScheduler"]
 
@@ -131,6 +131,18 @@ class MeasuredScheduler(TrialScheduler):
                 "number"
             )
         return float(value)
+
+    def on_trial_complete(self, tune_controller: Controller, trial: Trial, result: dict[str, Any]) -> None:
+        self.leave(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Controller, trial: Trial) -> None:
+        self.leave(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Controller, trial: Trial) -> None:
+        self.leave(tune_controller, trial)
+
+    def leave(self, tune_controller: Controller, trial: Trial) -> None:
+        """A trial ended, in whatever way: nobody is to wait for it."""
 
     def pause(self, trial: Trial) -> Decision:
         """To pause the trial that reports, with a word to those whose trials can't go on from there."""

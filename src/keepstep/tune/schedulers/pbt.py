@@ -127,17 +127,7 @@ class PopulationBasedTraining(MeasuredScheduler):
     def on_trial_add(self, tune_controller: Controller, trial: Trial) -> None:
         self._members.setdefault(trial.trial_id, Member(trial))
 
-    def on_trial_complete(self, tune_controller: Controller, trial: Trial, result: dict[str, Any]) -> None:
-        self._leave(tune_controller, trial)
-
-    def on_trial_error(self, tune_controller: Controller, trial: Trial) -> None:
-        self._leave(tune_controller, trial)
-
-    def on_trial_remove(self, tune_controller: Controller, trial: Trial) -> None:
-        self._leave(tune_controller, trial)
-
-    def _leave(self, tune_controller: Controller, trial: Trial) -> None:
-        """Nobody waits for a trial that ended."""
+    def leave(self, tune_controller: Controller, trial: Trial) -> None:
         if self._members.pop(trial.trial_id, None) is not None and self._all_arrived():
             self._change_all(tune_controller)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 from keepstep.errors import UsageError
@@ -36,10 +37,13 @@ class Stopper:
 
 
 class Described(Stopper):
-    """One that its arguments make anew, and that has seen nothing then."""
+    """One that its arguments make anew, and that has seen nothing then.
+
+    Every argument of a subclass is kept as an attribute of that name.
+    """
 
     def describe(self) -> dict[str, Any]:
-        raise NotImplementedError
+        return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
     def anew(self) -> Stopper:
         return type(self)(**self.describe()) if type(self).__module__.startswith("keepstep.tune.") else self
@@ -47,9 +51,6 @@ class Described(Stopper):
 
 class NoopStopper(Described):
     """Stops nothing."""
-
-    def describe(self) -> dict[str, Any]:
-        return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False

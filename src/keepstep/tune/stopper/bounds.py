@@ -42,9 +42,6 @@ class FunctionStopper(Described):
             pass
         self.function = function
 
-    def describe(self) -> dict[str, Any]:
-        return {"function": self.function}
-
     @classmethod
     def is_valid_function(cls, fn: object) -> bool:
         """Whether it is a function, rather than a stopper or none."""
@@ -89,9 +86,6 @@ class DictionaryStopper(Described):
         self._unseen = dict.fromkeys(self.criteria)
         self._left = PATIENCE
 
-    def describe(self) -> dict[str, Any]:
-        return {"criteria": dict(self.criteria)}
-
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         found = {name: look_up(result, name) for name in self.criteria}
         for name, value in found.items():
@@ -119,9 +113,6 @@ class MaximumIterationStopper(Described):
     def __init__(self, max_iter: int) -> None:
         self.max_iter = count("MaximumIterationStopper.max_iter", max_iter, least=1)
         self._seen: dict[str, int] = {}
-
-    def describe(self) -> dict[str, Any]:
-        return {"max_iter": self.max_iter}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         self._seen[trial_id] = self._seen.get(trial_id, 0) + 1

@@ -41,8 +41,7 @@ class TrialPlateauStopper(Described):
         if mode not in ("min", "max") and (metric_threshold is not None or mode is not None):
             raise UsageError(
                 f'{own}.mode is {mode!r}; expected "min" or "max", which says on which side of '
-                "metric_threshold="
-                f"{metric_threshold!r} a trial may end"
+                f"metric_threshold={metric_threshold!r} a trial may end"
             )
         self.metric = metric
         self.std = positive(f"{own}.std", std)
@@ -53,16 +52,6 @@ class TrialPlateauStopper(Described):
         self._seen: dict[str, int] = {}
         self._newest: dict[str, deque[float]] = {}
         self._missing = Missing(f"{own} looks at", metric)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric,
-            "std": self.std,
-            "num_results": self.num_results,
-            "grace_period": self.grace_period,
-            "metric_threshold": self.metric_threshold,
-            "mode": self.mode,
-        }
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         value = self._missing.look_up(result, self.messages)
@@ -114,15 +103,6 @@ class ExperimentPlateauStopper(Described):
         self._best: list[float] = []
         self._still = 0
         self._missing = Missing(f"{own} looks at", metric)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric,
-            "std": self.std,
-            "top": self.top,
-            "mode": self.mode,
-            "patience": self.patience,
-        }
 
     def has_plateaued(self) -> bool:
         """Whether the best values stand still."""
