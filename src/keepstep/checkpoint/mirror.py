@@ -28,6 +28,7 @@ from keepstep.checkpoint.keeping.retention import Retention, decide
 from keepstep.checkpoint.place.backend import INTERNAL_NAME
 from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.uploading import upload_checkpoint
+from keepstep.checkpoint.waiting import Upload, Waiting
 from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, KeepstepError, MirrorError
 from keepstep.files import Files
 from keepstep.outcome import LOOK_UP_S, Bell
@@ -62,24 +63,6 @@ class MirrorProgress:
     failed: int = 0
 
 
-@dataclass(eq=False, slots=True)
-class _Job:
-    directory: Path
-    manifest: Manifest
-    name: str
-    failed: bool = False
-    hopeless: bool = False
-    """Trying again in this process would end the same way."""
-
-    @property
-    def number(self) -> int:
-        return int(self.name.rpartition("_")[2])
-
-    @property
-    def must_go(self) -> bool:
-        return bool(self.manifest.pinned or self.manifest.tags)
-
-
 class Mirror:
     """Uploads the committed checkpoints of a directory, one at a time, the oldest first.
 
@@ -88,8 +71,7 @@ class Mirror:
         bucket: where the copies go.
         files: how the disk is changed.
         retention: what the mirror keeps.
-        most_pending: checkpoints that may wait. If more do, the oldest that are neither tagged nor pinned are
-            skipped; the newest never is.
+        most_pending: checkpoints that may wait (`Waiting`); those that are overtaken are skipped.
         reached: is told the next number of the mirror each time that it was found in reach.
     """
 
@@ -108,15 +90,14 @@ class Mirror:
         self._uploads = root / INTERNAL_NAME / "uploads"
         self._files = files
         self._retention = retention
-        self._most_pending = most_pending
         self._reached = reached
         self._pid = os.getpid()
         self._runs: set[str] = set()
         self._linking = threading.Lock()
         self._lock = threading.RLock()
         self._changed = Bell()
-        self._jobs: list[_Job] = []
-        self._running: _Job | None = None
+        self._waiting = Waiting(most_pending)
+        self._running: Upload | None = None
         self._error: Exception | None = None
         self._behind = True
         self._catching_up = False
@@ -132,7 +113,7 @@ class Mirror:
     def progress(self) -> MirrorProgress:
         """How far it is."""
         with self._lock:
-            return replace(self._progress, pending=len(self._jobs))
+            return replace(self._progress, pending=len(self._waiting))
 
     @property
     def started(self) -> bool:
@@ -176,15 +157,11 @@ class Mirror:
             log.error("%s will not be mirrored: %s", directory, error)
             return
         with self._lock:
-            for job in self._jobs:
-                job.failed = job.hopeless
-            self._add(_Job(linked, manifest, directory.name))
+            self._waiting.try_again()
+            self._add(Upload(linked, manifest, directory.name))
 
-    def _add(self, job: _Job) -> None:
-        self._jobs = sorted([*self._jobs, job], key=lambda job: job.number)
-        waiting = [job for job in self._jobs[:-1] if not job.must_go]
-        for late in waiting[: max(0, len(self._jobs) - self._most_pending)]:
-            self._jobs.remove(late)
+    def _add(self, job: Upload) -> None:
+        for late in self._waiting.add(job):
             self._progress = replace(self._progress, skipped=self._progress.skipped + 1)
             log.warning("%s is not mirrored to %s: newer ones overtook it", late.name, self.bucket)
             self._forget(late)
@@ -208,7 +185,7 @@ class Mirror:
             self._files.sync_directory(target / name)
         return target
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Upload) -> None:
         try:
             self._files.remove_tree(job.directory)
         except OSError as error:
@@ -223,7 +200,7 @@ class Mirror:
         """
         while True:
             with self._lock:
-                if self._thread is None or not (self._is_busy or any(not job.failed for job in self._jobs)):
+                if self._thread is None or not (self._is_busy or self._waiting.to_try):
                     error, self._error = self._error, None
                     break
                 changed = self._changed.next_ring
@@ -248,7 +225,7 @@ class Mirror:
             return
         with self._lock:
             self._draining = True
-            left = sum(not job.failed for job in self._jobs) + self._is_busy
+            left = self._waiting.to_try + self._is_busy
         if left:
             log.warning("waiting for the upload of %d checkpoint(s) to %s", left, self.bucket)
         try:
@@ -271,7 +248,7 @@ class Mirror:
                 self._running, self._thread, self._catching_up = None, None, False
                 self._changed.ring()
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Upload | None:
         """Wait for one; None once `stop` was called and none is left."""
         if self._behind and not self._draining:
             self._catch_up()
@@ -280,7 +257,7 @@ class Mirror:
             self._changed.ring()
         while True:
             with self._lock:
-                job = next((job for job in self._jobs if not job.failed), None)
+                job = self._waiting.take_next()
                 if job is not None:
                     return self._begin(job)
                 if self._stopping:
@@ -289,21 +266,20 @@ class Mirror:
                 changed = self._changed.next_ring
             changed.wait(LOOK_UP_S)
 
-    def _begin(self, job: _Job) -> _Job:
+    def _begin(self, job: Upload) -> Upload:
         self._running = job
-        self._jobs.remove(job)
         total = job.manifest.bytes
         self._progress = replace(self._progress, uploading=job.name, bytes_done=0, bytes_total=total)
         return job
 
-    def _settle(self, job: _Job, error: Exception | None) -> None:
+    def _settle(self, job: Upload, error: Exception | None) -> None:
         with self._lock:
             self._running = None
             job.failed = error is not None
             if error is not None:
                 self._note(error)
                 if not isinstance(error, DirectoryNotOursError):
-                    self._jobs = sorted([*self._jobs, job], key=lambda job: job.number)
+                    self._waiting.put_back(job)
             self._progress = replace(
                 self._progress,
                 uploading=None,
@@ -315,8 +291,7 @@ class Mirror:
     def _note(self, error: Exception) -> None:
         self._error = error
         if self._draining:
-            for job in self._jobs:
-                job.failed = True
+            self._waiting.give_up()
 
     def _catch_up(self) -> None:
         """What was linked by a process that died, and what was committed without being linked."""
@@ -362,17 +337,17 @@ class Mirror:
             )
 
     def _offer_missing(self, directory: Path, manifest: Manifest, name: str, mirrored: set[str]) -> None:
-        job = _Job(directory, manifest, name)
+        job = Upload(directory, manifest, name)
         with self._lock:
-            known = [*self._jobs, *([self._running] if self._running else [])]
-            if any(other.manifest.id == manifest.id for other in known):
+            running = self._running is not None and self._running.manifest.id == manifest.id
+            if running or self._waiting.has(manifest.id):
                 return
             if manifest.id not in mirrored:
                 self._add(job)
                 return
         self._forget(job)
 
-    def _try(self, job: _Job) -> Exception | None:
+    def _try(self, job: Upload) -> Exception | None:
         try:
             upload_checkpoint(self.bucket, job.directory, job.name, job.manifest, self._advance)
         except Exception as error:  # noqa: BLE001  (the thread goes on)

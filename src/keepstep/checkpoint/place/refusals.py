@@ -32,6 +32,7 @@ _UNKNOWN_CREDENTIALS: Final = (
 )
 _OTHER_REGION: Final = ("PermanentRedirect", "AuthorizationHeaderMalformed", "without LOCATION")
 _UNANSWERED: Final = "error sending request"
+_MORE_TIME: Final = "give it more time (storage_options timeout_s, max_retries, retry_timeout_s)"
 
 
 def says_no_bucket(said: str) -> bool:
@@ -88,18 +89,9 @@ def _judged(said: str, bucket: str) -> tuple[str, str]:
     if _UNANSWERED in said:
         return (
             f"the server can't be reached: {_plain(said)}",
-            (
-                "Check the endpoint and the network, or give it more time (storage_options timeout_s, "
-                "max_retries, retry_timeout_s)"
-            ),
+            f"Check the endpoint and the network, or {_MORE_TIME}",
         )
-    return (
-        _plain(said),
-        (
-            "Check the address, the credentials and the network, or give it more time (storage_options "
-            "timeout_s, max_retries, retry_timeout_s)"
-        ),
-    )
+    return _plain(said), f"Check the address, the credentials and the network, or {_MORE_TIME}"
 
 
 def _first(pattern: re.Pattern[str], said: str) -> str:
