@@ -112,7 +112,7 @@ def test_small_tensors(settings: Settings) -> None:
 
 
 def test_overhead(settings: Settings) -> None:
-    assert len(overhead.run(settings)) == 6
+    assert len(overhead.run(settings)) == 7
 
 
 def test_tune_without_ray(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,17 @@ def test_loads_no_sample_twice_and_none_ahead() -> None:
     assert dataset.loads == 4
 
 
+def test_a_profile_tells_how_long_each_batch_took() -> None:
+    loader = Accelerator(cpu=True).prepare(DataLoader(Noisy(), 4))
+    batches = iter(loader)
+    next(batches)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        next(batches)
+        next(batches)
+    counts = [e.count for e in profile.key_averages() if e.key.startswith("enumerate(DataLoader)#")]
+    assert counts == [2]
+
+
 def test_seeking_loads_nothing(tmp_path: Path) -> None:
     project = tmp_path / "run"
     attempt(plain_script(lambda: DataLoader(Noisy(), 4, shuffle=True)), project, 4)

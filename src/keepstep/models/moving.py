@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,22 +24,25 @@ def send_to_device(
         non_blocking: let copies overlap with computation; the memory should be pinned then.
         skip_keys: what lies under these keys of a mapping is not moved.
     """
+    return _sent(value, device, non_blocking, skip_keys)
 
-    def sent(item: Any) -> Any:
-        return send_to_device(item, device, non_blocking=non_blocking, skip_keys=skip_keys)
 
+def _sent(value: Any, device: torch.device, non_blocking: bool, skip_keys: Sequence[str]) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=non_blocking)
     if isinstance(value, list | tuple):
-        items = [sent(item) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
+        items = [_sent(item, device, non_blocking, skip_keys) for item in value]
+        if all(map(is_, items, value)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     # Batch classes are often mappings that know how to move themselves.
     if hasattr(value, "to"):
         return _move_object(value, device, non_blocking)
     if isinstance(value, Mapping):
-        moved = {key: item if key in skip_keys else sent(item) for key, item in value.items()}
+        moved = {
+            key: item if key in skip_keys else _sent(item, device, non_blocking, skip_keys)
+            for key, item in value.items()
+        }
         if all(moved[key] is value[key] for key in moved):
             return value
         return moved if type(value) is dict else type(value)(moved)  # type: ignore[call-arg]

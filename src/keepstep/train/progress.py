@@ -204,7 +204,10 @@ class Progress:
 
     def innermost(self) -> Cursor | None:
         """Of the loaders that are being iterated, the one that began last."""
-        return next((entry.cursor for entry in reversed(self._open) if not entry.waiting), None)
+        for entry in reversed(self._open):
+            if not entry.waiting:
+                return entry.cursor
+        return None
 
     # -- epochs ---------------------------------------------------------------------------------------
 

@@ -249,18 +249,22 @@ class PreparedScheduler:
                 if self._window.adjust_scheduler and hasattr(self.scheduler, "_step_count"):
                     self.scheduler._step_count += 1
                 return
-            if any(optimizer.step_was_skipped for optimizer in self.optimizers):
-                return
-            for _ in range(self._times):
+            for optimizer in self.optimizers:
+                if optimizer.step_was_skipped:
+                    return
+            for _ in range(self._times - 1):
                 if not self._is_through():
                     self.scheduler.step(*args, **kwargs)
-            return
+            if self._is_through():
+                return
         self.scheduler.step(*args, **kwargs)
 
     def _is_through(self) -> bool:
         """Whether it has made all its steps; the last batch may be of fewer ranks than others."""
+        if self._times == 1:
+            return False
         total = getattr(self.scheduler, "total_steps", None)
-        return self._times > 1 and total is not None and self.scheduler._step_count > total
+        return total is not None and self.scheduler._step_count > total
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped scheduler's."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+from torch.autograd import profiler
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
 
 from keepstep.train.data.agreement import check_alike
@@ -27,7 +28,9 @@ __all__ = ["BatchSource", "KeyedSource", "announce_pass", "clone_loader", "full_
 
 _log = logging.getLogger(__name__)
 _BASE_SEED, _ORDER_SEED = -1, -2
-Key = tuple[int, Any]
+_PROFILED_AS = "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
+Key = tuple[tuple[int, ...], Any]
+"""What a batch's seed is derived from, and its indices."""
 
 
 class BatchSource(Protocol):
@@ -97,6 +100,8 @@ class KeyedSource:
         self._keys = _KeyStream()
         self._base_generator = torch.Generator()
         self._in_workers = loader.num_workers > 0
+        self._here = not self._in_workers and not loader.pin_memory
+        self._keyed = _KeyedDataset(loader)
         if not loader.in_order:
             _log.warning(
                 "A DataLoader with in_order=False was prepared. Its batches would come in an order that "
@@ -104,7 +109,7 @@ class KeyedSource:
             )
         self._inner = clone_loader(
             loader,
-            dataset=_KeyedDataset(loader),
+            dataset=self._keyed,
             batch_sampler=self._keys,
             collate_fn=_pass_through,
             worker_init_fn=_WorkerStart(loader.worker_init_fn),
@@ -127,13 +132,24 @@ class KeyedSource:
         cursor.length, cursor.remainder = plan.end, plan.remainder
         self._base_generator.manual_seed(derive_seed(seed, _BASE_SEED))
         self._keys.arm(plan, seed, self.share.size)
-        for batch in iter(self._inner):
+        for batch in self._loaded_here() if self._here else iter(self._inner):
             if cursor.length is None:
                 cursor.length, cursor.remainder = plan.end, plan.remainder
             if self._in_workers:
                 drop_held_gaussian()
             yield batch
         cursor.length, cursor.remainder = plan.end, plan.remainder
+
+    def _loaded_here(self) -> Iterator[Any]:
+        """As the inner DataLoader does it, without what it costs: most of it is a label for profilers."""
+        load = self._keyed.__getitems__
+        for key in self._keys:
+            if profiler._is_profiler_enabled:
+                with profiler.record_function(_PROFILED_AS):
+                    batch = load(key)
+            else:
+                batch = load(key)
+            yield batch
 
     def _check_alike(self, cursor: Cursor, seed: int, order: Order) -> None:
         facts = {
@@ -210,10 +226,9 @@ class _KeyStream:
         if self._armed is None:
             return
         plan, seed, ranks = self._armed
-        for portion in plan.portions():
+        for unit, part, indices in plan.portions():
             # What a split unit draws depends on the cut; all else on the unit alone, on any number of ranks.
-            cut = () if portion.part is None or ranks == 1 else (portion.part, ranks)
-            yield derive_seed(seed, portion.unit, *cut), portion.indices
+            yield ((seed, unit) if part is None or ranks == 1 else (seed, unit, part, ranks)), indices
 
 
 class _KeyedDataset(Dataset[Any]):
@@ -232,10 +247,11 @@ class _KeyedDataset(Dataset[Any]):
         return {**self.__dict__, "_kept": None}
 
     def __getitems__(self, key: Key) -> Any:
-        seed, indices = key
+        seeds, indices = key
         if self._draws_nothing:
             drop_held_gaussian()  # as where something is seeded
             return self._collate(self._samples(indices))
+        seed = derive_seed(*seeds)
         if self._kept is None:
             self._kept = [*find_generators(self.dataset), *find_generators(self._collate)]
         if get_worker_info() is not None:

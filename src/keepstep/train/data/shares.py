@@ -105,7 +105,7 @@ class Plan:
         """Yield what this rank loads, step by step."""
         if self._share.size == 1:
             for number, indices in enumerate(self._order.start_at(self._start), self._start):
-                yield Portion(unit=number, part=None, indices=indices)
+                yield Portion(number, None, indices)
         elif self._order.length is None:
             yield from self._as_drawn()
         else:
