@@ -13,7 +13,7 @@ from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.format.boxes import Box, problem_of_tiling
 from keepstep.checkpoint.format.manifest import Chunk, FileEntry, TensorEntry, dump_state
 from keepstep.checkpoint.saving.layout import TensorInfo
-from keepstep.checkpoint.saving.ranks import CHUNK_BYTES, Shard, differences, plan_ranks
+from keepstep.checkpoint.saving.ranks import CHUNK_BYTES, Plan, Shard, differences, plan_ranks
 from keepstep.checkpoint.saving.reports import Report, merge
 from keepstep.errors import RanksDifferError
 
@@ -44,6 +44,23 @@ def test_replicated_tensors_are_split_evenly_and_written_once() -> None:
     index = json.loads(plan.indexes["model.safetensors.index.json"])["weight_map"]
     assert {index[tensors[m].name] for m in written[2]} == {files[2]}
     assert plan == plan_ranks(list(tensors), [[], [], [], []])
+
+
+def test_what_comes_to_rest_moves_to_another_file_and_not_to_another_rank() -> None:
+    tensors = [info("model", f"w{n}", 9 * MIB) for n in range(8)]
+    held = [[shard("s", (8, 6), (4 * rank, 0), (4, 6))] for rank in range(2)]
+    first = plan_ranks(tensors, held)
+    second = plan_ranks(tensors, held, labels=lambda infos: [n % 3 for n in range(len(infos))])
+
+    def owners(plan: Plan) -> list[set[int]]:
+        return [{member for share in shares for member in share.members} for shares in plan.shares]
+
+    assert owners(first) == owners(second)
+    assert [len(shares) for shares in first.shares] == [1, 1]
+    for shares in second.shares:
+        for share in shares:
+            assert len({tensors.index(info) % 3 for info in map(second.tensors.__getitem__, share.members)
+                        if info in tensors}) <= 1  # fmt: skip
 
 
 def test_small_groups_stay_together_and_go_to_whoever_has_least() -> None:

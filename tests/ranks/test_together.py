@@ -221,6 +221,8 @@ def faulty(argument: str, rank: int, size: int) -> None:
     store.save(state, step=0)
     if isinstance(files, Stopping):
         files.at, files.count = at, 0
+    for group in state.values():
+        group["w"] += 1  # or nothing would be written
     began = time.monotonic()
     try:
         store.save(state, step=1)

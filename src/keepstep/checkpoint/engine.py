@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from keepstep.checkpoint.format.manifest import Manifest, TensorEntry
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.saving.description import Description, Lineage, describe
 from keepstep.checkpoint.saving.planner import Planner
+from keepstep.checkpoint.saving.rank_planner import RankPlanner
 from keepstep.checkpoint.saving.save import Save
-from keepstep.checkpoint.saving.shared import LastPlan, SharedSave
+from keepstep.checkpoint.saving.shared import SharedSave
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import UsageError
@@ -50,13 +52,27 @@ class Engine:
 
     def __init__(self, memory_budget_bytes: int) -> None:
         self.pool = BlockPool(memory_budget_bytes)
-        self.planner = Planner()
+        self._planner = Planner()
+
+    def follow(self, checkpoint: str, manifest: Manifest, tensors: Mapping[str, TensorEntry]) -> None:
+        """Go on from a checkpoint of the same place that was loaded and verified.
+
+        Args:
+            checkpoint: its name.
+            manifest: of it.
+            tensors: its index.
+        """
+        self._planner.adopt(checkpoint, manifest.files, tensors)
+
+    def forget(self) -> None:
+        """Link nothing to what was committed so far: it may be damaged."""
+        self._planner.forget()
 
     def save(self, reserve: Callable[[], Workspace], order: Order) -> Save:
         """A save that has decided what goes where."""
         return Save(
             workspace=reserve(),
-            planner=self.planner,
+            planner=self._planner,
             state=order.state,
             description=order.description,
             lineage=order.lineage,
@@ -80,7 +96,13 @@ class _SharedEngine(Engine):
         self._files = files
         self._world = world
         self._topic = topic
-        self._last = LastPlan()
+        self._ranks = RankPlanner(world.size)
+
+    def follow(self, checkpoint: str, manifest: Manifest, tensors: Mapping[str, TensorEntry]) -> None:
+        self._ranks.adopt(checkpoint, manifest, tensors)
+
+    def forget(self) -> None:
+        self._ranks.forget()
 
     def save(self, reserve: Callable[[], Workspace], order: Order) -> Save:
         return SharedSave(
@@ -88,7 +110,7 @@ class _SharedEngine(Engine):
             topic=self._topic,
             files=self._files,
             reserve=reserve,
-            last=self._last,
+            ranks=self._ranks,
             state=order.state,
             own=order.own,
             description=order.description,

@@ -67,7 +67,7 @@ class Saves:
     def follow(self, loaded: Checkpoint) -> None:
         """Go on with the run of a checkpoint that was loaded; the next save may take over its files."""
         manifest = loaded.manifest
-        self._parts.engine.planner.adopt(loaded.name, manifest.files, loaded.tensors)
+        self._parts.engine.follow(loaded.name, manifest, loaded.tensors)
         self.lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
 
     # ------------------------------------------------------------------------------- saving
@@ -157,11 +157,11 @@ class Saves:
 
         def reserve() -> Workspace:
             self.claim()
-            if parts.upkeep.found_damage():
-                parts.engine.planner.forget()
             reserved.append(parts.backend.reserve())
             return reserved[-1]
 
+        if parts.upkeep.found_damage():
+            parts.engine.forget()
         try:
             order = Order(state=state, description=description, lineage=self.lineage, own=own)
             save = parts.engine.save(reserve, order)

@@ -88,7 +88,7 @@ class _Flattener:
             raise TensorNotSavableError(_SUBCLASS.format(place=_place(path), type=type_name(kind)))
         if is_stateful(value):
             if isinstance(value, torch.nn.Module):
-                self.frozen.update(p.data_ptr() for p in value.parameters() if not p.requires_grad)
+                self.frozen.update(_address_of(p) for p in value.parameters() if not p.requires_grad)
             return {"$object": type_name(kind), "state": self.inside(value, path, value.state_dict)}
         raise UnsupportedTypeError(
             _UNSUPPORTED.format(place=_place(path), type=type_name(kind), value=_short(value))
@@ -284,6 +284,12 @@ def _encode_datetime(value: dt.datetime) -> Any:
 def _encode_time(value: dt.time) -> Any:
     naive = value.replace(tzinfo=None, fold=0).isoformat()
     return {"$time": naive, "zone": _encode_timezone(value.tzinfo), "fold": value.fold}
+
+
+def _address_of(parameter: torch.Tensor) -> int:
+    """Where its elements lie; those on this rank of a distributed one."""
+    local = getattr(parameter, "to_local", None)
+    return parameter.data_ptr() if local is None else int(local().data_ptr())
 
 
 _PLAIN = frozenset({str, bool, type(None)})

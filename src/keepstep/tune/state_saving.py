@@ -32,7 +32,7 @@ class StateSaver:
             tensors = read_state(place, manifest).tensors
         except DamagedCheckpointError:
             return  # then nothing is linked to it
-        self._engine.planner.adopt(source_of(place).name, manifest.files, tensors)
+        self._engine.follow(source_of(place).name, manifest, tensors)
 
     def save(
         self, reserve: Callable[[], Workspace], state: Any, said: Description, lineage: Lineage

@@ -7,7 +7,7 @@ import errno
 from pathlib import Path
 
 from keepstep.checkpoint.format.manifest import FileEntry
-from keepstep.checkpoint.place.local import explained
+from keepstep.checkpoint.place.local import CommittedFiles, explained, link_whole
 from keepstep.files import Files, SegmentFile
 
 __all__ = ["JoinedWorkspace"]
@@ -26,6 +26,7 @@ class JoinedWorkspace:
         self.path = path
         self.final = final
         self._files = files
+        self._committed = CommittedFiles()
 
     def check(self) -> None:
         """Nothing: rank 0 has checked."""
@@ -52,10 +53,9 @@ class JoinedWorkspace:
         self._files.write_file(self.path / name, data)
 
     def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
-        """Never: what many ranks save is written anew each time."""
-        raise FileNotFoundError(
-            errno.ENOENT, "ranks link nothing", str(self.final.parent / checkpoint / file)
-        )
+        source = self._committed.find(self.final.parent / checkpoint, file, committed)
+        link_whole(self._files, source, self.path / name)
+        return None
 
     def adopt(self, name: str, path: Path) -> None:
         self._files.link(path, self.path / name)

@@ -36,8 +36,10 @@ from keepstep.files import Files, SegmentFile
 from keepstep.locks import DirectoryLock
 
 __all__ = [
+    "CommittedFiles",
     "LocalWorkspace",
     "explained",
+    "link_whole",
     "replaced_path",
     "sweep",
 ]
@@ -78,6 +80,44 @@ def explained(directory: Path, doing: str = "saving") -> Iterator[None]:
                 f"cannot write to {directory}: {reason}. Change its permissions or choose another directory",
             ) from error
         raise StoreError(f"{doing} {directory} failed: {reason}. Other checkpoints are whole") from error
+
+
+class CommittedFiles:
+    """Files of committed checkpoints, for saves that link to them."""
+
+    def __init__(self) -> None:
+        self._known = KnownManifests()
+
+    def find(self, directory: Path, file: str, committed: FileEntry) -> Path:
+        """Where a file of a checkpoint lies.
+
+        Raises:
+            FileNotFoundError: it is not what was committed, or another checkpoint lies there by now.
+        """
+        source = directory / file
+        if self._says(directory, file, committed):
+            found = os.stat(source, follow_symlinks=False)
+            plain = stat.S_ISREG(found.st_mode) and has_plain_parents(directory, file, set())
+            if plain and found.st_size == committed.bytes:
+                return source
+        raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
+
+    def _says(self, directory: Path, file: str, committed: FileEntry) -> bool:
+        """Whether the manifest in a directory says just this of a file."""
+        try:
+            return self._known.read(directory).files.get(file) == committed
+        except DamagedCheckpointError:
+            return False
+
+
+def link_whole(files: Files, source: Path, target: Path) -> None:
+    """Link a file, or copy it where the system has no links; nothing is left of a copy that was cut off."""
+    try:
+        files.link(source, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            files.remove_file(target)
+        raise
 
 
 def _check_target(directory: Path) -> bool:
@@ -121,7 +161,7 @@ class LocalWorkspace:
         self._unsynced: set[str] = set()
         self._directories: dict[str, None] = {}
         self._making = threading.Lock()
-        self._known = KnownManifests()
+        self._committed = CommittedFiles()
 
     def check(self) -> None:
         _check_target(self.final)
@@ -170,29 +210,9 @@ class LocalWorkspace:
         self._files.link(path, self._place(name))
 
     def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
-        directory = self.final.parent / checkpoint
-        source = directory / file
-        if not self._says(directory, file, committed):  # deleted, or the next one to get its number
-            raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
-        found = os.stat(source, follow_symlinks=False)
-        plain = stat.S_ISREG(found.st_mode) and has_plain_parents(directory, file, set())
-        if not plain or found.st_size != committed.bytes:
-            raise FileNotFoundError(errno.ENOENT, "not what was committed", str(source))
-        target = self._place(name)
-        try:
-            self._files.link(source, target)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._files.remove_file(target)  # a copy that was cut off
-            raise
+        source = self._committed.find(self.final.parent / checkpoint, file, committed)
+        link_whole(self._files, source, self._place(name))
         return None
-
-    def _says(self, directory: Path, file: str, committed: FileEntry) -> bool:
-        """Whether the manifest in a directory says just this of a file."""
-        try:
-            return self._known.read(directory).files.get(file) == committed
-        except DamagedCheckpointError:
-            return False
 
     def _finish_replacement(self) -> None:
         """End what a process began that died between the two renames, or just after them."""

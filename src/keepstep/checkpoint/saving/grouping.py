@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from keepstep.checkpoint.format.manifest import TensorEntry
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo
 from keepstep.checkpoint.saving.linking import LINKED_FROM_BYTES
 
@@ -43,12 +44,13 @@ class Grouping:
             for tensor in tensors
         ]
 
-    def adopt(self, files: Mapping[str, tuple[str, str]]) -> None:
-        """Begin with the grouping of a checkpoint that was loaded.
-
-        Args:
-            files: address -> (group, file).
-        """
+    def adopt(self, tensors: Mapping[str, TensorEntry]) -> None:
+        """Begin with the grouping of a checkpoint that was loaded; `tensors` is its index, by address."""
+        files = {
+            address: (address.partition("/")[0], entry.file)
+            for address, entry in tensors.items()
+            if entry.file is not None
+        }
         number = {file: n for n, file in enumerate(sorted({file for _, file in files.values()}))}
         in_group: dict[str, set[str]] = defaultdict(set)
         for group, file in files.values():

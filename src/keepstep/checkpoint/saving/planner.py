@@ -44,14 +44,33 @@ class Planner:
             return {}
         return find_twins(self._layout, self._tensors, self._previous)
 
+    def follow(self, tensors: Sequence[TensorInfo], layout: Layout) -> None:
+        """Take over a plan that was made elsewhere."""
+        self._tensors, self._layout = tensors, layout
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a checkpoint whose segments may be linked to."""
+        return self._previous is not None
+
+    def remember(
+        self, checkpoint: str, files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]
+    ) -> None:
+        """The next save may link to this checkpoint.
+
+        Args:
+            checkpoint: its name in the store.
+            files: of its manifest, those at least that hold the tensors.
+            tensors: in it, by the addresses that they have in plans.
+        """
+        self._previous = Previous(checkpoint=checkpoint, files=files, tensors=tensors)
+
     def committed(
         self, checkpoint: str, files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]
     ) -> None:
         """Learn from the last plan, which is the checkpoint of this name now."""
-        before, self._previous = (
-            self._previous,
-            Previous(checkpoint=checkpoint, files=files, tensors=tensors),
-        )
+        before = self._previous
+        self.remember(checkpoint, files, tensors)
         if before is None or self._layout is None:
             return
         unchanged = {}
@@ -66,14 +85,8 @@ class Planner:
     ) -> None:
         """Go on from a checkpoint that was loaded and verified."""
         self.forget()
-        self._previous = Previous(checkpoint=checkpoint, files=files, tensors=tensors)
-        self._grouping.adopt(
-            {
-                address: (address.partition("/")[0], entry.file)
-                for address, entry in tensors.items()
-                if entry.file is not None
-            }
-        )
+        self.remember(checkpoint, files, tensors)
+        self._grouping.adopt(tensors)
 
     def forget(self) -> None:
         """Link nothing to what was committed so far: it may be damaged."""

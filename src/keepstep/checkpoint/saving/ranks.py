@@ -11,12 +11,12 @@ import heapq
 import json
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from keepstep.checkpoint.format.boxes import Box, problem_of_tiling
-from keepstep.checkpoint.format.manifest import Chunk
+from keepstep.checkpoint.format.manifest import Chunk, TensorEntry
 from keepstep.checkpoint.saving.layout import Alias, Layout, TensorInfo, plan, segment_of
 from keepstep.errors import RanksDifferError
 
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Shard",
     "Share",
+    "by_piece",
     "differences",
     "lay_out",
     "layout_of",
@@ -47,6 +48,7 @@ class Shard(NamedTuple):
         whole: shape of the whole tensor.
         at: where the box begins.
         shape: of the box.
+        frozen: see `TensorInfo`.
     """
 
     address: str
@@ -57,13 +59,12 @@ class Shard(NamedTuple):
     whole: tuple[int, ...]
     at: tuple[int, ...]
     shape: tuple[int, ...]
+    frozen: bool = False
 
     @property
     def label(self) -> str:
-        """Where the box begins, as it is put behind names: "@8,0"; nothing if it is the whole tensor."""
-        if self.shape == self.whole:
-            return ""
-        return f"@{','.join(map(str, self.at))}"
+        """What tells the box from others of its tensor; nothing if it is the whole tensor."""
+        return "" if self.shape == self.whole else label_at(self.at)
 
     @property
     def info(self) -> TensorInfo:
@@ -76,6 +77,7 @@ class Shard(NamedTuple):
             shape=self.shape,
             itemsize=self.itemsize,
             bytes=math.prod(self.shape) * self.itemsize,
+            frozen=self.frozen,
         )
 
     def pieces(self, most_bytes: int = CHUNK_BYTES) -> list[Shard]:
@@ -100,6 +102,23 @@ class Shard(NamedTuple):
         ]
 
 
+def label_at(at: Sequence[int]) -> str:
+    """Where a box begins, as it is put behind names: "@8,0"."""
+    return f"@{','.join(map(str, at))}"
+
+
+def by_piece(
+    tensors: Mapping[str, TensorEntry],
+) -> Iterator[tuple[str, TensorEntry, TensorEntry | Chunk]]:
+    """What an index says is stored, each chunk for itself: its address as of `Shard.info`, its tensor, it."""
+    for address, entry in tensors.items():
+        if entry.chunks:
+            for chunk in entry.chunks:
+                yield address + label_at(chunk.at), entry, chunk
+        elif entry.file is not None:
+            yield address, entry, entry
+
+
 class Share(NamedTuple):
     """One file that a rank writes: tensors by their number among those the rank holds."""
 
@@ -114,29 +133,40 @@ class Plan:
     Attributes:
         shares: for each rank its files. Numbers below the number of replicated tensors are those, numbers
             above count the rank's own pieces of shards.
-        aliases: replicated tensors that share memory with others.
         indexes: the small `*.index.json` files, which rank 0 writes.
-        bytes: size of all files of the shares.
+        tensors: of all ranks, pieces of shards as `Shard.info`.
+        layout: of these in the files of all ranks.
     """
 
     shares: Sequence[Sequence[Share]]
-    aliases: tuple[Alias, ...]
     indexes: Mapping[str, bytes]
-    bytes: int
+    tensors: Sequence[TensorInfo]
+    layout: Layout
+
+    @property
+    def aliases(self) -> tuple[Alias, ...]:
+        """Replicated tensors that share memory with others."""
+        return self.layout.aliases
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files of the shares."""
+        return self.layout.bytes
 
 
 def plan_ranks(
     replicated: Sequence[TensorInfo],
     pieces: Sequence[Sequence[Shard]],
     *,
-    labels: Sequence[int] = (),
+    labels: Callable[[Sequence[TensorInfo]], Sequence[int]] | None = None,
 ) -> Plan:
     """Decide for all ranks. Deterministic: same arguments, same plan.
 
     Args:
         replicated: what every rank holds.
         pieces: for each rank, the pieces of shards that it holds.
-        labels: of the replicated tensors, see `layout.plan`.
+        labels: gives each tensor its label, see `layout.plan`; who writes it does not depend on that. None:
+            all are alike.
 
     Raises:
         RanksDifferError: the ranks' shards don't make up whole tensors.
@@ -148,14 +178,14 @@ def plan_ranks(
     infos = [*replicated, *(pieces[rank][number].info for rank, number in owned)]
     numbers = [*range(len(replicated)), *(len(replicated) + number for _, number in owned)]
     owners += [rank for rank, _ in owned]
-    kinds = [*labels, *([0] * (len(infos) - len(labels)))]
+    kinds = labels(infos) if labels is not None else [0] * len(infos)
     sticky = [kind * size + owner for kind, owner in zip(kinds, owners, strict=True)]
     found = lay_out(infos, owners, size, labels=sticky, sharded=range(len(replicated), len(infos)))
     shares = [
         [Share(share.file, tuple(numbers[member] for member in share.members)) for share in of_rank]
         for of_rank in found.shares
     ]
-    return Plan(shares=shares, aliases=found.aliases, indexes=found.indexes, bytes=found.bytes)
+    return replace(found, shares=shares)
 
 
 def lay_out(
@@ -189,7 +219,7 @@ def lay_out(
         for name, data in layout.indexes.items()
         if in_pieces.isdisjoint(json.loads(data)["weight_map"].values())
     }
-    return Plan(shares=shares, aliases=layout.aliases, indexes=indexes, bytes=layout.bytes)
+    return Plan(shares=shares, indexes=indexes, tensors=infos, layout=layout)
 
 
 def layout_of(shares: Iterable[Share], infos: Sequence[TensorInfo], own: Sequence[TensorInfo]) -> Layout:

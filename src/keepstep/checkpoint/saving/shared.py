@@ -17,22 +17,22 @@ import contextlib
 import json
 import logging
 import math
-import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from keepstep.checkpoint.format.manifest import Manifest, digest_of
 from keepstep.checkpoint.format.parse import read_manifest
+from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.saving.description import Description, Lineage
-from keepstep.checkpoint.saving.layout import TensorInfo, find_aliases, tensor_entries
-from keepstep.checkpoint.saving.planner import Planner
-from keepstep.checkpoint.saving.ranks import Plan, Shard, Share, differences, layout_of, plan_ranks
+from keepstep.checkpoint.saving.layout import TensorInfo, tensor_entries
+from keepstep.checkpoint.saving.rank_planner import RankPlanner
+from keepstep.checkpoint.saving.ranks import Shard, Share, differences, layout_of
 from keepstep.checkpoint.saving.reports import Report, merge
 from keepstep.checkpoint.saving.save import Content, Save, flatten_both, info_of, publish
 from keepstep.checkpoint.saving.staging import BlockPool
@@ -42,27 +42,10 @@ from keepstep.meetings import Meeting
 from keepstep.tree import Flat, Leaf
 from keepstep.world import World
 
-__all__ = ["LastPlan", "SharedSave"]
+__all__ = ["SharedSave"]
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass(slots=True)
-class LastPlan:
-    """What the last save of a store decided, kept while no rank's tensors change.
-
-    Attributes:
-        id: of the plan that `shares` are from; empty before there is one.
-        key: what all ranks held; only rank 0 knows.
-        plan: for all ranks; only rank 0 has it.
-        shares: this rank's files.
-    """
-
-    id: str = ""
-    key: tuple[Any, ...] | None = None
-    plan: Plan | None = None
-    shares: Sequence[Share] = field(default_factory=list)
 
 
 class SharedSave(Save):
@@ -73,7 +56,7 @@ class SharedSave(Save):
         topic: what the meeting is about; the same on all ranks.
         files: how the disk is changed.
         reserve: rank 0's workspace; called on rank 0 only.
-        last: of the same store.
+        ranks: plans the saves of the same store.
         state: what every rank holds, and shards.
         own: what is this rank's own; None if there is nothing.
         description: what the user says of it; step and epoch must agree.
@@ -88,7 +71,7 @@ class SharedSave(Save):
         topic: str,
         files: Files,
         reserve: Callable[[], Workspace],
-        last: LastPlan,
+        ranks: RankPlanner,
         state: Any,
         own: Any,
         description: Description,
@@ -96,7 +79,7 @@ class SharedSave(Save):
         pool: BlockPool,
     ) -> None:
         self._world = world
-        self._last = last
+        self._ranks = ranks
         self._meeting_over = contextlib.ExitStack()
         self._meeting: Meeting = self._meeting_over.enter_context(world.meeting(topic))
         self._writer_made = False
@@ -106,7 +89,7 @@ class SharedSave(Save):
         try:
             super().__init__(
                 workspace=self._joined if world.rank else reserve(),
-                planner=Planner(),  # ranks link nothing to earlier checkpoints
+                planner=ranks.share,
                 state=state,
                 description=description,
                 lineage=lineage,
@@ -121,10 +104,10 @@ class SharedSave(Save):
     @property
     def bytes_of_all(self) -> int:
         """Size of the segments of all ranks, as far as this one knows: each has as much of its own."""
-        plan, shares = self._last.plan, len(self._last.shares)
+        plan, files = self._ranks.plan, len(self._ranks.files)
         if plan is None:
             return self.bytes
-        own = sum(segment.bytes for segment in self._layout.segments[shares:])
+        own = sum(segment.bytes for segment in self._layout.segments[files:])
         return plan.bytes + own * self._world.size
 
     # --------------------------------------------------------------------------------------- plan
@@ -142,47 +125,47 @@ class SharedSave(Save):
         self._infos = [*shared, *own_infos]
         self._flat = Flat(tree=flat.tree, leaves=[*replicated, *(leaf for _, leaf in cut), *self._own.leaves])
         self._layout = layout_of(shares, shared, own_infos)
-        if self._last.plan is not None:  # rank 0
-            aliases, indexes = self._last.plan.aliases, self._last.plan.indexes
+        if (plan := self._ranks.plan) is not None:  # rank 0
             self._layout = replace(
                 self._layout,
-                aliases=(*aliases, *self._layout.aliases),
-                indexes={**indexes, **self._layout.indexes},
+                aliases=(*plan.aliases, *self._layout.aliases),
+                indexes={**plan.indexes, **self._layout.indexes},
             )
+        self._planner.follow(self._infos, self._layout)
 
     def _agree(self, leaves: Sequence[Leaf], held: Sequence[TensorInfo]) -> Sequence[Share]:
         """Compare with the other ranks, find the unfinished directory, and which files are this rank's."""
         described = json.dumps([_described(leaf) for leaf in leaves]).encode()
         pieces = json.dumps(self._pieces).encode()
         said = [self._description.step, self._description.epoch]
-        told = json.dumps([digest_of(described), digest_of(pieces), said, self._last.id]).encode()
+        now = [digest_of(described), digest_of(pieces), said, self._ranks.id, self._planner.remembers]
+        told = json.dumps(now).encode()
         everyones = [json.loads(data) for data in self._meeting.collect(told)]
         if self._world.rank == 0:
             key = tuple(tuple(one[:2]) for one in everyones)
             mode = self._mode(everyones, key, held)
-            self._meeting.broadcast(json.dumps([*self._open(everyones), mode]).encode())
+            links = all(one[4] for one in everyones)
+            self._meeting.broadcast(json.dumps([*self._open(everyones), mode, links]).encode())
         else:
-            path, final, mode = json.loads(self._meeting.broadcast(b""))
+            path, final, mode, links = json.loads(self._meeting.broadcast(b""))
             self._joined.path, self._joined.final = Path(path), Path(final)
             key = ()
+        if not links:  # damage was found, perhaps by another rank
+            self._planner.forget()
         if mode == "differ":
             said_by_all = [json.loads(data) for data in self._meeting.collect(described)]
             if self._world.rank == 0:
                 raise RanksDifferError(f"{_DIFFER}\n{differences(said_by_all)}")
         self._key = key
         if mode == "as before":
-            return self._last.shares
+            return self._ranks.files
         self._plan(held, [json.loads(data) for data in self._meeting.collect(pieces)])
-        return self._last.shares
+        return self._ranks.files
 
     def _mode(self, everyones: Sequence[Any], key: tuple[Any, ...], held: Sequence[TensorInfo]) -> str:
         if any(one[0] != everyones[0][0] for one in everyones):
             return "differ"
-        last = self._last
-        if last.plan is None or last.key != key or any(one[3] != last.id for one in everyones):
-            return "plan"
-        # Names and shapes may be the same while what shared memory does not any more.
-        return "as before" if tuple(find_aliases(held)) == last.plan.aliases else "plan"
+        return "as before" if self._ranks.fits(key, [one[3] for one in everyones], held) else "plan"
 
     def _open(self, everyones: Sequence[Any]) -> list[str]:
         """Make the directory; what the others have to know of it."""
@@ -202,14 +185,11 @@ class SharedSave(Save):
 
     def _plan(self, held: Sequence[TensorInfo], pieces: Sequence[Sequence[Any]]) -> None:
         answers: list[bytes] = []
-        self._last.key = None
         if self._world.rank == 0:
             of_ranks = [[_shard_of(piece) for piece in of_rank] for of_rank in pieces]
-            self._last.plan = plan = plan_ranks(held, of_ranks)
-            name = secrets.token_hex(8)
-            answers = [json.dumps([name, shares]).encode() for shares in plan.shares]
-        self._last.id, mine = json.loads(self._meeting.scatter(answers))
-        self._last.shares = [Share(file, tuple(members)) for file, members in mine]
+            answers = [json.dumps(answer).encode() for answer in self._ranks.decide(held, of_ranks)]
+        plan_id, mine = json.loads(self._meeting.scatter(answers))
+        self._ranks.take(plan_id, [Share(file, tuple(members)) for file, members in mine])
 
     # ------------------------------------------------------------------------------------- commit
 
@@ -220,11 +200,11 @@ class SharedSave(Save):
         reports = self._meeting.collect(report.dump())
         if self._world.rank == 0:
             manifest = self._publish([Report.load(data) for data in reports])
-            self._last.key = self._key  # by now all have their shares
         self._meeting.broadcast(b"committed")
         if self._world.rank:
             assert isinstance(self.workspace, JoinedWorkspace)
             manifest = read_manifest(self.workspace.final)
+        self._planner.remember(source_of(self.workspace.final).name, files, entries)
         try:
             self._meeting.collect(b"")  # rank 0 may serve the store: it stays until all have heard
         except RankError as error:
@@ -245,7 +225,9 @@ class SharedSave(Save):
             ranks=own if any(tree is not None for tree in own) else None,
             world_size=self._world.size,
         )
-        return publish(self.workspace, content, self._description, self._lineage)
+        manifest = publish(self.workspace, content, self._description, self._lineage)
+        self._ranks.learn(self._key, tensors)
+        return manifest
 
     # ------------------------------------------------------------------------------------ failure
 
@@ -300,6 +282,7 @@ def _cut(leaf: Leaf, shard: tuple[tuple[int, ...], tuple[int, ...]]) -> list[tup
         whole=whole,
         at=at,
         shape=tuple(leaf.tensor.shape),
+        frozen=leaf.frozen,
     )
     found = []
     for piece in box.pieces():
@@ -314,5 +297,5 @@ def _cut(leaf: Leaf, shard: tuple[tuple[int, ...], tuple[int, ...]]) -> list[tup
 
 
 def _shard_of(node: Sequence[Any]) -> Shard:
-    address, group, name, dtype, itemsize, whole, at, shape = node
-    return Shard(address, group, name, dtype, itemsize, tuple(whole), tuple(at), tuple(shape))
+    address, group, name, dtype, itemsize, whole, at, shape, frozen = node
+    return Shard(address, group, name, dtype, itemsize, tuple(whole), tuple(at), tuple(shape), frozen)
