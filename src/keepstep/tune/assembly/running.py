@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from keepstep.checkpoint.place.registry import is_address
@@ -50,7 +50,7 @@ from keepstep.tune.search.basic_variant import BasicVariantGenerator
 from keepstep.tune.search.create import create_searcher
 from keepstep.tune.settings import RunConfig, TuneConfig
 from keepstep.tune.stopper import make_stopper
-from keepstep.tune.trainable.kinds import is_class_trainable, trainable_name
+from keepstep.tune.trainable.kinds import is_class_trainable, saves_checkpoints, trainable_name
 from keepstep.tune.trainable.resources import resources_of
 
 __all__ = ["Plan", "Resume", "carry_out"]
@@ -251,10 +251,10 @@ def _run_again(resume: Resume, history: History, decider: Decider, opened: Opene
 
 
 def _end(trial: Trial, history: History, decider: Decider, opened: Opened) -> None:
-    draft = TrialEnded(time=_now(), trial=trial.trial_id)
+    again = trial.ends_at is not None
+    draft = TrialEnded(time=_now(), trial=trial.trial_id, why="left")
     history.completed(draft, acted=True)
-    acts = decider.completed(trial)
-    opened.journal.add(TrialEnded(time=draft.time, trial=draft.trial, acts=acts))
+    opened.journal.add(replace(draft, acts=decider.completed(trial, again=again)))
 
 
 def _decider(plan: Plan, history: History) -> Decider:
@@ -286,6 +286,7 @@ def _options(plan: Plan, searcher: Searcher) -> Options:
     is_class = is_class_trainable(plan.trainable)
     return Options(
         is_class=is_class,
+        saves=saves_checkpoints(plan.trainable),
         reuse=is_class and bool(tune.reuse_actors),
         num_samples=None if searcher.counts_samples or tune.num_samples < 0 else tune.num_samples,
         max_concurrent=tune.max_concurrent_trials,

@@ -61,7 +61,7 @@ class Ledger:
         return list(self._history.trials.values())
 
     def get_live_trials(self) -> Sequence[Trial]:
-        return list(self._history.live.values())
+        return [trial for trial in self._history.live.values() if trial.ends_at is None]
 
     def pause_trial(self, trial: Trial) -> None:
         self._do(Act(do="pause", trial=trial.trial_id))
@@ -204,20 +204,31 @@ class Decider:
         save = trial.trial_id in self.ledger.take_saves()
         return Verdict(decision=decision, why=why, acts=self._taken(), save=save)
 
-    def completed(self, trial: Trial) -> tuple[Act, ...]:
-        """A trial's code came to its end."""
+    def completed(self, trial: Trial, *, again: bool) -> tuple[Act, ...]:
+        """A trial's code came to its end.
+
+        Args:
+            trial: it.
+            again: whether all were told before, and it ran on for the checkpoint that it ends with.
+        """
+        if again:
+            return ()
         self.scheduler.on_trial_complete(self.ledger, trial, trial.last_result)
         self.searcher.on_trial_complete(trial.trial_id, trial.last_result or None)
         return self._taken()
 
     def failed(self, trial: Trial) -> tuple[Act, ...]:
-        """A trial failed for good."""
+        """A trial failed for good; nobody is told that was told of its end before."""
+        if trial.ends_at is not None:
+            return ()
         self.scheduler.on_trial_error(self.ledger, trial)
         self.searcher.on_trial_complete(trial.trial_id, None, error=True)
         return self._taken()
 
     def again(self, trial: Trial) -> None:
-        """A trial that had ended is run again."""
+        """A trial that had ended is run again; `completed` and `failed` say when nobody is told."""
+        if trial.ends_at is not None:
+            return
         self.scheduler.on_trial_add(self.ledger, trial)
         self._no_acts(trial)
 

@@ -32,7 +32,7 @@ from keepstep.tune.executors.protocol import (
     Started,
     Stop,
 )
-from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.history import ENDS_TRIALS, History
 from keepstep.tune.experiment.journal import Journal
 from keepstep.tune.experiment.records import (
     CheckpointSaved,
@@ -194,7 +194,9 @@ class Driver:
         """What the journal has already: a kill had taken the training behind it."""
         if event.checkpoint is not None:
             self._note_checkpoint(run, event.iteration, event.checkpoint.name, event.checkpoint.bytes)
-        self._answer(run, self._ending(run, Stop()) if self._halt.reason is not None else Go())
+        last = run.trial.ends_at is not None and event.iteration >= run.trial.ends_at
+        ends = run.trial.is_finished() or last or self._halt.reason is not None
+        self._answer(run, self._ending(run, Stop(save=last)) if ends else Go())
 
     def _resulted(self, run: Run, event: Reported) -> None:
         trial = run.trial
@@ -223,6 +225,7 @@ class Driver:
             why=verdict.why,
             acts=verdict.acts,
             callbacks=self._audience.changed_states(),
+            saves=self._saves_last(trial, verdict, saved=event.checkpoint is not None),
         )
         self._journal.add(record)
         self._history.decided(record, acted=True)
@@ -246,14 +249,24 @@ class Driver:
         if exploited:
             self._answer(run, self._ending(run, Stop()))
         elif trial.is_finished():
-            self._audience.completed(trial)
-            self._showing.ended(trial)
-            self._keeper.finished(trial)
-            self._answer(run, self._ending(run, Stop(save=self._options.save_at_end and not saved)))
+            self._completed(trial)
+            self._answer(run, self._ending(run, Stop(save=trial.ends_at is not None)))
         elif trial.status != RUNNING or self._halt.reason is not None:
             self._answer(run, self._ending(run, Stop(save=is_class and not saved)))
         else:
             self._answer(run, Go(save=is_class and not saved and (save or verdict.save)))
+
+    def _saves_last(self, trial: Trial, verdict: Verdict, *, saved: bool) -> bool:
+        """Whether a trial ends with this result, and with a checkpoint that it has yet to save."""
+        ends = verdict.decision == "STOP" or trial.is_finished()
+        return ends and verdict.problem is None and self._options.save_at_end and not saved
+
+    def _completed(self, trial: Trial) -> None:
+        """A trial ended well; what it ends with may still be missing, and then it is told of later."""
+        if trial.ends_at is None:
+            self._audience.completed(trial)
+            self._showing.ended(trial)
+            self._keeper.finished(trial)
 
     def _end_others(self, other: Run) -> None:
         """A scheduler decided about a trial that did not report: its process is ended where it is."""
@@ -265,7 +278,7 @@ class Driver:
 
     def _ending(self, run: Run, order: Stop) -> Order:
         """The last order to a run; without a checkpoint to wait for, its process may take the next trial."""
-        run.over = True
+        run.over, run.saving = True, order.save
         return order if order.save else self._replaced(run, order)
 
     def _replaced(self, run: Run, order: Stop) -> Order:
@@ -282,6 +295,7 @@ class Driver:
         return Next(job=found.job)
 
     def _saved(self, run: Run, event: Saved) -> None:
+        run.saving = False
         if event.checkpoint is not None:
             self._note_checkpoint(run, event.iteration, event.checkpoint.name, event.checkpoint.bytes)
         self._answer(run, self._replaced(run, Stop()) if run.over else Go())
@@ -295,9 +309,12 @@ class Driver:
             checkpoint=name,
             bytes=size,
         )
+        ended = run.trial.ends_at is None
         self._journal.add(record)
         self._history.apply(record)
         self._keep(run.trial)
+        if not ended:
+            self._completed(run.trial)
 
     def _keep(self, trial: Trial) -> None:
         self._audience.checkpointed(trial, trial.checkpoints[-1])
@@ -307,27 +324,22 @@ class Driver:
         del self._runs[run.id]
         if run.over:
             return
-        trial = run.trial
+        trial, again = run.trial, run.trial.ends_at is not None
         draft = TrialEnded(time=_now(), trial=trial.trial_id)
         self._history.completed(draft, acted=True)
-        self._journal.add(replace(draft, acts=self._decider.completed(trial)))
-        self._audience.completed(trial)
-        self._showing.ended(trial)
-        self._keeper.finished(trial)
+        self._journal.add(replace(draft, acts=self._decider.completed(trial, again=again)))
+        self._completed(trial)
 
     def _failed(self, run: Run, event: Failed) -> None:
         del self._runs[run.id]
-        if run.over:
+        if run.over and not (run.saving and self._halt.reason != "interrupted"):
             if not event.killed:
                 self._showing.say(f"{run.trial} failed as it ended; what it had saved counts: {event.error}")
             return
         error = event.error
         if run.silenced is not None:
-            error = (
-                f"nothing was heard of it for {run.silenced:.0f} s, more than "
-                f"FailureConfig.max_silence_s; it was "
-                "killed"
-            )
+            error = f"nothing was heard of it for {run.silenced:.0f} s, more than "
+            error += "FailureConfig.max_silence_s; it was killed"
         self._fail(run.trial, error, event.traceback)
 
     def _refuse(self, trial: Trial, problem: str) -> None:
@@ -337,6 +349,7 @@ class Driver:
     def _fail(self, trial: Trial, error: str, traceback: str, *, final: bool = False) -> None:
         failures = self._options.failures
         final = final or (failures.max_failures != -1 and trial.num_failures >= failures.max_failures)
+        final = final or self._halt.reason in ENDS_TRIALS
         draft = TrialFailed(time=_now(), trial=trial.trial_id, error=error, traceback=traceback, final=final)
         self._history.failed(draft, acted=True)
         acts = self._decider.failed(trial) if final else ()

@@ -17,6 +17,7 @@ class Options:
 
     Attributes:
         is_class: whether the trainable is a class, which saves when it is told to.
+        saves: whether such a class can save.
         reuse: whether its processes go on with the next trial.
         num_samples: most trials; None: as many as the searcher suggests.
         max_concurrent: most trials at a time; None: as many as fit.
@@ -30,6 +31,7 @@ class Options:
     """
 
     is_class: bool
+    saves: bool = False
     reuse: bool = False
     num_samples: int | None = None
     max_concurrent: int | None = None
@@ -44,4 +46,4 @@ class Options:
     @property
     def save_at_end(self) -> bool:
         """Whether a trial saves when it ends."""
-        return self.is_class and self.checkpoints.checkpoint_at_end is not False
+        return self.saves and self.checkpoints.checkpoint_at_end is not False

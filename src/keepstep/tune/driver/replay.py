@@ -104,9 +104,10 @@ class _Replay:
             self._compare(trial, ("", record.acts), ("", self._decider.failed(trial)))
 
     def _ended(self, record: TrialEnded) -> None:
-        self._history.completed(record, acted=True)
         trial = self._history.trial(record.trial)
-        self._compare(trial, ("", record.acts), ("", self._decider.completed(trial)))
+        again = trial.ends_at is not None
+        self._history.completed(record, acted=True)
+        self._compare(trial, ("", record.acts), ("", self._decider.completed(trial, again=again)))
 
     def _again(self, record: TrialAgain) -> None:
         self._history.apply(record)

@@ -24,6 +24,7 @@ class Run:
         since: how many results it reported.
         heard_s: when it was heard of last, on the clock of `time.monotonic`.
         over: whether it was told to end: what becomes of its trial is decided.
+        saving: whether it was told to end with a checkpoint, which has yet to come.
         silenced: it was killed for its silence, after so many seconds.
     """
 
@@ -33,6 +34,7 @@ class Run:
     since: int = 0
     heard_s: float = field(default_factory=time.monotonic)
     over: bool = False
+    saving: bool = False
     silenced: float | None = None
 
     @property

@@ -11,7 +11,7 @@ from keepstep.tune.driver.options import Options
 from keepstep.tune.executors.protocol import Executor
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import Journal
-from keepstep.tune.experiment.trial import Resources, Trial
+from keepstep.tune.experiment.trial import PENDING, Resources, Trial
 
 __all__ = ["Starter"]
 
@@ -52,13 +52,18 @@ class Starter:
     def next_trial(self) -> Trial | None:
         """The trial that starts next if there is room for it; None: none, as things stand."""
         self._stock_up()
-        while (trial := self._decider.choose()) is not None:
+        while (trial := self._unsaved() or self._decider.choose()) is not None:
             problem = self._impossible(trial.resources)
             if problem is None:
                 return trial
             self._refuse(trial, problem)
             self._stock_up()
         return None
+
+    def _unsaved(self) -> Trial | None:
+        """One that had ended, and lacks only its last checkpoint: nobody has to decide about it any more."""
+        live = self._history.live.values()
+        return next((trial for trial in live if trial.ends_at is not None and trial.status == PENDING), None)
 
     def _stock_up(self) -> None:
         """Make trials of suggestions, as many as may wait."""
@@ -80,7 +85,7 @@ class Starter:
             self._make(trial_id, suggested)
 
     def _pending(self) -> int:
-        return sum(trial.status == "PENDING" for trial in self._history.live.values())
+        return sum(trial.status == PENDING for trial in self._history.live.values())
 
     def _make(self, trial_id: str, suggested: Suggestion) -> None:
         record = self._maker.record(trial_id, suggested, round(time.time(), 3))

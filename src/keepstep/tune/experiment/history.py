@@ -56,6 +56,13 @@ __all__ = ["ENDS_TRIALS", "History"]
 
 ENDS_TRIALS: Final = frozenset({"time", "stop"})
 """Why an experiment ends so that its trials end with it, instead of waiting to go on."""
+_ENDED_BY: Final = {
+    "done": "itself",
+    "stop": "stopper",
+    "scheduler": "scheduler",
+    "time": "time budget",
+    "left": "restore",
+}
 
 
 class History:
@@ -141,6 +148,14 @@ class History:
         for trial in self.live.values():
             if trial.status == RUNNING:
                 trial.status = PENDING
+        self._revive([trial for trial in self.all if trial.ends_at is not None])
+
+    def _revive(self, ended: Sequence[Trial]) -> None:
+        """Trials that had ended wait to run again."""
+        for trial in ended:
+            trial.status = PENDING
+        if ended:
+            self.live = {id_: trial for id_, trial in self.trials.items() if not trial.is_finished()}
 
     def _trial_made(self, record: TrialMade) -> None:
         trial = Trial(
@@ -189,9 +204,10 @@ class History:
         self.callbacks.update(record.callbacks)
         if not acted:
             self.act(record.acts)
+        trial.ends_at = record.iteration if record.saves else None
         if record.decision == "STOP":
             trial.last_result[DONE] = True
-            self._finish(trial, TERMINATED)
+            self._finish(trial, record.why or "scheduler")
         elif record.decision == "PAUSE":
             trial.status = PAUSED
 
@@ -238,6 +254,11 @@ class History:
         trial = self.trial(record.trial)
         same = record.iteration == trial.last_result.get(TRAINING_ITERATION)
         self._add_checkpoint(trial, record, trial.last_result if same else {})
+        if trial.ends_at is not None and record.iteration >= trial.ends_at:
+            trial.ends_at = None
+            if not trial.is_finished():  # it ran once more, for this checkpoint
+                trial.status = TERMINATED
+                self.live.pop(trial.trial_id)
 
     def _checkpoints_dropped(self, record: CheckpointsDropped) -> None:
         self.dropped_last = record.checkpoints
@@ -252,7 +273,10 @@ class History:
         trial.num_failures += 1
         trial.error, trial.traceback = record.error, record.traceback
         if record.final:
-            self._finish(trial, ERROR)
+            trial.status, trial.ended_by = ERROR, "error"
+            self.live.pop(trial.trial_id, None)
+        elif trial.ends_at is not None:
+            self._revive([trial])
         elif trial.status == RUNNING:
             trial.status = PENDING
         if not acted:
@@ -264,29 +288,29 @@ class History:
         trial = self.trial(record.trial)
         if trial.last_result:
             trial.last_result[DONE] = True
-        self._finish(trial, TERMINATED)
+        trial.ends_at = None
+        self._finish(trial, record.why)
         if not acted:
             self.act(record.acts)
 
     def _trial_again(self, record: TrialAgain) -> None:
         trial = self.trial(record.trial)
-        trial.status = PENDING
-        trial.error = None
+        trial.error = trial.ended_by = None
         if record.anew:
-            trial.resume_from = None
+            trial.resume_from = trial.ends_at = None
             trial.iteration, trial.time_total_s, trial.last_result = 0, 0.0, {}
-        self.live = {id_: found for id_, found in self.trials.items() if not found.is_finished()}
+        self._revive([trial])
 
     def _experiment_ended(self, record: ExperimentEnded) -> None:
         self.ended = record.why
         for trial in list(self.live.values()):
             if record.why in ENDS_TRIALS:
-                self._finish(trial, TERMINATED)
+                self._finish(trial, record.why)
             elif trial.status == RUNNING:
                 trial.status = PENDING
 
-    def _finish(self, trial: Trial, status: str) -> None:
-        trial.status = status
+    def _finish(self, trial: Trial, why: str) -> None:
+        trial.status, trial.ended_by = TERMINATED, _ENDED_BY.get(why)
         self.live.pop(trial.trial_id, None)
 
     # -------------------------------------------------------------------------------------- acts
@@ -297,10 +321,10 @@ class History:
             trial = self.trial(act.trial)
             if act.do == "exploit":
                 self._exploit(trial, act)
-            elif trial.is_finished():
+            elif trial.is_finished() or trial.ends_at is not None:
                 continue
             elif act.do == "stop":
-                self._finish(trial, TERMINATED)
+                self._finish(trial, "scheduler")
             else:
                 trial.status = PAUSED if act.do == "pause" else PENDING
 

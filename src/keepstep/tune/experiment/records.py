@@ -161,6 +161,7 @@ class ResultReported:
         acts: what the scheduler did to trials with it.
         callbacks: {number of the callback: its new state}.
         left_out: {metric: kind of value} of what JSON does not hold.
+        saves: whether the trial ends with it, and with a checkpoint yet to come: `CheckpointSaved` follows.
     """
 
     kind: ClassVar[str] = "result"
@@ -178,6 +179,7 @@ class ResultReported:
     acts: Sequence[Act] = ()
     callbacks: Mapping[str, Any] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    saves: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,11 +228,19 @@ class TrialFailed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialEnded:
-    """A trial's code came to its end by itself."""
+    """A trial's code came to its end.
+
+    Attributes:
+        time: seconds since 1970.
+        trial: its id.
+        why: "done": by itself; "left": a restore was not to go on with it.
+        acts: what the scheduler did to trials with it.
+    """
 
     kind: ClassVar[str] = "ended"
     time: float
     trial: str
+    why: str = "done"
     acts: Sequence[Act] = ()
 
 

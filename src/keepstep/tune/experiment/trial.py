@@ -80,6 +80,10 @@ class Trial:
         resume_from: the checkpoint that the next start goes on from; it may lie with another trial.
         next_checkpoint: the number of the next checkpoint in its directory.
         custom_name: what `trial_name_creator` said.
+        ends_at: the iteration with which it ended, as long as the checkpoint that it ends with is not there;
+            None: nothing is missing.
+        ended_by: who ended it: "itself", "stopper", "scheduler", "time budget", "restore" or "error"; None:
+            it has not ended.
     """
 
     trial_id: str
@@ -103,6 +107,13 @@ class Trial:
     resume_from: CheckpointRecord | None = None
     next_checkpoint: int = 0
     custom_name: str | None = None
+    ends_at: int | None = None
+    ended_by: str | None = None
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether it may run again by itself, or after a failure."""
+        return self.status != TERMINATED or self.ends_at is not None
 
     @property
     def checkpoint(self) -> CheckpointRecord | None:
