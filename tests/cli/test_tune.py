@@ -67,6 +67,7 @@ def write_experiment(root: Path, *, ended: bool = True, spec: dict[str, Any] | N
                     total_s=0.5 * iteration,
                     since=iteration,
                     decision="STOP" if last else "CONTINUE",
+                    why="done" if last else None,
                     checkpoint=f"checkpoint_{iteration // 2:06d}" if iteration % 2 == 0 else None,
                     bytes=1000 * iteration,
                 )
@@ -107,9 +108,26 @@ def test_the_commands_and_their_options_are_these() -> None:
 def test_ls_of_an_experiment(tmp_path: Path) -> None:
     place = write_experiment(tmp_path / "digits")
     lines = call("ls", place).output.splitlines()
-    assert lines[0].split() == ["trial", "status", "iter", "time", "lr", "loss", "eval/acc", "checkpoints"]
-    assert lines[1].split() == ["train_e1_00000", "TERMINATED", "3", "1.5", "0.1", "3.0", "0.3", "1"]
-    assert lines[3].split()[:2] == ["train_e1_00002", "ERROR"]
+    assert lines[0].split() == [
+        "trial",
+        "status",
+        "ended",
+        "by",
+        "iter",
+        *("time", "lr", "loss", "eval/acc", "checkpoints"),
+    ]
+    assert lines[1].split() == [
+        "train_e1_00000",
+        "TERMINATED",
+        "itself",
+        "3",
+        "1.5",
+        "0.1",
+        "3.0",
+        "0.3",
+        "1",
+    ]
+    assert lines[3].split()[:3] == ["train_e1_00002", "ERROR", "error"]
     assert lines[4] == "# 3 trials: 1 error, 2 terminated; ended: all"
     assert "\x1b" not in call("ls", place).output
     by_loss = call("ls", place, "--sort", "loss", "--metric", "loss").output.splitlines()
@@ -127,8 +145,8 @@ def test_ls_as_json(tmp_path: Path) -> None:
     assert (found["state"], found["counts"]) == ("ended: all", {"TERMINATED": 2, "ERROR": 1})
     trial = found["trials"][0]
     assert set(trial) == {
-        *("trial_id", "number", "name", "status", "iteration", "time_total_s", "config", "evaluated_params"),
-        *("last_result", "checkpoint", "failures", "error", "path"),
+        *("trial_id", "number", "name", "status", "ended_by", "iteration", "time_total_s", "config"),
+        *("evaluated_params", "last_result", "checkpoint", "failures", "error", "path"),
     }
     assert trial["config"] == {"lr": 0.1, "layer": {"width": 0}}
     assert trial["checkpoint"] == f"{tmp_path}/digits/train_e1_00000/checkpoint_000001"

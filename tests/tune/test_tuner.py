@@ -329,7 +329,7 @@ def test_what_can_never_start_is_told_in_a_line_and_how_to_run_it_again(
     fit(tmp_path, tune.with_resources(counting(1), {"cpu": 10_000}), verbose=1)
     told = capsys.readouterr().out
     failed, advice, _ = told.splitlines()
-    assert "FAILED: it asks for 10000 cpu" in failed
+    assert "ERROR: it asks for 10000 cpu" in failed
     assert f"Tuner.restore('{tmp_path / 'it'}', trainable, restart_errored=True).fit()" in advice
 
 

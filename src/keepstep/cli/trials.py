@@ -60,6 +60,7 @@ def describe(trial: Trial) -> dict[str, Any]:
         "number": trial.number,
         "name": str(trial),
         "status": trial.status,
+        "ended_by": trial.ended_by,
         "iteration": trial.iteration,
         "time_total_s": trial.time_total_s,
         "config": trial.config,
@@ -96,7 +97,7 @@ def experiment_lines(
     notes = {
         row: [Cell(str(one), "red")] for row, (_, one) in enumerate(found) if isinstance(one, KeepstepError)
     }
-    heads = ("name", "state", "trials", "terminated", "failed", "best", "updated")
+    heads = ("name", "state", "trials", "terminated", "error", "best", "updated")
     columns = [
         Column(header=head, cells=[row[place] for row in rows], right=place in (2, 3, 4), rank=rank)
         for place, (head, rank) in enumerate(zip(heads, (0, 1, 2, 5, 3, 4, 6), strict=True))
@@ -156,6 +157,7 @@ def _columns(
     columns = [
         Column(header="trial", cells=[Cell(str(trial), "bold") for trial in trials]),
         Column(header="status", cells=[Cell(t.status, _STYLES.get(t.status, "")) for t in trials], rank=1),
+        Column(header="ended by", cells=[cell(t.ended_by, str) for t in trials], rank=6),
         right("iter", [Cell(str(t.iteration)) for t in trials], 2),
         right("time", [Cell(f"{t.time_total_s:.4g}") for t in trials], 7),
     ]
@@ -194,6 +196,7 @@ def shown_lines(trial: Trial, results: Sequence[Mapping[str, Any]], output: Outp
     pairs = [
         ("trial", Cell(str(trial), "bold")),
         ("status", Cell(trial.status, _STYLES.get(trial.status, ""))),
+        ("ended by", cell(trial.ended_by, str)),
         ("iteration", Cell(str(trial.iteration))),
         ("time", Cell(f"{trial.time_total_s:.4g} s")),
         ("starts", Cell(f"{trial.starts}, {counted(trial.num_failures, 'failure')}")),

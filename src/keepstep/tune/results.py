@@ -67,6 +67,8 @@ class Result:
         config: its configuration.
         path: the address of its directory.
         error: why it failed; None: it didn't.
+        ended_by: who ended the trial: "itself", "stopper", "scheduler", "time budget", "restore" or "error";
+            None: it has not ended, or (`from_path`) there is no telling.
         best_checkpoints: [(checkpoint, metrics it was reported with), ...] of those kept, oldest first.
     """
 
@@ -79,8 +81,10 @@ class Result:
         checkpoints: Sequence[tuple[str, Mapping[str, Any]]] = (),
         newest: str | None = None,
         error: Callable[[], TrialError] | None = None,
+        ended_by: str | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
+        self.ended_by = ended_by
         self.metrics = dict(metrics)
         self.config = dict(config) if config is not None else None
         self.path = path
@@ -100,6 +104,7 @@ class Result:
             checkpoints=[(made.name, _metrics_of(made)) for made in trial.checkpoints],
             newest=trial.checkpoint.name if trial.checkpoint is not None else None,
             error=(lambda: _error_of(trial)) if failed else None,
+            ended_by=trial.ended_by,
             storage_options=storage_options,
         )
 

@@ -119,7 +119,7 @@ def test_lines_tell_of_starts_ends_and_failures_at_once(tmp_path: Path) -> None:
     assert reporter.should_report(trials)
     reporter.report(overview(trials, messages=["checkpoint_frequency is left out\x1b[31m"]), done=False)
     assert not reporter.should_report(trials)
-    trials[0].status = TERMINATED
+    trials[0].status, trials[0].ended_by = TERMINATED, "scheduler"
     trials[1].status, trials[1].num_failures, trials[1].error = ERROR, 1, "ValueError: no\nreally"
     trials[2].status, trials[2].num_failures, trials[2].error = "PENDING", 1, "killed by SIGKILL"
     reporter.report(overview(trials), done=False)
@@ -129,11 +129,13 @@ def test_lines_tell_of_starts_ends_and_failures_at_once(tmp_path: Path) -> None:
     assert all(line.startswith("[digits] ") for line in lines)
     assert lines[0] == "[digits] checkpoint_frequency is left out [31m"
     assert lines[1] == f"[digits] {trials[0]} started: lr=0.1"
-    assert lines[4] == f"[digits] {trials[0]} TERMINATED after 1 iteration, 0.5 s: loss=1 acc=0.5"
+    assert (
+        lines[4] == f"[digits] {trials[0]} TERMINATED by scheduler after 1 iteration, 0.5 s: loss=1 acc=0.5"
+    )
     assert lines[5].endswith("failed (failure 1) and is tried again: killed by SIGKILL")
-    assert f"{trials[1]} FAILED: ValueError: no really (see {trials[1].path}/error.txt)" in lines[6]
+    assert f"{trials[1]} ERROR: ValueError: no really (see {trials[1].path}/error.txt)" in lines[6]
     assert f"{trials[2]} started again, from iteration 3: lr=" in lines[7]
-    assert "2 of 4 trials ended · 1 running · 1 pending · 1 failed · best loss 0.333333" in lines[8]
+    assert "2 of 4 trials ended · 1 running · 1 pending · 1 error · best loss 0.333333" in lines[8]
     assert "about 1 min 40 s left · CPU 1/2" in lines[8]
     assert lines[9].startswith(f"[digits] best: {trials[2]}: lr=0.3")
     assert len(lines) == 10
@@ -233,7 +235,7 @@ def test_a_terminal_shows_a_live_table_and_gets_its_cursor_back() -> None:
     assert "more trials in /runs/digits" in text
     assert text.index("a message") < text.index("1 of 10,000 trials ended")
     assert "printed by the script" in text
-    assert "failed: ValueError: no" in text
+    assert "ERROR: ValueError: no" in text
     last = text[text.rindex("2 of 10,000 trials ended") :]
     assert last.count("\n") <= 12  # the height it was given meanwhile
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
@@ -276,10 +278,10 @@ def test_the_cli_reporter_takes_the_arguments_of_ray(
     assert not reporter.should_report(trials)
     assert reporter.should_report(trials, done=True)
     assert re.search(r"trial\s+status\s+lr\s+iter\s+time\s+accuracy\s+it\s+the loss", text)
-    rows = [line.split()[0] for line in text.splitlines() if re.search(r"RUNNING|TERMINATED|ERROR", line)]
+    rows = [line.split()[0] for line in text.splitlines() if re.search(r"(RUNNING|TERMINATED|ERROR) ", line)]
     assert rows == ["train_e1_00000", "train_e1_00001"]
     assert "and 2 more trials" in text
-    assert "train_e1_00003 failed: ValueError: no" in text
+    assert "train_e1_00003 ERROR: ValueError: no" in text
     assert not CLIReporter(print_intermediate_tables=False).should_report(trials)
     with pytest.raises(UsageError, match="mode='best'"):
         CLIReporter(mode="best")  # type: ignore[arg-type]

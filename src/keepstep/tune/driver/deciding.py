@@ -204,7 +204,7 @@ class Decider:
         save = trial.trial_id in self.ledger.take_saves()
         return Verdict(decision=decision, why=why, acts=self._taken(), save=save)
 
-    def completed(self, trial: Trial, *, again: bool) -> tuple[Act, ...]:
+    def completed(self, trial: Trial, *, again: bool = False) -> tuple[Act, ...]:
         """A trial's code came to its end.
 
         Args:

@@ -11,7 +11,7 @@ from keepstep.tune.experiment.journal import Journal
 from keepstep.tune.experiment.keeping import Holding, Key, Verdict, key_of, over_budget, superfluous
 from keepstep.tune.experiment.records import CheckpointsDropped
 from keepstep.tune.experiment.removal import delete, sweep
-from keepstep.tune.experiment.trial import CheckpointRecord, Trial
+from keepstep.tune.experiment.trial import TERMINATED, CheckpointRecord, Trial
 from keepstep.tune.settings import CheckpointConfig
 
 __all__ = ["Keeper"]
@@ -120,4 +120,4 @@ class Keeper:
 
 
 def _holding(trial: Trial) -> Holding:
-    return Holding(records=trial.checkpoints, may_go_on=trial.may_go_on)
+    return Holding(records=trial.checkpoints, may_go_on=trial.status != TERMINATED or trial.saves_last)

@@ -111,9 +111,14 @@ class Trial:
     ended_by: str | None = None
 
     @property
-    def may_go_on(self) -> bool:
-        """Whether it may run again by itself, or after a failure."""
-        return self.status != TERMINATED or self.ends_at is not None
+    def saves_last(self) -> bool:
+        """Whether it ended, but for its last checkpoint."""
+        return self.status == TERMINATED and self.ends_at is not None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """Who else than itself ended it well; None: nobody."""
+        return self.ended_by if self.status == TERMINATED and self.ended_by != "itself" else None
 
     @property
     def checkpoint(self) -> CheckpointRecord | None:

@@ -38,7 +38,7 @@ def status_line(overview: Overview, standing: Standing, *, best: bool = True) ->
     ended = f"{standing.finished:,} of {known:,} trials ended" if known else "no trials yet"
     others = [(name.lower(), counts.get(name, 0)) for name in ("RUNNING", "PAUSED", "PENDING")]
     parts = [ended, *(f"{count:,} {name}" for name, count in others if count)]
-    parts += [f"{counts[ERROR]:,} failed"] if counts.get(ERROR) else []
+    parts += [f"{counts[ERROR]:,} error"] if counts.get(ERROR) else []
     if best and standing.best is not None and overview.metric is not None:
         parts.append(
             f"best {overview.metric} {value(standing.best.metric(overview.metric))} ({standing.best})"
@@ -118,11 +118,12 @@ class LinesReporter(ProgressReporter):
             told = " ".join(f"{name}={value(number)}" for name, number in found if number is not None)
             count = trial.training_iteration
             after = f"{count:,} iteration{'' if count == 1 else 's'}, {duration(trial.time_total_s)}"
-            return f"{trial} {TERMINATED} after {after}: {told}".rstrip(": ")
+            by = f" by {trial.stopped_by}" if trial.stopped_by is not None else ""
+            return f"{trial} {TERMINATED}{by} after {after}: {told}".rstrip(": ")
         error = cut(in_one_line((trial.error or "").strip()), _ERROR_CHARACTERS)
         if kind == "again":
             return f"{trial} failed (failure {trial.num_failures}) and is tried again: {error}"
-        return f"{trial} FAILED: {error} (see {trial.path}/error.txt)"
+        return f"{trial} {ERROR}: {error} (see {trial.path}/error.txt)"
 
     def _out(self, text: str) -> None:
         write = self._write if self._write is not None else sys.stdout.write

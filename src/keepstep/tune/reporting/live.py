@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from keepstep.tune.experiment.trial import Trial
+from keepstep.tune.experiment.trial import ERROR, Trial
 from keepstep.tune.reporting.base import Overview, ProgressReporter
 from keepstep.tune.reporting.table import Look, show
 from keepstep.tune.reporting.watch import Watch
@@ -59,7 +59,8 @@ class LiveReporter(ProgressReporter):
         standing = self._watch.look(overview.trials)
         for trial, what in standing.news:
             if what in ("failed", "again"):
-                self._console.print(Text(f"{trial} failed: {in_one_line(trial.error or '')}", "red"))
+                word = ERROR if what == "failed" else "failed and is tried again"
+                self._console.print(Text(f"{trial} {word}: {in_one_line(trial.error or '')}", "red"))
         rows = max(1, min(20, self._console.height - _LINES_AROUND))
         look = replace(Look(), max_rows=rows, max_errors=_ERRORS if done else 0)
         self._live.update(show(overview, standing, self._watch, look), refresh=True)

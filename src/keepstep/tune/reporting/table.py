@@ -77,7 +77,7 @@ def show(overview: Overview, standing: Standing, watch: Watch, look: Look) -> Re
     if more > 0:
         parts.append(Text(f"and {more:,} more trials in {overview.path}", "dim"))
     failed = list(standing.failed)[-look.max_errors :] if look.max_errors else []
-    errors = (Text(f"{trial} failed: {cut(in_one_line(trial.error or ''), 200)}", "red") for trial in failed)
+    errors = (Text(f"{trial} {ERROR}: {cut(in_one_line(trial.error or ''), 200)}", "red") for trial in failed)
     return Group(*parts, *errors)
 
 
@@ -102,7 +102,7 @@ def _table(rows: Sequence[Trial], best: Trial | None, watch: Watch, look: Look) 
         style = "bold" if trial is best else _STYLES.get(trial.status, "")
         table.add_row(
             str(trial),
-            trial.status,
+            f"{trial.status} ({trial.stopped_by})" if trial.stopped_by is not None else trial.status,
             *(cut(value(_parameter(trial, name)), look.max_column_length) for name in said),
             str(trial.training_iteration) if trial.last_result else "",
             duration(trial.time_total_s) if trial.last_result else "",

@@ -85,8 +85,9 @@ class Watch:
         by_status: dict[str, list[Trial]] = {}
         for live in list(self._live.values()):
             self._compare(live, news)
-            by_status.setdefault(live.trial.status, []).append(live.trial)
-            if live.trial.is_finished():
+            status = RUNNING if live.trial.saves_last else live.trial.status
+            by_status.setdefault(status, []).append(live.trial)
+            if live.trial.is_finished() and not live.trial.saves_last:
                 self._take_ended(live.trial)
         self._first = False
         counts = self._ended + Counter(
@@ -137,7 +138,7 @@ class Watch:
             news.append((trial, "started"))
         if trial.num_failures > live.failures:
             news.append((trial, "failed" if trial.status == ERROR else "again"))
-        if trial.status == TERMINATED and trial.starts > 0 and not self._first:
+        if trial.status == TERMINATED and trial.starts > 0 and not (self._first or trial.saves_last):
             news.append((trial, "ended"))
         live.starts, live.failures = trial.starts, trial.num_failures
 
