@@ -22,6 +22,7 @@ TORCH_FREE = [
     "keepstep.lazy",
     "keepstep.locks",
     "keepstep.meetings",
+    "keepstep.pages",
     "keepstep.patching",
     "keepstep.checkpoint.format.manifest",
     "keepstep.checkpoint.keeping.catalog",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import mmap
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -24,7 +23,8 @@ from keepstep.errors import (
     StoreError,
     StoreReadOnlyError,
 )
-from keepstep.files import Files
+from keepstep.files import PAGE_BYTES, Files
+from keepstep.pages import huge_pages
 
 __all__ = ["pull_if_newer"]
 
@@ -152,7 +152,7 @@ def _make_way(final: Path, local: LocalBackend) -> None:
 def _fetch(entry: catalog.Entry, workspace: LocalWorkspace, name: str, file: FileEntry) -> None:
     """One file, in blocks that its segment takes as they are."""
     opened = source_of(entry.path).open(name, file)
-    block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
+    block = huge_pages(_BLOCK_BYTES)
     segment = workspace.create_segment(name, file.bytes)
     try:
         for begin in range(0, file.bytes, _BLOCK_BYTES):
@@ -163,7 +163,7 @@ def _fetch(entry: catalog.Entry, workspace: LocalWorkspace, name: str, file: Fil
                 if count == 0:
                     raise DamagedCheckpointError(entry.path, f"{name} ends at byte {begin + done}")
                 done += count
-            segment.write_at(block[: -(-size // mmap.PAGESIZE) * mmap.PAGESIZE], begin)
+            segment.write_at(block[: -(-size // PAGE_BYTES) * PAGE_BYTES], begin)
         segment.finish()
     except FileNotFoundError as error:
         raise DamagedCheckpointError(entry.path, f"{name} is missing ({error.filename})") from error

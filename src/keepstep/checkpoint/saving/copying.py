@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import queue
 import threading
@@ -17,6 +16,7 @@ from keepstep.checkpoint.place.backend import Workspace
 from keepstep.errors import DirectoryNotSavableError
 from keepstep.files import PAGE_BYTES, SegmentFile
 from keepstep.outcome import Latch
+from keepstep.pages import huge_pages
 
 __all__ = ["Copier", "SourceFile", "check_unchanged", "reading_source", "stamp_of"]
 
@@ -110,7 +110,7 @@ class Copier:
         work = _Copying(workspace, sources)
         count = min(self._threads, work.parts)
         while len(self._blocks) < count:
-            self._blocks.append(memoryview(mmap.mmap(-1, _BLOCK_BYTES)))
+            self._blocks.append(huge_pages(_BLOCK_BYTES))
         try:
             work.run(self._blocks[:count])
         finally:
