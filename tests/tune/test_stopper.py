@@ -46,6 +46,11 @@ def test_a_dict_ends_a_trial_when_a_bound_is_reached() -> None:
     assert make_stopper({"over": True})("a", {"over": True})
 
 
+def test_a_plateau_may_be_as_flat_as_can_be() -> None:
+    assert ends(TrialPlateauStopper("loss", std=0.0), [1.0, 1.0, 1.0, 1.0 + 1e-12, *[0.5] * 9]) == 8
+    assert ends(ExperimentPlateauStopper("loss", std=0, top=3), [3.0, 2.0, 2.0, 2.0, 1.0]) == 4
+
+
 def test_metrics_that_never_come_are_told_once() -> None:
     stopper = make_stopper([{"acc": 1, "loss": 9}, TrialPlateauStopper("val/f1")])
     for _ in range(50):
@@ -212,7 +217,7 @@ def test_a_function_has_to_be_handed_over_again() -> None:
         (lambda: MaximumIterationStopper(0), "max_iter is 0"),
         (lambda: TimeoutStopper("1h"), "timedelta"),  # type: ignore[arg-type]
         (lambda: TrialPlateauStopper("a", metric_threshold=0), "metric_threshold=0"),
-        (lambda: TrialPlateauStopper("a", std=0), "std is 0"),
+        (lambda: TrialPlateauStopper("a", std=-1), "std is -1"),
         (lambda: TrialPlateauStopper(""), "name of a metric"),
         (lambda: ExperimentPlateauStopper("a", top=1), "top is 1"),
         (lambda: ExperimentPlateauStopper("a", mode="up"), 'expected "min" or "max"'),  # type: ignore[arg-type]

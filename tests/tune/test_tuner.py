@@ -19,9 +19,11 @@ from keepstep.errors import (
     ExperimentNotFoundError,
     NoResultError,
     TrialError,
+    TuneError,
     UsageError,
 )
 from keepstep.tune.assembly.opening import open_experiment
+from keepstep.tune.executors.inline import InlineExecutor
 from keepstep.tune.experiment import Trial
 from keepstep.tune.result import SHOULD_CHECKPOINT
 
@@ -319,14 +321,55 @@ def test_a_trial_that_asks_for_more_than_there_is_fails_by_name_and_others_go_on
 
 
 def test_a_resource_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
-    results = fit(tmp_path, tune.with_resources(counting(1), {"cpus": 1}))
-    assert "asks for 1 cpus (what there is: cpu, " in str(results.errors[0])
+    trainable = tune.with_resources(counting(1), lambda config: {"cpus": 1})
+    results = fit(tmp_path, trainable, {"x": tune.grid_search([1, 2])})
+    assert ["asks for 1 cpus (what there is: cpu, " in str(error) for error in results.errors] == [True] * 2
+
+
+@pytest.mark.parametrize("executor", ["inline", "local"])
+def test_what_all_trials_ask_for_and_is_never_there_is_said_once_before_anything_is_done(
+    tmp_path: Path, executor: str
+) -> None:
+    space = {"x": tune.grid_search([1, 2])}
+    with pytest.raises(UsageError, match=r"no trial can start.*it asks for 10000 cpu \(there are"):
+        fit(tmp_path, tune.with_resources(counting(1), {"cpu": 10_000}), space, executor=executor)
+    assert not list(tmp_path.glob("it/*/"))
+    assert not tune.Tuner.can_restore(tmp_path / "it")
+    assert fit(tmp_path, counting(1), space, executor=executor).num_terminated == 2
+    done = fit(tmp_path, tune.with_resources(counting(1), {"cpu": 10_000}), space, executor=executor)
+    assert done.num_terminated == 2  # there is nothing left to start
+
+
+def test_an_executor_that_has_no_room_though_nothing_runs_is_named(tmp_path: Path) -> None:
+    class Wrong(InlineExecutor):
+        def fits(self, resources: Any) -> bool:
+            return False
+
+    with pytest.raises(TuneError, match=r"Wrong.fits says that there is no room"):
+        fit(tmp_path, counting(1), executor=Wrong)
+    assert fit(tmp_path, counting(1)).num_terminated == 1
+
+
+def test_a_population_without_end_is_refused(tmp_path: Path) -> None:
+    scheduler = tune.schedulers.PopulationBasedTraining(hyperparam_mutations={"x": tune.uniform(0, 1)})
+    config = tune.TuneConfig(metric="loss", mode="min", num_samples=-1, time_budget_s=1, scheduler=scheduler)
+    with pytest.raises(UsageError, match=r"PopulationBasedTraining.*num_samples=-1 is without end"):
+        fit(tmp_path, counting(1), {}, config)
+
+
+def test_a_metric_without_a_mode_is_said_when_the_experiment_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = fit(tmp_path, counting(3), {}, tune.TuneConfig(metric="loss"))
+    (said,) = [text for text in caplog.messages if "no mode" in text]
+    assert "metric='loss'" in said
+    assert results.get_best_result(mode="min").metrics["loss"] == -2
 
 
 def test_what_can_never_start_is_told_in_a_line_and_how_to_run_it_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(tmp_path, tune.with_resources(counting(1), {"cpu": 10_000}), verbose=1)
+    fit(tmp_path, tune.with_resources(counting(1), lambda config: {"cpu": 10_000}), verbose=1)
     told = capsys.readouterr().out
     failed, advice, _ = told.splitlines()
     assert "ERROR: it asks for 10000 cpu" in failed

@@ -158,6 +158,10 @@ def test_trials_share_what_there_is_and_give_it_back(drive: Drives) -> None:
     assert d.executor.fits(TOTAL)
     assert not d.executor.fits({"cpu": 100.0})
     assert not d.executor.fits({"tpu": 1.0})
+    assert d.executor.why_never(TOTAL) is None
+    assert "asks for 100 cpu (there are 4)" in str(d.executor.why_never({"cpu": 100.0}))
+    assert "asks for 1 tpu (what there is: cpu, gpu, licence)" in str(d.executor.why_never({"tpu": 1.0}))
+    assert "several whole ones" in str(d.executor.why_never({"gpu": 1.5}))
 
 
 def test_a_killed_trial_fails_and_the_others_go_on(drive: Drives) -> None:

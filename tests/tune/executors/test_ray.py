@@ -162,6 +162,7 @@ import sys, time
 import ray
 from ray.cluster_utils import Cluster
 from keepstep import tune
+from keepstep.errors import UsageError
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 machines = [cluster.add_node(num_cpus=1)]
@@ -188,8 +189,10 @@ config = tune.RunConfig(
 print("said:", result.metrics["step"], result.metrics["from"], result.metrics["training_iteration"])
 cluster.add_node(num_cpus=1)
 wide = tune.RunConfig(name="wide", storage_path=sys.argv[1], executor="ray", verbose=0)
-(result,) = tune.Tuner(tune.with_resources(train, {"cpu": 2}), run_config=wide).fit()
-print("said:", result.error)
+try:
+    tune.Tuner(tune.with_resources(train, {"cpu": 2}), run_config=wide).fit()
+except UsageError as error:
+    print("said:", error)
 ray.shutdown()
 cluster.shutdown()
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keepstep.errors import ExperimentNotFoundError, JournalError, StoreError
+from keepstep.errors import ExperimentNotFoundError, JournalError, NoSpaceError
 from keepstep.tune.experiment.journal import JOURNAL_NAME, Journal, LocalLog, parse_journal, read_journal
 from keepstep.tune.experiment.records import (
     Act,
@@ -128,6 +128,9 @@ def test_a_disk_that_refuses_leaves_nothing_of_what_was_added(
 
     journal.add(RECORDS[3])
     monkeypatch.setattr(os, "fdatasync", full)
-    with pytest.raises(StoreError, match="no space"):
+    with pytest.raises(
+        NoSpaceError, match=r"no space for the next result in .*journal\.jsonl.*Trials are"
+    ) as said:
         journal.commit()
+    assert "unfinished checkpoint" not in str(said.value)
     assert (tmp_path / JOURNAL_NAME).read_bytes() == data

@@ -51,7 +51,7 @@ from keepstep.tune.search.create import create_searcher
 from keepstep.tune.settings import RunConfig, TuneConfig
 from keepstep.tune.stopper import make_stopper
 from keepstep.tune.trainable.kinds import is_class_trainable, saves_checkpoints, trainable_name
-from keepstep.tune.trainable.resources import resources_of
+from keepstep.tune.trainable.resources import asks_alike, resources_of
 
 __all__ = ["Plan", "Resume", "carry_out"]
 
@@ -121,6 +121,7 @@ def carry_out(plan: Plan, opened: Opened) -> History:
         stack.callback(executor.close)
         showing = _showing(plan, history, decider, executor)
         stack.callback(showing.close)
+        _note_mode(plan.tune, showing)
         audience = _audience(plan, opened, history, stack)
         keeper = Keeper(
             history,
@@ -161,6 +162,14 @@ def _showing(plan: Plan, history: History, decider: Decider, executor: Executor)
         metric=plan.tune.metric,
         mode=plan.tune.mode,
     )
+
+
+def _note_mode(tune: TuneConfig, showing: Showing) -> None:
+    if tune.metric is not None and tune.mode is None:
+        showing.say(
+            f"TuneConfig has metric={tune.metric!r} and no mode, so nobody knows which trial is best: add "
+            'mode="min" or mode="max", or say it to get_best_result'
+        )
 
 
 def _audience(plan: Plan, opened: Opened, history: History, stack: contextlib.ExitStack) -> Audience:
@@ -260,6 +269,11 @@ def _end(trial: Trial, history: History, decider: Decider, opened: Opened) -> No
 def _decider(plan: Plan, history: History) -> Decider:
     tune = plan.tune
     searcher, scheduler = _searcher(tune), _scheduler(tune)
+    if scheduler.whole_population and tune.num_samples < 0:
+        raise UsageError(
+            f"{type(scheduler).__name__} compares trials that take turns, so all of them are made before the "
+            "first one starts, and TuneConfig.num_samples=-1 is without end: say how many there are to be"
+        )
     searcher.set_seed(history.made.seed)
     scheduler.set_seed(history.made.seed)
     searcher.set_search_properties(tune.metric, tune.mode, plan.param_space, num_samples=tune.num_samples)
@@ -286,6 +300,7 @@ def _options(plan: Plan, searcher: Searcher) -> Options:
     is_class = is_class_trainable(plan.trainable)
     return Options(
         is_class=is_class,
+        resources_alike=asks_alike(plan.trainable),
         saves=saves_checkpoints(plan.trainable),
         reuse=is_class and bool(tune.reuse_actors),
         num_samples=None if searcher.counts_samples or tune.num_samples < 0 else tune.num_samples,

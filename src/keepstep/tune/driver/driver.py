@@ -126,7 +126,11 @@ class Driver:
     def _start_trials(self) -> None:
         while self._halt.reason is None and self._room():
             trial = self._starter.next_trial()
-            if trial is None or not self._executor.fits(trial.resources) or self._still_ends(trial):
+            if trial is None or self._still_ends(trial):
+                return
+            if not self._executor.fits(trial.resources):
+                if not self._runs:
+                    raise self._starter.no_room(trial)
                 return
             self._launch(trial)
 

@@ -18,6 +18,7 @@ class Options:
     Attributes:
         is_class: whether the trainable is a class, which saves when it is told to.
         saves: whether such a class can save.
+        resources_alike: whether every trial asks for the same.
         reuse: whether its processes go on with the next trial.
         num_samples: most trials; None: as many as the searcher suggests.
         max_concurrent: most trials at a time; None: as many as fit.
@@ -32,6 +33,7 @@ class Options:
 
     is_class: bool
     saves: bool = False
+    resources_alike: bool = False
     reuse: bool = False
     num_samples: int | None = None
     max_concurrent: int | None = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from keepstep.errors import TuneError, UsageError
 from keepstep.tune.driver.deciding import Decider, Suggestion
 from keepstep.tune.driver.making import Maker
 from keepstep.tune.driver.options import Options
 from keepstep.tune.executors.protocol import Executor
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import Journal
-from keepstep.tune.experiment.trial import PENDING, Resources, Trial
+from keepstep.tune.experiment.trial import PENDING, Trial
 
 __all__ = ["Starter"]
 
@@ -50,12 +51,21 @@ class Starter:
         """Whether the searcher has nothing more."""
 
     def next_trial(self) -> Trial | None:
-        """The trial that starts next if there is room for it; None: none, as things stand."""
+        """The trial that starts next if there is room for it; None: none, as things stand.
+
+        Raises:
+            UsageError: none can ever start.
+        """
         self._stock_up()
         while (trial := self._unsaved() or self._decider.choose()) is not None:
-            problem = self._impossible(trial.resources)
+            problem = self._executor.why_never(trial.resources)
             if problem is None:
                 return trial
+            if self._options.resources_alike:
+                raise UsageError(
+                    f"no trial can start, as each asks for the same: {problem}. Nothing was started, and "
+                    "nothing of an experiment that was there has changed"
+                )
             self._refuse(trial, problem)
             self._stock_up()
         return None
@@ -95,17 +105,11 @@ class Starter:
         trial.config = suggested.config
         self._decider.added(trial)
 
-    def _impossible(self, wanted: Resources) -> str | None:
-        total = self._executor.total
-        missing = [
-            f"{amount:g} {name} "
-            + (f"(there are {total[name]:g})" if name in total else f"(what there is: {', '.join(total)})")
-            for name, amount in wanted.items()
-            if amount > total.get(name, 0) + 1e-9
-        ]
-        if not missing:
-            return None
-        return (
-            f"it asks for {', '.join(missing)}, more than there is: ask for less with "
-            "tune.with_resources(trainable, {...}), or run on a larger machine or a cluster"
+    def no_room(self, trial: Trial) -> TuneError:
+        """What is wrong with an executor that has no room for this trial, though nothing runs."""
+        return TuneError(
+            f"{trial} asks for {dict(trial.resources)}, and nothing runs, but "
+            f"{type(self._executor).__name__}.fits says that there is no room for it, while its why_never "
+            f"has no reason (total: {dict(self._executor.total)}). One of the two is wrong: that is a bug "
+            "of the executor. All that was reported is kept; start the experiment again to go on"
         )

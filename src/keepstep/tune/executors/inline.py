@@ -65,6 +65,9 @@ class InlineExecutor:
     def fits(self, resources: Resources) -> bool:
         return self._pool.fits(resources)
 
+    def why_never(self, resources: Resources) -> str | None:
+        return self._pool.why_never(resources)
+
     def launch(self, job: Job) -> None:
         run = _Run(job, self._pool.take(job.resources))
         self._runs[job.run] = run

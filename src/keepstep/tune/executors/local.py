@@ -64,6 +64,9 @@ class LocalExecutor:
     def fits(self, resources: Resources) -> bool:
         return self._pool.fits(resources)
 
+    def why_never(self, resources: Resources) -> str | None:
+        return self._pool.why_never(resources)
+
     def launch(self, job: Job) -> None:
         run = Run(job, self._pool.take(job.resources))
         try:

@@ -196,7 +196,10 @@ class Executor(Protocol):
         """What there is in all."""
 
     def fits(self, resources: Resources) -> bool:
-        """Whether a job with these resources could start now."""
+        """Whether a job with these resources could start now: if it ever can, then when nothing runs."""
+
+    def why_never(self, resources: Resources) -> str | None:
+        """Why a job with these resources could never start, as "it asks for ..."; None: it could."""
 
     def launch(self, job: Job) -> None:
         """Start a trial: `Started` or `Failed` follows."""

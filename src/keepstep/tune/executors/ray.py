@@ -114,6 +114,17 @@ class RayExecutor:
         unstarted = sum(not run.started for run in set(self._runs.values()))
         return unstarted < _MOST_UNSTARTED and self._pool.fits(resources)
 
+    def why_never(self, resources: Resources) -> str | None:
+        self._look()
+        problem = self._pool.why_never(resources)
+        if problem is not None or self._fixed or any(_holds(node, resources) for node in self._largest):
+            return problem
+        return (  # an actor runs on one machine
+            f"it asks for {dict(resources)}, and no single machine of the cluster has all of it: "
+            f"{self._largest}. A trial runs on one machine: ask for less with "
+            "tune.with_resources(trainable, {...})"
+        )
+
     def _look(self) -> None:
         """See what the cluster has; machines that are gone count on, as others may come in their place."""
         now = time.monotonic()
@@ -131,7 +142,6 @@ class RayExecutor:
         grant = self._pool.take(job.resources)
         directory = "" if "://" in job.path else os.path.abspath(job.path)
         try:
-            self._check_place(job)
             errand = dumps(Errand(job, directory), f"The configuration of trial {job.trial_name}")
             if directory:
                 os.makedirs(directory, exist_ok=True)
@@ -142,19 +152,6 @@ class RayExecutor:
             return
         run = self._runs[job.run] = _Run(job, grant, actor)
         run.call = actor.begin.remote(job.run, self._trainable, errand)
-
-    def _check_place(self, job: Job) -> None:
-        """An actor runs on one machine: is there one for it?"""
-        if self._fixed or any(
-            all(node.get(name, 0.0) >= amount for name, amount in job.resources.items())
-            for node in self._largest
-        ):
-            return
-        raise UsageError(
-            f"{job.trial_name} asks for {dict(job.resources)}, and no single machine of the cluster has all "
-            f"of it: {self._largest}. A trial runs on one machine: ask for less with "
-            "tune.with_resources(trainable, {...})"
-        )
 
     def order(self, run: str, order: Order) -> None:
         found = self._runs.get(run)
@@ -306,6 +303,11 @@ def _ours(resources: dict[str, float]) -> dict[str, float]:
         for name, amount in resources.items()
         if not name.startswith("node:") and name != "object_store_memory"
     }
+
+
+def _holds(node: Resources, wanted: Resources) -> bool:
+    """Whether one machine has all of it."""
+    return all(node.get(name, 0.0) >= amount for name, amount in wanted.items())
 
 
 def _options(job: Job) -> dict[str, Any]:

@@ -64,6 +64,32 @@ class Pool:
         enough = all(units <= self._free.get(name, 0) for name, units in wanted.items())
         return enough and self._choose(wanted.get(GPU, 0)) is not None
 
+    def why_never(self, resources: Mapping[str, float]) -> str | None:
+        """Why these could not be taken if everything was free, for people; None: they could."""
+        missing = [
+            f"{amount:g} {name} "
+            + (
+                f"(there are {self.total[name]:g})"
+                if name in self.total
+                else f"(what there is: {', '.join(self.total)})"
+            )
+            for name, amount in resources.items()
+            if _units(amount) > _units(self.total.get(name, 0.0))
+        ]
+        advice = "with tune.with_resources(trainable, {...})"
+        if missing:
+            return (
+                f"it asks for {', '.join(missing)}, more than there is: ask for less {advice}, or run on a "
+                "larger machine or a cluster"
+            )
+        gpus = _units(resources.get(GPU, 0.0))
+        if gpus > _UNITS and gpus % _UNITS:
+            return (
+                f"it asks for {resources[GPU]:g} gpu: a part of one GPU can be held, or several whole ones; "
+                f"ask for either {advice}"
+            )
+        return None
+
     def take(self, resources: Mapping[str, float]) -> Grant:
         """Take them.
 

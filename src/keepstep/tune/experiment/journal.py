@@ -7,15 +7,23 @@ torn at the end is dropped when the journal is opened again: nobody has acted on
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import xxhash
 
-from keepstep.checkpoint.place.local import explained
-from keepstep.errors import ExperimentNotFoundError, JournalError, NoSpaceError, StoreError
+from keepstep.errors import (
+    ExperimentNotFoundError,
+    JournalError,
+    KeepstepError,
+    NoSpaceError,
+    StoreError,
+    StoreReadOnlyError,
+)
 from keepstep.files import Files, LocalFiles
 from keepstep.tune.experiment.records import FORMAT, ExperimentMade, Record, parse_record, to_node
 
@@ -73,7 +81,7 @@ class LocalLog:
             ) from None
 
     def append(self, data: bytes) -> None:
-        with explained(self.path, "appending to"):
+        with _explained(self.path, "appending to"):
             fd = self._open()
             size = os.fstat(fd).st_size
             rest = memoryview(data)
@@ -106,7 +114,7 @@ class LocalLog:
         return self._fd
 
     def cut(self, size: int) -> None:
-        with explained(self.path, "opening"):
+        with _explained(self.path, "opening"):
             os.ftruncate(self._open(), size)
             os.fsync(self._fd)
 
@@ -114,6 +122,27 @@ class LocalLog:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn the operating system's refusals into keepstep's errors."""
+    try:
+        yield
+    except KeepstepError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise NoSpaceError(
+                f"no space for the next result in {path}: {reason}. What it holds is whole. Free some space, "
+                "or keep fewer checkpoints (CheckpointConfig.num_to_keep, RunConfig.byte_budget)"
+            ) from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise StoreReadOnlyError(
+                error.errno, f"cannot write to {path}: {reason}. Change its permissions, or those above it"
+            ) from error
+        raise StoreError(f"{doing} {path} failed: {reason}. What it held before is whole") from error
 
 
 class Told(NamedTuple):

@@ -10,7 +10,17 @@ from typing import Any, Final
 from keepstep.errors import UsageError
 from keepstep.tune.result import AUTOMATIC_FIELDS, look_up
 
-__all__ = ["PATIENCE", "Missing", "count", "deviation", "leaves", "names", "positive", "unknown"]
+__all__ = [
+    "PATIENCE",
+    "Missing",
+    "count",
+    "deviation",
+    "leaves",
+    "names",
+    "not_negative",
+    "positive",
+    "unknown",
+]
 
 PATIENCE: Final = 20
 """Results without a metric, before people are told that there is none."""
@@ -96,4 +106,15 @@ def positive(name: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
         raise UsageError(f"{name} is {value!r}; expected a number > 0")
+    return float(value)
+
+
+def not_negative(name: str, value: object) -> float:
+    """A number >= 0.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
+        raise UsageError(f"{name} is {value!r}; expected a number >= 0")
     return float(value)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from keepstep.errors import UsageError
 from keepstep.tune.stopper.base import Described
-from keepstep.tune.stopper.measured import Missing, count, deviation, positive
+from keepstep.tune.stopper.measured import Missing, count, deviation, not_negative
 
 __all__ = ["ExperimentPlateauStopper", "TrialPlateauStopper"]
 
@@ -17,7 +17,7 @@ class TrialPlateauStopper(Described):
 
     Args:
         metric: which; nested ones by "a/b". Results without it don't count.
-        std: the trial ends when the standard deviation of the newest values is below this.
+        std: the trial ends when the standard deviation of the newest values is at most this.
         num_results: how many values are looked at.
         grace_period: least number of results before a trial may end.
         metric_threshold: and the value must have come so far: at most this if `mode` is "min", at least this
@@ -44,7 +44,7 @@ class TrialPlateauStopper(Described):
                 f"metric_threshold={metric_threshold!r} a trial may end"
             )
         self.metric = metric
-        self.std = positive(f"{own}.std", std)
+        self.std = not_negative(f"{own}.std", std)
         self.num_results = count(f"{own}.num_results", num_results, least=1)
         self.grace_period = count(f"{own}.grace_period", grace_period, least=0)
         self.metric_threshold = metric_threshold
@@ -62,7 +62,7 @@ class TrialPlateauStopper(Described):
         newest.append(value)
         if self._seen[trial_id] < self.grace_period or len(newest) < self.num_results:
             return False
-        return self._came_far(value) and deviation(newest) < self.std
+        return self._came_far(value) and deviation(newest) <= self.std
 
     def _came_far(self, value: float) -> bool:
         if self.metric_threshold is None:
@@ -96,7 +96,7 @@ class ExperimentPlateauStopper(Described):
         if mode not in ("min", "max"):
             raise UsageError(f'{own}.mode is {mode!r}; expected "min" or "max"')
         self.metric = metric
-        self.std = positive(f"{own}.std", std)
+        self.std = not_negative(f"{own}.std", std)
         self.top = count(f"{own}.top", top, least=2)
         self.mode = mode
         self.patience = count(f"{own}.patience", patience, least=0)

@@ -9,8 +9,9 @@ from typing import Any, Final
 from keepstep.errors import UsageError
 from keepstep.tune.trainable.bundles import PlacementGroupFactory, resource_dict_to_pg_factory
 from keepstep.tune.trainable.kinds import check_trainable, is_class_trainable
+from keepstep.tune.trainable.trainable import Trainable
 
-__all__ = ["bundles_of", "resources_of", "with_resources"]
+__all__ = ["asks_alike", "bundles_of", "resources_of", "with_resources"]
 
 _NAMES: Final = {"CPU": "cpu", "GPU": "gpu"}
 _ATTRIBUTE: Final = "_tune_resources"
@@ -62,6 +63,17 @@ def resources_of(trainable: Any, config: dict[str, Any]) -> dict[str, float]:
         _NAMES.get(name, name): amount
         for name, amount in bundles_of(trainable, config).required_resources.items()
     }
+
+
+def asks_alike(trainable: Any) -> bool:
+    """Whether all trials hold the same, whatever their configurations are."""
+    said = _said(trainable)
+    if said is not None:
+        return isinstance(said, PlacementGroupFactory | Mapping)
+    if not is_class_trainable(trainable):
+        return True
+    says = (kind for kind in trainable.__mro__ if "default_resource_request" in vars(kind))
+    return next(says, None) is Trainable
 
 
 def bundles_of(trainable: Any, config: dict[str, Any]) -> PlacementGroupFactory:
