@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.checkpoint.equality import assert_same
 from tests.holding import Held
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from keepstep.checkpoint.pending import PendingSave
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
 from keepstep.checkpoint.store import Store
 from keepstep.errors import BackgroundSaveError, StateChangedError, StillSavingError, UsageError
@@ -71,6 +77,115 @@ def test_a_write_before_the_copy_is_found_out(tmp_path: Path, held: Held, write:
     assert [c.name for c in store.list()] == ["checkpoint_0"], "a torn state was committed"
     assert not list(tmp_path.glob("*.tmp-*"))
     assert_same(store.save({"w": w}).load(), {"w": w.detach()})
+
+
+def _is_copied(pending: PendingSave) -> bool:
+    return "being copied" not in repr(pending)
+
+
+def _assert_refused(store: Store, pending: PendingSave) -> None:
+    with pytest.raises(BackgroundSaveError, match="w/value") as failure:
+        pending.wait()
+    assert isinstance(failure.value.__cause__, StateChangedError)
+    assert store.list() == [], "a torn state was committed"
+
+
+def test_a_write_that_goes_on_while_everything_is_copied_is_found_out(tmp_path: Path, held: Held) -> None:
+    """Torch counts a write when it is done: while it goes on, the copy looks sound."""
+    w, store = torch.rand(1 << 20) + 1, Store(tmp_path)
+    before = float(w[0])
+    pending = store.save_in_background({"w": w}, staging="overlapped")
+    copied_at_s: list[float] = []
+
+    def copy_once_it_writes() -> None:
+        while float(w[0]) == before:
+            time.sleep(0)
+        held.opened.set()
+        while not _is_copied(pending):
+            time.sleep(0.001)
+        copied_at_s.append(time.monotonic())
+
+    copying = threading.Thread(target=copy_once_it_writes)
+    copying.start()
+    w.polygamma_(2)  # hundreds of milliseconds, without the interpreter's lock
+    ended_s = time.monotonic()
+    copying.join()
+    assert copied_at_s[0] < ended_s, "the write did not take long enough"
+    _assert_refused(store, pending)
+
+
+class _HalfAndHalf(TorchDispatchMode):
+    """Operations that are Python within torch's: torch counts the write when both halves are done."""
+
+    def __init__(self, w: torch.Tensor, between: Callable[[], object]) -> None:
+        super().__init__()
+        self._w = w
+        self._between = between
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        half = self._w.numel() // 2
+        self._w.numpy()[:half] = 7
+        self._between()
+        self._w.numpy()[half:] = 7
+        return args[0]
+
+
+def test_a_write_by_python_within_torch_is_found_out(tmp_path: Path, held: Held) -> None:
+    w, store = torch.ones(1000), Store(tmp_path)
+    pending = store.save_in_background({"w": w}, staging="overlapped")
+
+    def let_it_be_copied() -> None:
+        held.opened.set()
+        ends_s = time.monotonic() + 60
+        while not _is_copied(pending) and time.monotonic() < ends_s:
+            time.sleep(0.001)
+        time.sleep(0.3)  # time enough to commit
+        assert store.list() == [], "a torn state was committed"
+
+    with _HalfAndHalf(w, let_it_be_copied):
+        w.fill_(7)
+    _assert_refused(store, pending)
+
+
+def _until_committed(store: Store) -> None:
+    """Wait without a call that tells keepstep where this thread is."""
+    ends_s = time.monotonic() + 20
+    while not store.list():
+        assert time.monotonic() < ends_s, "it was not committed"
+
+
+def test_a_save_is_committed_while_the_thread_that_ordered_it_does_something_else(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save_in_background({"w": torch.ones(1000)}, staging="overlapped")
+    _until_committed(store)
+
+
+def test_a_save_is_committed_though_the_thread_that_ordered_it_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keepstep.checkpoint.saving.save._LONGEST_WRITE_S", 0.2)
+    store, go_on = Store(tmp_path), threading.Event()
+
+    def order() -> None:
+        store.save_in_background({"w": torch.ones(1000)}, staging="overlapped")
+        go_on.wait(60)
+
+    ordering = threading.Thread(target=order)
+    ordering.start()
+    _until_committed(store)
+    go_on.set()
+    ordering.join()
+
+
+def test_a_save_is_committed_once_the_thread_that_ordered_it_has_ended(tmp_path: Path, held: Held) -> None:
+    store = Store(tmp_path)
+    ordering = threading.Thread(
+        target=lambda: store.save_in_background({"w": torch.ones(1000)}, staging="overlapped")
+    )
+    ordering.start()
+    ordering.join()
+    held.opened.set()
+    _until_committed(store)
 
 
 def test_memory_that_was_given_back_before_the_copy_is_not_read(tmp_path: Path, held: Held) -> None:

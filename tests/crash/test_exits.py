@@ -292,6 +292,7 @@ root, seed, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 draw = random.Random(seed)
 store = Store(root)
 state = {"a": {"w": torch.zeros(3_000_000)}, "b": {"w": torch.zeros(500_000), "v": torch.zeros(7)}}
+other = torch.rand(100, 100)
 flat = [t for group in state.values() for t in group.values()]
 base = flat[1].view(1000, 500)
 writes = [
@@ -305,7 +306,10 @@ caught = whole = 0
 for number in range(1, rounds + 1):
     before = [t.clone() for t in flat]
     pending = store.save_in_background(state, staging="overlapped")
-    time.sleep(draw.choice([0.0, 0.001, 0.005, 0.02, 0.05]) * draw.random())
+    ends = time.monotonic() + draw.choice([0.0, 0.001, 0.005, 0.02, 0.05, 0.2]) * draw.random()
+    while time.monotonic() < ends:  # as a forward does: in many places, none of which writes to the state
+        y = other @ other
+        y = torch.relu(y).sum()
     draw.choice(writes)(draw.choice(flat), float(number))  # without wait_staged
     try:
         checkpoint = pending.wait()

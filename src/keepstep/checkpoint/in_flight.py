@@ -115,6 +115,7 @@ class Saves:
                 )
             except BaseException:  # Ctrl-C, perhaps just after the work was handed in: it may be committing
                 crew.close()
+                save.seal()  # nothing is written to until it is over
                 crew.wait()
                 self._parts.backend.release(save.workspace)
                 save.discard()

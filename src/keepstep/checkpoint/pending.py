@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable
 
 from keepstep.checkpoint.format.source import Place
@@ -44,6 +46,7 @@ class PendingSave:
         self.blocked_s = blocked_s
         self.seen = False
         self._pid = os.getpid()
+        self._ordered_by = threading.get_ident()
         outcome.before_it_is_told(self._note)
 
     def __repr__(self) -> str:
@@ -72,9 +75,17 @@ class PendingSave:
             self._staged.wait()
             self._seal()
 
+    def _come_by(self, timeout_s: float | None) -> None:
+        """Whoever ordered it writes to nothing while it is here; wait for the copy if need be."""
+        if threading.get_ident() == self._ordered_by and self._staged.wait(timeout_s):
+            self._seal()
+
     def done(self) -> bool:
         """Whether it is committed, or has failed."""
-        return self.inherited or self._outcome.done()
+        if self.inherited:
+            return True
+        self._come_by(0)
+        return self._outcome.done()
 
     @property
     def inherited(self) -> bool:
@@ -101,7 +112,9 @@ class PendingSave:
                 f"this save was begun by process {self._pid}, from which this one was forked: it is finished "
                 "there, and can't be waited for here"
             )
-        if not self._outcome.wait(timeout_s):
+        ends_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._come_by(timeout_s)
+        if not self._outcome.wait(None if ends_s is None else max(0.0, ends_s - time.monotonic())):
             raise StillSavingError(
                 f"{self.place} is not committed after {timeout_s} s: it is {self._how_far}. It goes on; wait "
                 "again, or ask done()"

@@ -233,9 +233,9 @@ class Store:
             per_rank: what is this rank's own.
             staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made
                 in the background as well, and the state must not change until `PendingSave.wait_staged` has
-                returned. Tensors that torch saw written to before are found out by their version counters:
-                nothing is committed, and the error names them. "auto": the one that costs less for a state of
-                this size; treat it as "overlapped".
+                returned. Tensors that torch saw this thread write to before are found out: nothing is
+                committed, which waits until what the thread did meanwhile is over, and the error names them.
+                "auto": the one that costs less for a state of this size; treat it as "overlapped".
             changing: tensors that may change at once all the same, such as buffers that a forward updates;
                 they are copied before this returns. So is all memory of NumPy's. If that comes to more than
                 128 MiB, everything is copied before this returns.

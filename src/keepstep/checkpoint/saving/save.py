@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -26,8 +27,10 @@ from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.staging import BlockPool, SideStreams, TensorBytes
+from keepstep.checkpoint.saving.under_way import UnderWay
 from keepstep.checkpoint.saving.writer import WRITER_THREADS, SegmentWriter
 from keepstep.errors import RanksDifferError, StateChangedError, UsageError
+from keepstep.outcome import Latch
 from keepstep.tree import DTYPES, Flat, Leaf, flatten
 
 __all__ = [
@@ -93,6 +96,9 @@ class Save:
         self._held: list[Held] = []
         self._written_to: list[str] = []
         self._sealing = threading.Lock()
+        self._sealed = Latch()
+        self._ordered_by = threading.current_thread()
+        self._under_way: UnderWay | None = None
         self._writer = self._make_writer(pool)
 
     def _lay_out(self, state: Any, own: Any) -> None:
@@ -169,11 +175,13 @@ class Save:
         """Take note of what was written to since `hold`; whatever is written after this call is no concern.
 
         Called after `stage` by the thread that is about to write: torch counts a write when it is done, and
-        no other thread knows whether one is under way. `finish` calls it otherwise.
+        no other thread knows whether one is under way. If that thread does not come by, `finish` calls it
+        once what the thread was in the middle of is over.
         """
         with self._sealing:
             self._written_to += [self._infos[h.index].address for h in self._held if h.was_written_to]
             self._held.clear()
+        self._sealed.open()
 
     def finish(self) -> Manifest:
         """Wait until all that was staged is written, and commit.
@@ -204,14 +212,26 @@ class Save:
     def _open_and_stage(self) -> None:
         self.workspace.open()
         self._writer.stage()
+        if self._held:
+            self._under_way = UnderWay(self._ordered_by)
         self._flat = Flat(tree=self._flat.tree, leaves=[])  # the live tensors are not ours any more
 
     def _drain_and_commit(self) -> Manifest:
         self._writer.drain()
+        self._let_writes_end()
         self.seal()
         if self._written_to:
             raise StateChangedError(self._written_to)
         return self._commit()
+
+    def _let_writes_end(self) -> None:
+        """Wait until a write that the training had begun before all was copied is over, and so is counted."""
+        ends_s, pause_s = time.monotonic() + _LONGEST_WRITE_S, _SHORTEST_PAUSE_S
+        while self._under_way is not None and not self._sealed.is_open and not self._under_way.is_over:
+            if time.monotonic() > ends_s:
+                return
+            self._sealed.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _commit(self) -> Manifest:
         files = self._writer.file_entries()
@@ -276,6 +296,13 @@ class Content:
 
 _HELD_BYTES = 128 << 20
 """Most memory for copies of what changes while the rest is staged: a save beyond that is staged at once."""
+
+_LONGEST_WRITE_S: Final = 30.0
+"""A single operation on the state takes no longer. A thread that stands still for so long sleeps, or waits for
+input, and what it ordered is committed."""
+
+_SHORTEST_PAUSE_S: Final = 0.0005
+_LONGEST_PAUSE_S: Final = 0.005
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
