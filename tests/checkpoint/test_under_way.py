@@ -99,5 +99,3 @@ def test_what_runs_a_training_loop_is_no_operation(walk: Any) -> None:
     under_way = UnderWay(walker.thread)
     walker.go_on()
     assert under_way.is_over
-
-

@@ -298,8 +298,8 @@ _HELD_BYTES = 128 << 20
 """Most memory for copies of what changes while the rest is staged: a save beyond that is staged at once."""
 
 _LONGEST_WRITE_S: Final = 30.0
-"""A single operation on the state takes no longer. A thread that stands still for so long sleeps, or waits for
-input, and what it ordered is committed."""
+"""A single operation on the state takes no longer. A thread that stands still for so long sleeps, or waits
+for input, and what it ordered is committed."""
 
 _SHORTEST_PAUSE_S: Final = 0.0005
 _LONGEST_PAUSE_S: Final = 0.005

@@ -52,7 +52,7 @@ class UnderWay:
 
 
 def _places(frame: FrameType) -> tuple[tuple[int, int], ...]:
-    """Which frames these are, this one and its callers, and where they stand; each stays where it is in memory."""
+    """This frame and its callers, and where each stands; while they are executed they keep their address."""
     places = []
     caller: FrameType | None = frame
     while caller is not None:
