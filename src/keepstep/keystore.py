@@ -6,8 +6,10 @@ import contextlib
 import datetime as dt
 import queue
 import threading
+import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
 
 from keepstep.errors import RankMissingError
 from keepstep.outcome import Outcome
@@ -18,6 +20,10 @@ _T = TypeVar("_T")
 
 _ANSWER_S = 20.0
 """How long a store may take to answer, at least: a tenth of the meeting's time-out if that is more."""
+
+_WAIT_S: Final = 1.0
+"""A store that waits for a key hears nothing else meanwhile: it is asked to for so long, again and again, so that
+a rank that is interrupted gets to tell the others that it leaves."""
 
 
 class KeyValueStore(Protocol):
@@ -81,19 +87,24 @@ class Connection:
 
     def wait(self, key: str, timeout_s: float) -> bool:
         """Whether the key came within the time-out."""
+        ends_s = time.monotonic() + timeout_s
+        while True:
+            wait_s = min(_WAIT_S, max(0.001, ends_s - time.monotonic()))
+            if self._ask(partial(self._wait_for, key, wait_s), wait_s):
+                return True
+            if time.monotonic() >= ends_s:
+                return False
 
-        def wait() -> bool:
-            try:
-                self._store.wait([key], dt.timedelta(seconds=timeout_s))
-            except RuntimeError:  # too late, or no connection, which the check will tell
-                return self._store.check([key])
-            return True
-
-        return self._ask(wait, timeout_s)
+    def _wait_for(self, key: str, wait_s: float) -> bool:
+        try:
+            self._store.wait([key], dt.timedelta(seconds=wait_s))
+        except RuntimeError:  # too late, or no connection, which the check will tell
+            return self._store.check([key])
+        return True
 
     def _ask(self, work: Callable[[], _T], may_wait_s: float = 0.0) -> _T:
         """Ask the store; no answer within the time-out is told as its loss."""
-        if self._asked is not None and not self._asked.done():
+        if self._asked is not None and not self._asked.wait(_WAIT_S + 1.0):  # it was left by Ctrl-C
             raise self._lost("it has not answered yet", 0.0)
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._serve, name="keepstep-meet", daemon=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ def meet(_: str, rank: int, size: int) -> None:
     _steps_of_a_meeting(world)
     _tensors(world)
     _a_failing_rank_is_heard_at_once(world)
+    _a_rank_that_is_interrupted_while_it_waits_tells_the_others(world)
     _a_rank_that_stays_away_is_named(world)
     _nothing_is_left(world)
 
@@ -83,6 +86,24 @@ def _a_failing_rank_is_heard_at_once(world: Ranks) -> None:
         assert caught.value.rank == world.size - 1  # type: ignore[union-attr]
     with world.meeting("failing") as meeting:
         assert len(meeting.exchange(b"again")) == world.size
+
+
+def _a_rank_that_is_interrupted_while_it_waits_tells_the_others(world: Ranks) -> None:
+    """As by Ctrl-C. Rank 0 comes late, and the others wait for it."""
+    last, began = world.size - 1, time.monotonic()
+    if world.rank == last:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises((RankFailedError, KeyboardInterrupt)) as caught, world.meeting("waiting") as meeting:  # noqa: PT012
+        if world.rank == 0:
+            time.sleep(4)
+        meeting.exchange(b"")
+    assert (caught.type is KeyboardInterrupt) == (world.rank == last)
+    assert time.monotonic() - began < 10
+    if world.rank != last:
+        assert caught.value.rank == last  # type: ignore[union-attr]
+        assert "KeyboardInterrupt" in str(caught.value)
+    world.barrier()
 
 
 def _a_rank_that_stays_away_is_named(world: Ranks) -> None:
