@@ -22,7 +22,7 @@ _ANSWER_S = 20.0
 """How long a store may take to answer, at least: a tenth of the meeting's time-out if that is more."""
 
 _WAIT_S: Final = 1.0
-"""A store that waits for a key hears nothing else meanwhile: it is asked to wait for so long at a time, so that
+"""A store that waits for a key hears nothing else meanwhile: it is asked to wait for so long at a time, and
 a rank that is interrupted gets to tell the others that it leaves."""
 
 

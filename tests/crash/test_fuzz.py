@@ -347,6 +347,16 @@ def test_mangled_checkpoints_are_refused(tmp_path: Path, originals: Path, tally:
     fuzz(tmp_path, originals, tally, 250)
 
 
+def test_live_tensors_that_overlap_in_memory_import_nothing(tmp_path: Path, originals: Path) -> None:
+    """A mangled checkpoint once led to NumPy's module for masked arrays, which it imports when it is used."""
+    checkpoint = Checkpoint.open(shutil.copytree(originals / "checkpoint_1", tmp_path / "checkpoint_1"))
+    w = torch.zeros(6, 7)
+    crossing = {"model": {"w": w[:, :4], "tied": w.flatten()[3:27].view(4, 6)}}
+    outcome(lambda: checkpoint.load_into(live_state()))
+    with watch.within(tmp_path):
+        assert outcome(lambda: checkpoint.load_into(crossing, only="model")) == "misfit"
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", range(4))
