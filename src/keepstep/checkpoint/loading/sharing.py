@@ -98,7 +98,7 @@ def _pairs_by_element(cluster: Sequence[Place]) -> Iterator[tuple[Place, Place]]
             (*(step * count for step in tensor.stride()), 1),
             (tensor.data_ptr() - begin) // unit,
         )
-        for other in marks.unique().tolist():
+        for other in torch.unique(marks).tolist():
             if other:
                 yield cluster[other - 1], place
         marks.fill_(number)
