@@ -89,9 +89,8 @@ def run(
     """
     if isinstance(run_or_experiment, str):
         raise UsageError(
-            f"tune.run was given {run_or_experiment!r}; names of registered trainables are not known "
-            f"here: hand "
-            "over the function or class itself"
+            f"tune.run was given {run_or_experiment!r}; names of registered trainables are not known here: "
+            "hand over the function or class itself"
         )
     trainable = run_or_experiment
     if resources_per_trial is not None:
@@ -141,8 +140,7 @@ def _tuner(
     if kind == "NO" and there:
         raise ExperimentExistsError(
             f"{path} is there already, and resume is False. Give this experiment another name, or leave "
-            f"resume out "
-            "to go on with that one"
+            "resume out to go on with that one"
         )
     if path is None or (kind in ("AUTO", "NO") and not errored) or (kind == "AUTO" and not there):
         return Tuner(trainable, param_space=space, tune_config=tune, run_config=run)

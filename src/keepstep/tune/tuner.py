@@ -95,9 +95,8 @@ class Tuner:
         """
         if resume_errored and restart_errored:
             raise UsageError(
-                "Tuner.restore was given resume_errored=True and restart_errored=True; trials that "
-                "failed either "
-                "go on or begin anew: choose one"
+                "Tuner.restore was given resume_errored=True and restart_errored=True; trials that failed "
+                "either go on or begin anew: choose one"
             )
         address = _address(path)
         if storage_options is None and run_config is not None:
@@ -210,7 +209,6 @@ def _check_checkpoints(trainable: Any, run: RunConfig) -> None:
         if said:
             raise UsageError(
                 f"CheckpointConfig({name}={said!r}) is for classes; {trainable_name(trainable)} is a "
-                f"function, "
-                "whose training loop keepstep can't look into. Save from inside it: tune.report(metrics, "
-                "checkpoint=...) as often, or as late, as you want"
+                "function, whose training loop keepstep can't look into. Save from inside it: "
+                "tune.report(metrics, checkpoint=...) as often, or as late, as you want"
             )

@@ -131,8 +131,7 @@ def _local(directory: Path) -> tuple[Log, Callable[[], None]]:
         except (FileExistsError, NotADirectoryError):
             raise UsageError(
                 f"{directory} can't be the directory of an experiment: it, or one above it, is a file. "
-                f"Choose "
-                "another RunConfig.name or storage_path"
+                "Choose another RunConfig.name or storage_path"
             ) from None
     log = LocalLog(directory / JOURNAL_NAME)
     try:
@@ -140,8 +139,7 @@ def _local(directory: Path) -> tuple[Log, Callable[[], None]]:
     except BlockingIOError:
         raise ExperimentBusyError(
             f"{directory} is being run by {_driver(log)}. One process at a time runs an experiment: stop "
-            f"that one, "
-            "or give this one another RunConfig.name"
+            "that one, or give this one another RunConfig.name"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):

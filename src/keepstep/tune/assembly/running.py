@@ -242,9 +242,8 @@ def _check_trainable(made: ExperimentMade, plan: Plan, address: str) -> None:
     name = trainable_name(plan.trainable)
     if made.trainable != name:
         raise ExperimentExistsError(
-            f"{address} holds an experiment of {made.trainable!r}, and this one is of {name!r}. Nothing "
-            f"was changed. "
-            "Give this one another RunConfig.name, or go on with that one by Tuner.restore"
+            f"{address} holds an experiment of {made.trainable!r}, and this one is of {name!r}. Nothing was "
+            "changed. Give this one another RunConfig.name, or go on with that one by Tuner.restore"
         )
 
 
@@ -328,8 +327,7 @@ def _outputs(log_to_file: bool | str | tuple[str, str]) -> tuple[str, str]:
     if len(names) != 2 or not all(isinstance(name, str) and name and "/" not in name for name in names):
         raise UsageError(
             f"RunConfig.log_to_file is {log_to_file!r}; expected True, False, the name of a file, or two "
-            f"names: for "
-            "what a trial prints, and for its errors"
+            "names: for what a trial prints, and for its errors"
         )
     return names[0], names[1]
 

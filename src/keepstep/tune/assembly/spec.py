@@ -120,7 +120,7 @@ def _kept(spec: Mapping[str, Any], name: str, owner: str) -> Any:
         argument = {"TuneConfig": "tune_config", "RunConfig": "run_config"}[owner]
         raise UsageError(
             f"{owner}.{name} was, or held, {', '.join(lost)}, which is not kept with the experiment: "
-            f"functions "
-            f"and objects are never pickled. Hand over {argument}={owner}({name}=...) to Tuner.restore"
+            f"functions and objects are never pickled. Hand over {argument}={owner}({name}=...) to "
+            "Tuner.restore"
         )
     return revived(spec[name], argument=name)

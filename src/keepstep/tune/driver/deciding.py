@@ -247,6 +247,5 @@ class Decider:
         if self.ledger.take():
             raise TuneError(
                 f"{type(self.scheduler).__name__}.on_trial_add did something to trials when {trial} was "
-                f"made; "
-                "it may only do so when one reports or ends"
+                "made; it may only do so when one reports or ends"
             )

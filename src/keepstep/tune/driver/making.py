@@ -103,10 +103,9 @@ class Maker:
             taken = any(trial.dirname == dirname for trial in self._history.trials.values())
             if not dirname or dirname != _safe(dirname) or dirname.startswith(".") or taken:
                 raise UsageError(
-                    f"trial_dirname_creator gave {dirname!r} for trial {record.trial}"
-                    f"{', which another trial has' if taken else ''}; expected a name of its own for each "
-                    f"trial, "
-                    "of letters, digits and ._+=,@-, that does not begin with a dot"
+                    f"trial_dirname_creator gave {dirname!r} for trial "
+                    f"{record.trial}{', which another trial has' if taken else ''}; expected a name of its "
+                    "own for each trial, of letters, digits and ._+=,@-, that does not begin with a dot"
                 )
         return replace(record, name=name, dirname=dirname)
 

@@ -77,13 +77,11 @@ class _Replay:
             raise TuneError(
                 f"trial {record.trial} has a configuration that JSON does not hold, and the search does not "
                 f"suggest it again, but {shown}. Give the same param_space and search_alg that the "
-                f"experiment "
-                "was started with"
+                "experiment was started with"
             )
         _log.warning(
             "the search suggests %s for trial %s, where it once suggested %s: was its code or the "
-            "param_space "
-            "changed? What was written down counts",
+            "param_space changed? What was written down counts",
             shown,
             record.trial,
             dict(record.config),
@@ -117,11 +115,9 @@ class _Replay:
         if was[0] != now[0] or not _same_acts(was[1], now[1]):
             raise TuneError(
                 f"{type(self._decider.scheduler).__name__} and the stopper decide otherwise than they did "
-                f"when "
-                f"{trial} reported iteration {trial.iteration}: {_told(*now)}, but the journal has "
+                f"when {trial} reported iteration {trial.iteration}: {_told(*now)}, but the journal has "
                 f"{_told(*was)}. Give the scheduler and the stopper that the experiment was started with; "
-                f"they "
-                "must not depend on anything but what they are told"
+                "they must not depend on anything but what they are told"
             )
 
 

@@ -333,9 +333,8 @@ class History:
         found = [made for made in donor.checkpoints if made.name == act.checkpoint]
         if not found:
             raise JournalError(
-                f"the journal of {self.path} says that {trial} took over {act.checkpoint} of {donor}, "
-                f"which it "
-                "does not have"
+                f"the journal of {self.path} says that {trial} took over {act.checkpoint} of {donor}, which "
+                "it does not have"
             )
         trial.resume_from = found[0]
         trial.iteration, trial.time_total_s = found[0].iteration, found[0].time_total_s

@@ -75,9 +75,8 @@ class LocalLog:
             return self.path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise ExperimentNotFoundError(
-                f"{self.path.parent} holds no experiment ({JOURNAL_NAME} is missing). Name the directory "
-                f"of an "
-                "experiment: <storage_path>/<name>"
+                f"{self.path.parent} holds no experiment ({JOURNAL_NAME} is missing). Name the directory of "
+                "an experiment: <storage_path>/<name>"
             ) from None
 
     def append(self, data: bytes) -> None:
@@ -170,10 +169,9 @@ def parse_journal(data: bytes, name: str) -> Told:
         if node is None:
             if any(_parse_line(later) for later in lines[number:]):
                 raise JournalError(
-                    f"line {number} of {name} is damaged, and sound ones follow it: it was changed after "
-                    f"it was "
-                    "written. Put a copy of the journal in its place; or cut it before that line, and what "
-                    "happened later is run again"
+                    f"line {number} of {name} is damaged, and sound ones follow it: it was changed after it "
+                    "was written. Put a copy of the journal in its place; or cut it before that line, and "
+                    "what happened later is run again"
                 )
             break
         records.append(_record(node, name, number))

@@ -33,8 +33,7 @@ def missing(name: str) -> UsageError:
     return UsageError(
         f"keepstep has no {name}. There are: BasicVariantGenerator (grids and random search; "
         f'{_by_name("BasicVariantGenerator")}) and OptunaSearch ("optuna"), with the samplers TPE, GP, '
-        "CMA-ES, "
-        "QMC and NSGA-II; or derive one from keepstep.tune.search.Searcher"
+        "CMA-ES, QMC and NSGA-II; or derive one from keepstep.tune.search.Searcher"
     )
 
 

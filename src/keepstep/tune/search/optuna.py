@@ -166,9 +166,8 @@ class OptunaSearch(Searcher):
             return self._many
         if self.mode is None:
             raise UsageError(
-                f"OptunaSearch learns from a metric (it is {self.metric!r}) and has to know its mode, "
-                "which is "
-                'None: give TuneConfig(metric="...", mode="min") or say it to OptunaSearch'
+                f"OptunaSearch learns from a metric (it is {self.metric!r}) and has to know its mode, which "
+                'is None: give TuneConfig(metric="...", mode="min") or say it to OptunaSearch'
             )
         return [(self.metric or DEFAULT_METRIC, self.mode)]
 
@@ -315,8 +314,7 @@ def _several(metric: Any, mode: Any) -> list[tuple[str, Mode]]:
     if not fits or any(one not in ("min", "max") for one in mode) or len(set(metric)) < len(metric):
         raise UsageError(
             f"OptunaSearch was given metric={metric!r} and mode={mode!r}; for several objectives expected "
-            "two "
-            'lists of one length, of metrics and of "min" or "max"'
+            'two lists of one length, of metrics and of "min" or "max"'
         )
     return list(zip(metric, mode, strict=True))
 
