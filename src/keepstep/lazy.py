@@ -12,7 +12,7 @@ from typing import Any
 
 from keepstep.errors import MissingPackageError
 
-__all__ = ["lazy_names"]
+__all__ = ["imported", "lazy_names"]
 
 
 def lazy_names(
@@ -40,7 +40,7 @@ def lazy_names(
         if name in whole:
             value: Any = import_module(whole[name])
         elif name in homes:
-            value = _imported(name, homes[name], needs or {})
+            value = imported(name, homes[name], needs or {})
         else:
             public = ", ".join(sys.modules[package].__all__)
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it has: {public}")
@@ -53,7 +53,17 @@ def lazy_names(
     return find, names
 
 
-def _imported(name: str, home: str, needs: Mapping[str, str]) -> Any:
+def imported(name: str, home: str, needs: Mapping[str, str]) -> Any:
+    """What a module has by a name.
+
+    Args:
+        name: of it.
+        home: full name of the module.
+        needs: {package that the module imports and that may be missing: what to do if it is}.
+
+    Raises:
+        MissingPackageError: one of these is not installed.
+    """
     try:
         return getattr(import_module(home), name)
     except ModuleNotFoundError as error:

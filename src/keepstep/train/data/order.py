@@ -27,7 +27,16 @@ from torch.utils.data import (
 from keepstep.train.data.generators import Replacement, find_generators, fresh_generator
 from keepstep.train.rng import PausedRandomness, isolated
 
-__all__ = ["Chunked", "Listed", "Order", "Streamed", "derive_seed", "draw_order", "sampler_parts"]
+__all__ = [
+    "Chunked",
+    "Listed",
+    "Order",
+    "Streamed",
+    "ahead",
+    "derive_seed",
+    "draw_order",
+    "sampler_parts",
+]
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 _DRAWN_BY_TORCH = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -124,18 +133,10 @@ class Streamed:
 
     def start_at(self, position: int) -> Iterator[Any]:
         """Yield items from `position` on; earlier ones are drawn and dropped."""
-        randomness = PausedRandomness(self._seed)
-        replacement = Replacement(find_generators(self._sampler), self._seed)
-        with randomness, replacement:
-            iterator = iter(self._sampler)
-            upcoming = next(iterator, _END)
         drawn = 0
-        while upcoming is not _END:
-            item = upcoming
-            with randomness, replacement:
-                upcoming = next(iterator, _END)
+        for item, is_last in ahead(lambda: iter(self._sampler), self._sampler, self._seed):
             drawn += 1
-            if upcoming is _END:
+            if is_last:
                 self.length = drawn
             if drawn > position:
                 yield item
@@ -144,6 +145,28 @@ class Streamed:
     def digest(self) -> str:
         """The same for all: nothing is drawn yet."""
         return ""
+
+
+def ahead(begin: Callable[[], Iterator[Any]], holder: object, seed: int) -> Iterator[tuple[Any, bool]]:
+    """Yield items, read one ahead, each with whether it is the last.
+
+    They are drawn from generators that nothing else uses, wherever the items are asked for.
+
+    Args:
+        begin: makes the iterator.
+        holder: what may keep generators of its own, which are replaced meanwhile.
+        seed: of the generators.
+    """
+    randomness = PausedRandomness(seed)
+    replacement = Replacement(find_generators(holder), seed)
+    with randomness, replacement:
+        iterator = begin()
+        upcoming = next(iterator, _END)
+    while upcoming is not _END:
+        item = upcoming
+        with randomness, replacement:
+            upcoming = next(iterator, _END)
+        yield item, upcoming is _END
 
 
 def draw_order(sampler: Any, *, seed: int, pass_number: int) -> Order:

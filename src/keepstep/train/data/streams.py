@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 
 from keepstep.train.data.batches import announce_pass
 from keepstep.train.data.generators import KeptGenerator, Replacement, find_generators, reseed
-from keepstep.train.data.order import derive_seed
+from keepstep.train.data.order import ahead, derive_seed
 from keepstep.train.data.parcels import packed_text, unpacked_text
 from keepstep.train.data.shares import ALL_OF_IT
 from keepstep.train.progress import Cursor
-from keepstep.train.rng import PausedRandomness, isolated
+from keepstep.train.rng import isolated
 
 __all__ = ["ReplayedSource", "StatefulSource"]
 
@@ -46,24 +46,15 @@ class ReplayedSource:
         """Yield the batches of one pass from the cursor's position on."""
         start = cursor.position
         announce_pass(self._loader.dataset, cursor.pass_number)
-        randomness = PausedRandomness(seed)
-        replacement = Replacement(find_generators(self._loader.dataset), seed)
-        with randomness, replacement:
-            iterator = _opened(self._loader, seed)
-            upcoming = next(iterator, _END)
         if start:
             _log.warning(
                 "Replaying %d batches to reach the one to begin with: this data can't be entered there. "
                 "A dataset with state_dict and load_state_dict, in a loader with num_workers=0, can.",
                 start,
             )
-        drawn = 0
-        while upcoming is not _END:
-            batch = upcoming
-            with randomness, replacement:
-                upcoming = next(iterator, _END)
-            drawn += 1
-            if upcoming is _END:
+        batches = ahead(lambda: _opened(self._loader, seed), self._loader.dataset, seed)
+        for drawn, (batch, is_last) in enumerate(batches, 1):
+            if is_last:
                 cursor.length = drawn
             if drawn > start:
                 yield batch

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, Final
 
-from keepstep.errors import MissingPackageError, UsageError
+from keepstep.errors import UsageError
+from keepstep.lazy import imported
 from keepstep.tune.executors.protocol import Executor
 
 __all__ = ["EXECUTORS", "make_executor"]
 
 EXECUTORS: Final = {
-    "local": ("keepstep.tune.executors.local", "LocalExecutor"),
-    "inline": ("keepstep.tune.executors.inline", "InlineExecutor"),
-    "ray": ("keepstep.tune.executors.ray", "RayExecutor"),
+    "local": ("LocalExecutor", "keepstep.tune.executors.local"),
+    "inline": ("InlineExecutor", "keepstep.tune.executors.inline"),
+    "ray": ("RayExecutor", "keepstep.tune.executors.ray"),
 }
 
 
@@ -35,14 +35,5 @@ def make_executor(asked: str | Callable[[Any], Executor], trainable: Any) -> Exe
         raise UsageError(
             f"RunConfig.executor is {asked!r}; expected one of {', '.join(map(repr, EXECUTORS))}"
         )
-    module, name = EXECUTORS[asked]
-    try:
-        made: Executor = getattr(import_module(module), name)(trainable)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "keepstep":
-            raise
-        raise MissingPackageError(
-            f"RunConfig(executor={asked!r}) needs {error.name}, which is not installed: "
-            f"pip install 'keepstep[{asked}]'"
-        ) from None
+    made: Executor = imported(*EXECUTORS[asked], {"ray": "pip install 'keepstep[ray]'"})(trainable)
     return made

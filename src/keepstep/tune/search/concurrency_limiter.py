@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from keepstep.errors import UsageError
+from keepstep.tune.search.around import SearcherAround, check_count
 from keepstep.tune.search.base import Searcher
 
 __all__ = ["ConcurrencyLimiter"]
 
 
-class ConcurrencyLimiter(Searcher):
+class ConcurrencyLimiter(SearcherAround):
     """Asks another searcher for no more configurations while too many of its trials run.
 
     Searchers that learn from results suggest better ones if they wait for them.
@@ -27,37 +27,20 @@ class ConcurrencyLimiter(Searcher):
     """
 
     def __init__(self, searcher: Searcher, max_concurrent: int, batch: bool = False) -> None:
-        if not isinstance(searcher, Searcher):
-            raise UsageError(f"ConcurrencyLimiter takes a Searcher; it was given {searcher!r:.200}")
-        if isinstance(max_concurrent, bool) or not isinstance(max_concurrent, int) or max_concurrent < 1:
-            raise UsageError(
-                f"ConcurrencyLimiter.max_concurrent is {max_concurrent!r}; expected a whole number of at "
-                "least 1"
-            )
-        super().__init__(searcher.metric, searcher.mode)
-        self.searcher = searcher
+        super().__init__(searcher)
+        check_count("ConcurrencyLimiter.max_concurrent", max_concurrent)
         self.max_concurrent = max_concurrent
         self.batch = batch
-        self.counts_samples = searcher.counts_samples
         self._live: dict[str, tuple[dict[str, Any] | None, bool] | None] = {}
 
     def describe(self) -> dict[str, Any]:
         return {"searcher": self.searcher, "max_concurrent": self.max_concurrent, "batch": self.batch}
 
-    def set_seed(self, seed: int) -> None:
-        self.searcher.set_seed(seed)
-
     def set_search_properties(
         self, metric: str | None, mode: Literal["min", "max"] | None, config: Mapping[str, Any], **spec: Any
     ) -> bool:
         self._live = {}
-        accepted = self.searcher.set_search_properties(metric, mode, config, **spec)
-        self.metric, self.mode = self.searcher.metric, self.searcher.mode
-        return accepted
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        return self.searcher.objectives
+        return super().set_search_properties(metric, mode, config, **spec)
 
     @property
     def total_samples(self) -> int | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Final, Literal
 
-from keepstep.errors import UsageError
 from keepstep.tune.result import look_up
+from keepstep.tune.search.around import SearcherAround, check_count
 from keepstep.tune.search.base import Searcher
 from keepstep.tune.search.space import copied, flat
 
@@ -36,7 +36,7 @@ class _Group:
     size: int = 1
 
 
-class Repeater(Searcher):
+class Repeater(SearcherAround):
     """Tries each configuration of another searcher several times, and tells it the mean.
 
     `TuneConfig.num_samples` counts trials, repeated ones too: a multiple of `repeat`. A scheduler that ends
@@ -53,24 +53,16 @@ class Repeater(Searcher):
     """
 
     def __init__(self, searcher: Searcher, repeat: int = 1, set_index: bool = True) -> None:
-        if not isinstance(searcher, Searcher):
-            raise UsageError(f"Repeater takes a Searcher; it was given {searcher!r:.200}")
-        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
-            raise UsageError(f"Repeater.repeat is {repeat!r}; expected a whole number of at least 1")
-        super().__init__(searcher.metric, searcher.mode)
-        self.searcher = searcher
+        super().__init__(searcher)
+        check_count("Repeater.repeat", repeat)
         self.repeat = repeat
         self.set_index = set_index
-        self.counts_samples = searcher.counts_samples
         self._group: _Group | None = None
         self._group_of: dict[str, _Group] = {}
         self._index_of: dict[str, int] = {}
 
     def describe(self) -> dict[str, Any]:
         return {"searcher": self.searcher, "repeat": self.repeat, "set_index": self.set_index}
-
-    def set_seed(self, seed: int) -> None:
-        self.searcher.set_seed(seed)
 
     def set_search_properties(
         self,
@@ -89,13 +81,7 @@ class Repeater(Searcher):
                 "configuration is repeated less often, and the searcher does not learn of it"
             )
         fewer = math.ceil(num_samples / self.repeat) if num_samples > 0 else num_samples
-        accepted = self.searcher.set_search_properties(metric, mode, config, num_samples=fewer, **spec)
-        self.metric, self.mode = self.searcher.metric, self.searcher.mode
-        return accepted
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        return self.searcher.objectives
+        return super().set_search_properties(metric, mode, config, num_samples=fewer, **spec)
 
     @property
     def total_samples(self) -> int | None:
