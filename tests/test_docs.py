@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,21 @@ def test_ways_round_are_refused(tmp_path: Path, text: str) -> None:
 def test_a_comment_that_is_not_directly_above_gives_no_reason(tmp_path: Path) -> None:
     page = page_with(tmp_path, "<!-- not run: needs eight GPUs -->\n\nwords\n\n```python\nprint(1)\n```\n")
     assert "print(1)" in program_of(page)
+
+
+def test_the_pages_are_built_without_a_warning(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "docs",
+        str(tmp_path),
+    ]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert built.returncode == 0, built.stderr
+    assert "Accelerator" in (tmp_path / "api.html").read_text()

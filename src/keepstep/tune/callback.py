@@ -13,13 +13,14 @@ __all__ = ["Callback"]
 class Callback:
     """Base class; override what you need.
 
-    Args of the methods below, where they have them:
-        iteration: how many times the driver has looked for news.
-        trials: all trials.
-        trial: the one it is about.
-        result: what it reported, with the automatic fields; may be changed in `on_trial_result`:
-            `result[SHOULD_CHECKPOINT] = True` asks for a checkpoint, `result["done"] = True` ends the trial.
-        info: nothing yet.
+    What its methods are given, where they have it:
+
+    - `iteration`: how many times the driver has looked for news.
+    - `trials`: all trials.
+    - `trial`: the one it is about.
+    - `result`: what it reported, with the automatic fields; may be changed in `on_trial_result`:
+      `result[SHOULD_CHECKPOINT] = True` asks for a checkpoint, `result["done"] = True` ends the trial.
+    - `info`: nothing yet.
 
     An exception raised by a callback ends the experiment, with running trials stopped after a checkpoint.
     """

@@ -66,10 +66,8 @@ class Result:
         metrics: the last result, with the automatic fields; {} if it reported none.
         config: its configuration.
         path: the address of its directory.
-        error: why it failed; None: it didn't.
         ended_by: who ended the trial: "itself", "stopper", "scheduler", "time budget", "restore" or "error";
             None: it has not ended, or (`from_path`) there is no telling.
-        best_checkpoints: [(checkpoint, metrics it was reported with), ...] of those kept, oldest first.
     """
 
     def __init__(
