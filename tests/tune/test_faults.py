@@ -151,18 +151,27 @@ def test_callbacks_are_told_of_every_checkpoint_that_is_saved(tmp_path: Path) ->
     class Told(tune.Callback):
         def __init__(self) -> None:
             self.saves: list[str] = []
+            self.made: list[tune.Checkpoint] = []
 
         def on_trial_save(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+            assert trial.status == Trial.RUNNING
+            assert trial.checkpoint == self.made[-1]
             self.saves.append(trial.checkpoints[-1].name)
+
+        def on_checkpoint(self, checkpoint: tune.Checkpoint, **info: Any) -> None:  # type: ignore[override]
+            self.made.append(checkpoint)
 
     def train(config: dict[str, Any]) -> None:
         for step in range(2):
             tune.report({"step": step}, checkpoint=tune.Checkpoint.from_directory(os.environ["FULL"]))
 
     (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
     told = Told()
     tuner(tmp_path, train, callbacks=[told], env={"FULL": str(tmp_path / "full")}).fit()
     assert told.saves == ["checkpoint_000000", "checkpoint_000001"]
+    with told.made[0].as_directory() as directory:
+        assert [entry.name for entry in Path(directory).iterdir()] == ["file"]
 
 
 def test_a_metric_that_counts_and_never_comes_is_said_once_and_names_the_trial(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from keepstep import tune
@@ -25,6 +26,8 @@ from keepstep.errors import (
 from keepstep.tune.assembly.opening import open_experiment
 from keepstep.tune.executors.inline import InlineExecutor
 from keepstep.tune.experiment import Trial
+from keepstep.tune.experiment.journal import read_journal
+from keepstep.tune.experiment.records import TrialMade
 from keepstep.tune.result import SHOULD_CHECKPOINT
 
 
@@ -291,13 +294,31 @@ def test_configurations_may_hold_what_json_does_not(tmp_path: Path) -> None:
         tune.report({"loss": config["activation"](-2.0), "half": config["pair"][0]})
         raise RuntimeError("later")
 
-    space = {"activation": tune.grid_search([abs, float]), "pair": (1, 2)}
+    drawn = tune.choice(np.arange(3, 4))  # of numpy's
+    space = {"activation": tune.grid_search([abs, float]), "pair": (1, 2), "width": drawn}
     assert [r.metrics["loss"] for r in fit(tmp_path, train, space)] == [2.0, -2.0]
     again = tune.Tuner.restore(
         tmp_path / "it", train, resume_errored=True, param_space=space, run_config=run_config(tmp_path)
     ).fit()
     assert [result.config["activation"] for result in again] == [abs, float]
     assert again[0].config["pair"] == (1, 2)
+    made = [record for record in read_journal(tmp_path / "it") if isinstance(record, TrialMade)]
+    assert [record.evaluated["width"] for record in made] == [3, 3]
+
+
+def test_a_space_that_changed_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(tmp_path, counting(1), {"x": tune.grid_search([1, 2, 3])})
+    other = {"y": tune.grid_search([1, 2, 3])}
+    tune.Tuner.restore(tmp_path / "it", counting(1), param_space=other, run_config=run_config(tmp_path)).fit()
+    first, rest = (record.getMessage() for record in caplog.records)
+    assert "suggests {'y': 1}" in first
+    assert "2 more trials" in rest
+
+
+def test_a_name_too_long_for_a_directory_is_refused(tmp_path: Path) -> None:
+    said = tune.TuneConfig(trial_dirname_creator=lambda trial: "n" * 300)
+    with pytest.raises(UsageError, match="at most 240"):
+        fit(tmp_path, counting(1), {}, said)
 
 
 def test_time_is_over_when_the_budget_says_so(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _when(seconds: float) -> str:
 
 def describe(trial: Trial) -> dict[str, Any]:
     """A trial as JSON."""
-    newest = trial.checkpoint
+    newest = trial.checkpoints[-1] if trial.checkpoints else None
     return {
         "trial_id": trial.trial_id,
         "number": trial.number,

@@ -200,4 +200,5 @@ def _checkpoint_of(trial: Trial, name: str, direction: str) -> CheckpointRecord 
         value = number(row_of(made.metrics).get(name))
         if value is not None and value == value:
             rated.append((value if direction == "max" else -value, made.iteration, made))
-    return max(rated, key=lambda item: item[:2])[2] if rated else trial.checkpoint
+    newest = trial.checkpoints[-1] if trial.checkpoints else None
+    return max(rated, key=lambda item: item[:2])[2] if rated else newest

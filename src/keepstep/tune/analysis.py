@@ -96,15 +96,16 @@ class ExperimentAnalysis:
     def get_best_checkpoint(
         self, trial: Trial, metric: str | None = None, mode: str | None = None
     ) -> Checkpoint | None:
-        """The best of a trial's kept checkpoints; by default the newest.
+        """The best of a trial's kept checkpoints; by default the newest. None: it has none.
 
         Raises:
-            NoResultError: none has the metric.
+            NoResultError: it has checkpoints, but none with the metric.
             UsageError: a metric without a mode.
         """
         metric = metric or self.default_metric
         by, way = (TRAINING_ITERATION, "max") if metric is None else (metric, mode or self.default_mode or "")
-        return Result.of(trial, self._options).get_best_checkpoint(by, way)
+        result = Result.of(trial, self._options)
+        return result.get_best_checkpoint(by, way) if trial.checkpoints else None
 
     def get_last_checkpoint(
         self, trial: Trial | None = None, metric: str = TRAINING_ITERATION, mode: str = "max"

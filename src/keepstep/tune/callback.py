@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keepstep.tune.experiment.trial import CheckpointRecord, Trial
+from keepstep.tune.checkpoint import Checkpoint
+from keepstep.tune.experiment.trial import Trial
 
 __all__ = ["Callback"]
 
@@ -62,7 +63,7 @@ class Callback:
         iteration: int,
         trials: list[Trial],
         trial: Trial,
-        checkpoint: CheckpointRecord,
+        checkpoint: Checkpoint,
         **info: Any,
     ) -> None:
         """A checkpoint was committed and written down."""

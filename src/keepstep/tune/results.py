@@ -100,7 +100,7 @@ class Result:
             config=trial.config,
             path=trial.path,
             checkpoints=[(made.name, _metrics_of(made)) for made in trial.checkpoints],
-            newest=trial.checkpoint.name if trial.checkpoint is not None else None,
+            newest=trial.checkpoints[-1].name if trial.checkpoints else None,
             error=(lambda: _error_of(trial)) if failed else None,
             ended_by=trial.ended_by,
             storage_options=storage_options,

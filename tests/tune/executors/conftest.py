@@ -50,6 +50,7 @@ ALIKE_ON_RAY = (
     "test_save_checkpoint_may_not_return",
     "test_a_generator_reports",
     "test_a_class_saves_at_a_frequency",
+    "test_threads_report_in_turn",
     "test_an_accelerator_in_a_function",
 )
 """What does not pass through an executor twice; an actor takes a second to start."""

@@ -32,6 +32,16 @@ def test_a_function_goes_on_from_the_checkpoint_that_it_reported(drive: Drives) 
     assert [(e.iteration, e.metrics["n"], e.checkpoint.name) for e in again] == [(3, 2, "checkpoint_000002")]
 
 
+def test_threads_report_in_turn(drive: Drives) -> None:
+    results, end = drive().run("t", {"do": "report_in_threads"})
+    assert isinstance(end, Ended)
+    assert [e.iteration for e in results] == list(range(1, 21))
+    for thread in range(4):
+        assert [e.metrics["step"] for e in results if e.metrics["thread"] == thread] == list(range(5))
+    names = [e.checkpoint.name for e in results]
+    assert names == [f"checkpoint_{number:06d}" for number in range(20)]
+
+
 def test_a_directory_that_vanishes_while_it_is_reported_is_named(drive: Drives) -> None:
     _, end = drive().run("t", {"do": "vanishing"})
     assert isinstance(end, Failed)

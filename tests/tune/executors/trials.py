@@ -26,6 +26,23 @@ def do_report(config: dict[str, Any]) -> None:
         tune.report({"step": step, "x": config.get("x")})
 
 
+def do_report_in_threads(config: dict[str, Any]) -> None:
+    def report(thread: int) -> None:
+        for step in range(5):
+            directory = Path(f"made_{thread}")
+            directory.mkdir(exist_ok=True)
+            (directory / "said.txt").write_text(f"{thread} {step}")
+            tune.report(
+                {"thread": thread, "step": step}, checkpoint=tune.Checkpoint.from_directory(directory)
+            )
+
+    threads = [threading.Thread(target=report, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def do_return(config: dict[str, Any]) -> Any:
     return config["value"]
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,10 @@ def test_lines_say_now_and_then_how_all_stands(tmp_path: Path) -> None:
     reporter = LinesReporter(out.append, status_every_s=0.0)
     reporter.report(overview([], expected_trials=None), done=False)
     assert out == ["[digits] no trials yet · 1 min 40 s · CPU 1/2\n"]
+    ended = trials_of(tmp_path, [TERMINATED, TERMINATED])
+    reporter.report(overview(ended, expected_trials=4), done=True)  # time was over
+    assert "2 of 4 trials ended" in out[-1]
+    assert "left" not in out[-1]
 
 
 def test_an_experiment_that_goes_on_says_how_it_stood_and_starts_each_trial_once(tmp_path: Path) -> None:
@@ -285,6 +290,38 @@ def test_the_cli_reporter_takes_the_arguments_of_ray(
     assert not CLIReporter(print_intermediate_tables=False).should_report(trials)
     with pytest.raises(UsageError, match="mode='best'"):
         CLIReporter(mode="best")  # type: ignore[arg-type]
+
+
+def test_a_reporter_written_for_ray_is_told_of_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Ended(CLIReporter):
+        seen = 0
+
+        def should_report(self, trials: Sequence[Trial], done: bool = False) -> bool:
+            before, self.seen = self.seen, len([t for t in trials if t.status == Trial.TERMINATED])
+            return self.seen > before
+
+        def report(self, trials: Sequence[Trial], done: bool, *sys_info: object) -> None:  # type: ignore[override]
+            print(*sys_info, [str(trial) for trial in trials], len(trials), trials[0])
+            super().report(trials, done, *sys_info)  # type: ignore[arg-type]
+
+    trials = trials_of(tmp_path, [RUNNING, TERMINATED])
+    reporter = Ended()
+    assert reporter.should_report(trials)
+    assert not reporter.should_report(trials)
+    text = printed(reporter, trials, capsys)
+    assert text.startswith("['train_e1_00000', 'train_e1_00001'] 2 train_e1_00000\n")
+    assert "TERMINATED" in text
+
+
+def test_in_a_log_no_column_is_squeezed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"a_metric_of_{number}" for number in range(9)]
+    (trial,) = trials_of(tmp_path, [RUNNING])
+    trial.last_result |= dict.fromkeys(names, 0.125)
+    text = printed(CLIReporter(metric_columns=names), [trial], capsys)
+    assert all(name in text for name in names)
+    assert text.count("0.125") == 9
 
 
 def test_a_notebook_shows_one_table_that_changes(tmp_path: Path) -> None:

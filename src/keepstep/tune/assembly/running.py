@@ -180,7 +180,7 @@ def _audience(plan: Plan, opened: Opened, history: History, stack: contextlib.Ex
     callbacks: list[Callback] = [*(plan.run.callbacks or ())]
     if plan.run.verbose >= 2 and not plan.run.log_to_file and not is_address(opened.address):
         callbacks.append(EchoCallback(_outputs(plan.run.log_to_file)))
-    audience = Audience(history, [*callbacks, FilesCallback(files)])
+    audience = Audience(history, [*callbacks, FilesCallback(files)], plan.run.storage_options)
     audience.setup(plan.run.stop, plan.tune.num_samples)
     return audience
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keepstep.tune.callback import Callback
+from keepstep.tune.checkpoint import Checkpoint
 from keepstep.tune.driver.plain import plain, same
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.trial import CheckpointRecord, Trial
@@ -19,11 +20,18 @@ class Audience:
     Args:
         history: the trials.
         callbacks: the user's, and those that write a trial's files.
+        storage_options: for a bucket.
     """
 
-    def __init__(self, history: History, callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self,
+        history: History,
+        callbacks: Sequence[Callback],
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self._history = history
         self._callbacks = list(callbacks)
+        self._options = storage_options
         self._states: dict[str, Any] = {}
         self._turn = 0
 
@@ -76,8 +84,9 @@ class Audience:
 
     def checkpointed(self, trial: Trial, made: CheckpointRecord) -> None:
         """A checkpoint was committed and is in the journal."""
+        checkpoint = Checkpoint(f"{trial.path}/{made.name}", storage_options=self._options)
         for callback in self._callbacks:
-            callback.on_checkpoint(**self._seen(), trial=trial, checkpoint=made)
+            callback.on_checkpoint(**self._seen(), trial=trial, checkpoint=checkpoint)
             callback.on_trial_save(**self._seen(), trial=trial)
 
     def completed(self, trial: Trial) -> None:

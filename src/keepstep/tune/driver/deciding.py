@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keepstep.errors import TrialError, TuneError
-from keepstep.tune.driver.plain import plain
+from keepstep.tune.driver.plain import plain, shown
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.records import Act
 from keepstep.tune.experiment.trial import CheckpointRecord, Trial
@@ -84,7 +84,7 @@ class Ledger:
             source=source.trial_id,
             checkpoint=source.name,
             config=plain(config),
-            evaluated=plain(evaluated) or {},
+            evaluated=shown(evaluated),
         )
         self._do(act)
         trial.config = dict(config)  # of what JSON does not hold there is only this

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keepstep.errors import UsageError
 from keepstep.tune.driver.deciding import Suggestion
-from keepstep.tune.driver.plain import plain
+from keepstep.tune.driver.plain import plain, shown
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.records import TrialMade
 from keepstep.tune.experiment.trial import Resources, Trial
@@ -18,6 +18,8 @@ from keepstep.tune.search.tag import experiment_tag
 __all__ = ["Maker", "Naming"]
 
 _LONGEST_NAME: Final = 120
+_LONGEST_GIVEN: Final = 240
+"""So that what is put beside it for a moment may have a longer name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +73,7 @@ class Maker:
             time=time,
             trial=trial_id,
             config=plain(config),
-            evaluated=plain(evaluated) if plain(evaluated) is not None else _shown(evaluated),
+            evaluated=shown(evaluated),
             tag=tag,
             dirname=dirname,
             resources=self._needed(config),
@@ -101,20 +103,16 @@ class Maker:
         if self._naming.dirname is not None:
             dirname = str(self._naming.dirname(draft))
             taken = any(trial.dirname == dirname for trial in self._history.trials.values())
-            if not dirname or dirname != _safe(dirname) or dirname.startswith(".") or taken:
+            too_long = len(dirname) > _LONGEST_GIVEN
+            if not dirname or dirname != _safe(dirname) or dirname.startswith(".") or taken or too_long:
                 raise UsageError(
                     f"trial_dirname_creator gave {dirname!r} for trial "
                     f"{record.trial}{', which another trial has' if taken else ''}; expected a name of its "
-                    "own for each trial, of letters, digits and ._+=,@-, that does not begin with a dot"
+                    f"own for each trial, of at most {_LONGEST_GIVEN} letters, digits and ._+=,@-, that does "
+                    "not begin with a dot"
                 )
         return replace(record, name=name, dirname=dirname)
 
 
 def _safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.+=,@-]+", "_", name)
-
-
-def _shown(evaluated: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if plain(value) is not None else repr(value)[:200] for name, value in evaluated.items()
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["plain", "same"]
+__all__ = ["plain", "same", "shown"]
 
 
 class _OpaqueError(Exception):
@@ -18,6 +18,17 @@ def plain(value: Any) -> Any:
         return _copied(value)
     except _OpaqueError:
         return None
+
+
+def shown(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Named values as JSON gives them back; of what JSON does not hold, how it looks."""
+    return {
+        name: repr(value)[:200] if _is_opaque(value) else _copied(value) for name, value in values.items()
+    }
+
+
+def _is_opaque(value: Any) -> bool:
+    return value is not None and plain(value) is None
 
 
 def _copied(value: Any) -> Any:

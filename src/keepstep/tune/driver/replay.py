@@ -45,12 +45,14 @@ def replay(records: Sequence[Record], history: History, decider: Decider) -> Non
             found(record)
         else:
             history.apply(record)
+    again.tell_of_the_rest()
 
 
 class _Replay:
     def __init__(self, history: History, decider: Decider) -> None:
         self._history = history
         self._decider = decider
+        self._differing = 0
         self.steps: Mapping[type, Callable[[Any], None]] = {
             TrialMade: self._made,
             ResultReported: self._resulted,
@@ -79,6 +81,9 @@ class _Replay:
                 f"suggest it again, but {shown}. Give the same param_space and search_alg that the "
                 "experiment was started with"
             )
+        self._differing += 1
+        if self._differing > 1:
+            return dict(record.config)
         _log.warning(
             "the search suggests %s for trial %s, where it once suggested %s: was its code or the "
             "param_space changed? What was written down counts",
@@ -87,6 +92,11 @@ class _Replay:
             dict(record.config),
         )
         return dict(record.config)
+
+    def tell_of_the_rest(self) -> None:
+        """Of suggestions that differ the first was told in full."""
+        if self._differing > 1:
+            _log.warning("so it is with %s more trials", f"{self._differing - 1:,}")
 
     def _resulted(self, record: ResultReported) -> None:
         self._history.reported(record)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,7 @@ class _Start:
         self._saver: Saver | None = None
         self._since = time.perf_counter()
         self._stopped = False
+        self._reporting = threading.Lock()
         self.session = Session(
             trial_id=job.trial_id,
             trial_name=job.trial_name,
@@ -183,7 +185,11 @@ class _Start:
         return order
 
     def function_report(self, said: Any, checkpoint: Any, by: str) -> None:
-        """`tune.report`: returns if the function may go on, else unwinds it."""
+        """`tune.report`: returns if the function may go on, else unwinds it. Threads report in turn."""
+        with self._reporting:
+            self._report_in_turn(said, checkpoint, by)
+
+    def _report_in_turn(self, said: Any, checkpoint: Any, by: str) -> None:
         if self._stopped:
             raise TrialStopped  # its code caught the first one
         metrics, left_out = plain_metrics(as_metrics(said, by))

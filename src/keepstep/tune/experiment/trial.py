@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
+from keepstep.tune.checkpoint import Checkpoint
 from keepstep.tune.result import TRAINING_ITERATION, look_up
 
 __all__ = [
@@ -86,6 +87,12 @@ class Trial:
             it has not ended.
     """
 
+    PENDING: ClassVar[str] = "PENDING"
+    RUNNING: ClassVar[str] = "RUNNING"
+    PAUSED: ClassVar[str] = "PAUSED"
+    TERMINATED: ClassVar[str] = "TERMINATED"
+    ERROR: ClassVar[str] = "ERROR"
+
     trial_id: str
     number: int
     trainable_name: str
@@ -121,9 +128,9 @@ class Trial:
         return self.ended_by if self.status == TERMINATED and self.ended_by != "itself" else None
 
     @property
-    def checkpoint(self) -> CheckpointRecord | None:
-        """The newest of its own checkpoints."""
-        return self.checkpoints[-1] if self.checkpoints else None
+    def checkpoint(self) -> Checkpoint | None:
+        """The newest of its own checkpoints; one in a bucket finds credentials in the environment."""
+        return Checkpoint(f"{self.path}/{self.checkpoints[-1].name}") if self.checkpoints else None
 
     @property
     def local_path(self) -> str:

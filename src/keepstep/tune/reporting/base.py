@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 from keepstep.tune.executors.protocol import Resources
 from keepstep.tune.experiment.trial import Trial
@@ -13,8 +13,8 @@ __all__ = ["Overview", "ProgressReporter"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Overview:
-    """How an experiment stands.
+class Overview(Sequence[Trial]):
+    """How an experiment stands: a sequence of its trials, with what else there is to tell.
 
     Attributes:
         name: of the experiment.
@@ -42,6 +42,16 @@ class Overview:
     scheduler: str
     messages: Sequence[str] = ()
 
+    @overload
+    def __getitem__(self, i: int) -> Trial: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Trial]: ...
+    def __getitem__(self, i: int | slice) -> Trial | Sequence[Trial]:
+        return self.trials[i]
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
 
 class ProgressReporter:
     """Base class."""
@@ -51,7 +61,7 @@ class ProgressReporter:
         raise NotImplementedError
 
     def report(self, overview: Overview, done: bool) -> None:
-        """Show it; `done`: for the last time."""
+        """Show it; `done`: for the last time. An override may call it `trials`, which it is a sequence of."""
         raise NotImplementedError
 
     def close(self) -> None:

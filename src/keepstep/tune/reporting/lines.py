@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from keepstep.tune.experiment.trial import ERROR, RUNNING, TERMINATED, Trial
+from keepstep.tune.experiment.trial import ERROR, PAUSED, PENDING, RUNNING, TERMINATED, Trial
 from keepstep.tune.reporting.base import Overview, ProgressReporter
 from keepstep.tune.reporting.watch import Standing, Watch
 from keepstep.tune.reporting.words import cut, duration, in_one_line, parameters, resources, value
@@ -26,7 +26,8 @@ _ERROR_CHARACTERS: Final = 300
 def time_left(overview: Overview, standing: Standing) -> str | None:
     """How long it will take, from what it took so far; None: there is no telling yet."""
     left = (overview.expected_trials or 0) - standing.finished
-    if left <= 0 or standing.finished < max(2, standing.counts.get(RUNNING, 0)):
+    goes_on = any(standing.counts.get(status) for status in (PENDING, RUNNING, PAUSED))
+    if left <= 0 or not goes_on or standing.finished < max(2, standing.counts.get(RUNNING, 0)):
         return None
     return duration(overview.elapsed_s / standing.finished * left)
 

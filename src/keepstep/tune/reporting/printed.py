@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from rich.console import Console
 
@@ -17,6 +17,8 @@ from keepstep.tune.reporting.table import Look, show
 from keepstep.tune.reporting.watch import Watch
 
 __all__ = ["CLIReporter", "TableReporter"]
+
+_WIDEST: Final = 1000
 
 Columns = Sequence[str] | Mapping[str, str]
 
@@ -129,6 +131,9 @@ class CLIReporter(TableReporter):
 
     def display(self, table: Any, messages: Sequence[str], done: bool) -> None:
         console = Console(file=sys.stdout)
+        if not console.is_terminal:  # a log has no edge at which columns would have to end
+            wide = console.measure(table, options=console.options.update(max_width=_WIDEST))
+            console.width = max(console.width, wide.maximum)
         for message in messages:
             console.print(message, markup=False, highlight=False)
         console.print(table)
