@@ -17,8 +17,8 @@ from tests.buckets.server import Server
 from keepstep import tune
 from keepstep.checkpoint.place.registry import open_objects
 from keepstep.errors import ExperimentBusyError, ExperimentNotFoundError, JournalError
-from keepstep.tune.assembly.opening import read_experiment
 from keepstep.tune.experiment.bucket_log import BucketLog
+from keepstep.tune.experiment.reading import read_experiment
 from keepstep.tune.experiment.records import ResultReported, TrialMade
 
 
@@ -296,4 +296,6 @@ def test_what_trials_in_processes_print_is_in_the_bucket_and_nothing_lies_about(
     printed = [found.key for found in objects.list() if found.key.endswith("/stdout")]
     assert len(printed) == 6
     assert all(objects.get(key) == b"hello\n" for key in printed)
+    analysis = tune.ExperimentAnalysis(f"{address}/it/", storage_options=server.options())
+    assert [trial.status for trial in analysis.trials] == ["TERMINATED"] * 6
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]

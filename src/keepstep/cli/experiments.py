@@ -11,10 +11,10 @@ from typing import Any, Final, Literal
 
 from keepstep.cli.metrics import Metric, choose_metric, direction_of
 from keepstep.errors import ExperimentNotFoundError, KeepstepError, UsageError
-from keepstep.tune.assembly.opening import read_experiment
 from keepstep.tune.assembly.spec import newest_spec
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import JOURNAL_NAME
+from keepstep.tune.experiment.reading import read_experiment
 from keepstep.tune.experiment.records import Record, ResultReported, TrialAgain
 from keepstep.tune.experiment.trial import Trial
 from keepstep.tune.logger.encoding import row_of

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from keepstep.tune.checkpoint import Checkpoint
 from keepstep.tune.experiment.history import History
-from keepstep.tune.experiment.journal import read_journal
+from keepstep.tune.experiment.reading import read_experiment, whole_address
 from keepstep.tune.experiment.trial import Trial
 from keepstep.tune.logger.encoding import row_of
 from keepstep.tune.logger.reading import read_results
@@ -24,7 +23,7 @@ class ExperimentAnalysis:
     """Looks at the trials of an experiment.
 
     Args:
-        experiment: its history, or the path of its directory.
+        experiment: its history, or the address of its directory.
         default_metric: what counts where a method is not told.
         default_mode: "min" or "max", likewise.
         storage_options: for a bucket.
@@ -42,8 +41,8 @@ class ExperimentAnalysis:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(experiment, History):
-            directory = Path(experiment).expanduser().absolute()
-            experiment = History.of(read_journal(directory), str(directory))
+            address = whole_address(experiment)
+            experiment = History.of(read_experiment(address, storage_options), address)
         self._history = experiment
         self._options = storage_options
         self.trials = list(experiment.trials.values())

@@ -21,6 +21,7 @@ from keepstep.errors import (
 from keepstep.track.values import joined
 from keepstep.tune.checkpoint import Checkpoint
 from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.reading import whole_address
 from keepstep.tune.experiment.trial import ERROR, TERMINATED, CheckpointRecord, Trial
 from keepstep.tune.logger.encoding import row_of
 from keepstep.tune.logger.reading import read_file, read_results
@@ -35,7 +36,7 @@ from keepstep.tune.result import (
     look_up,
 )
 
-__all__ = ["Result", "ResultGrid", "data_frame"]
+__all__ = ["Result", "ResultGrid", "data_frame", "error_of"]
 
 _CHECKPOINT: Final = re.compile(r"(checkpoint_\d+)(/|\Z)", re.ASCII)
 _SHOWN: Final = 20
@@ -101,7 +102,7 @@ class Result:
             path=trial.path,
             checkpoints=[(made.name, _metrics_of(made)) for made in trial.checkpoints],
             newest=trial.checkpoints[-1].name if trial.checkpoints else None,
-            error=(lambda: _error_of(trial)) if failed else None,
+            error=(lambda: error_of(trial)) if failed else None,
             ended_by=trial.ended_by,
             storage_options=storage_options,
         )
@@ -119,7 +120,7 @@ class Result:
         Raises:
             ExperimentNotFoundError: there is no trial.
         """
-        at = os.fspath(path).rstrip("/") if is_address(path) else str(Path(path).expanduser().absolute())
+        at = whole_address(path)
         params = read_file(at, EXPR_PARAM_FILE, storage_options)
         results = read_results(at, storage_options)
         if params is None and not results:
@@ -215,7 +216,8 @@ def _metrics_of(made: CheckpointRecord) -> dict[str, Any]:
     return {TRAINING_ITERATION: made.iteration, TIME_TOTAL_S: made.time_total_s, **made.metrics}
 
 
-def _error_of(trial: Trial) -> TrialError:
+def error_of(trial: Trial) -> TrialError:
+    """Why a trial failed, with its traceback."""
     return TrialError(f"trial {trial} failed: {trial.error}\n{trial.traceback}".rstrip())
 
 
@@ -288,7 +290,7 @@ class ResultGrid:
     @property
     def errors(self) -> list[TrialError]:
         """Why those failed that did."""
-        return [_error_of(trial) for trial in self._trials if trial.status == ERROR]
+        return [error_of(trial) for trial in self._trials if trial.status == ERROR]
 
     @property
     def num_errors(self) -> int:

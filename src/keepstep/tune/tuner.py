@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from keepstep.checkpoint.place.registry import is_address
-from keepstep.errors import ExperimentNotFoundError, TrialError, UsageError
+from keepstep.errors import ExperimentNotFoundError, UsageError
 from keepstep.tune.assembly.environment import note_unneeded
-from keepstep.tune.assembly.opening import address_of, free_name, open_experiment, read_experiment
+from keepstep.tune.assembly.opening import address_of, free_name, open_experiment
 from keepstep.tune.assembly.running import Plan, Resume, carry_out
 from keepstep.tune.assembly.spec import newest_spec, revive
 from keepstep.tune.experiment.history import History
+from keepstep.tune.experiment.reading import read_experiment, whole_address
 from keepstep.tune.experiment.records import ExperimentMade
-from keepstep.tune.results import ResultGrid
+from keepstep.tune.results import ResultGrid, error_of
 from keepstep.tune.search.description import revived
 from keepstep.tune.settings import RunConfig, TuneConfig
 from keepstep.tune.trainable.kinds import check_trainable, is_class_trainable, trainable_name
@@ -98,7 +97,7 @@ class Tuner:
                 "Tuner.restore was given resume_errored=True and restart_errored=True; trials that failed "
                 "either go on or begin anew: choose one"
             )
-        address = _address(path)
+        address = whole_address(path)
         if storage_options is None and run_config is not None:
             storage_options = run_config.storage_options
         records = read_experiment(address, storage_options)
@@ -126,7 +125,7 @@ class Tuner:
     ) -> bool:
         """Whether there is an experiment at this path."""
         try:
-            return bool(read_experiment(_address(path), storage_options))
+            return bool(read_experiment(whole_address(path), storage_options))
         except ExperimentNotFoundError:
             return False
 
@@ -186,11 +185,7 @@ class Tuner:
             return
         for trial in history.all:
             if trial.error is not None and trial.is_finished():
-                raise TrialError(f"trial {trial} failed: {trial.error}\n{trial.traceback}".rstrip())
-
-
-def _address(path: str | os.PathLike[str]) -> str:
-    return os.fspath(path).rstrip("/") if is_address(path) else str(Path(path).expanduser().absolute())
+                raise error_of(trial)
 
 
 def _check_checkpoints(trainable: Any, run: RunConfig) -> None:

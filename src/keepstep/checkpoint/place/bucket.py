@@ -243,7 +243,9 @@ class BucketBackend:
         with explained_bucket(place, "deleting"):
             self._check_writer()
             if not place.exists():
-                raise FileNotFoundError(2, "it was deleted already", f"{place.prefix}/{MANIFEST_NAME}")
+                raise FileNotFoundError(
+                    errno.ENOENT, "it was deleted already", f"{place.prefix}/{MANIFEST_NAME}"
+                )
             self._delete(place, self._keys_of(place))
 
     def _delete(self, place: BucketSource, doomed: set[str] | None) -> None:

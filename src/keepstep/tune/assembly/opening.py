@@ -6,7 +6,6 @@ import datetime as dt
 import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +15,11 @@ from keepstep.errors import ExperimentBusyError, ExperimentNotFoundError, UsageE
 from keepstep.files import LocalFiles
 from keepstep.locks import DirectoryLock
 from keepstep.tune.experiment.journal import JOURNAL_NAME, Journal, LocalLog, Log, parse_journal
+from keepstep.tune.experiment.reading import log_of, read_experiment
 from keepstep.tune.experiment.records import DriverStarted, Record
 
-__all__ = ["DEFAULT_STORAGE", "Opened", "address_of", "free_name", "open_experiment", "read_experiment"]
+__all__ = ["DEFAULT_STORAGE", "Opened", "address_of", "free_name", "open_experiment"]
 
-_BUCKET_LOG: Final = "keepstep.tune.experiment.bucket_log"  # loaded when it is asked for
 DEFAULT_STORAGE: Final = "~/keepstep_results"
 
 
@@ -98,28 +97,10 @@ def open_experiment(address: str, storage_options: Mapping[str, Any] | None = No
     return Opened(address, Journal(log), told.records, release)
 
 
-def read_experiment(address: str, storage_options: Mapping[str, Any] | None = None) -> list[Record]:
-    """What the journal of an experiment says; nothing is changed.
-
-    Raises:
-        ExperimentNotFoundError: there is none.
-        JournalError: it is damaged.
-    """
-    log = _log_of(address, storage_options)
-    return parse_journal(log.read(), str(log)).records
-
-
-def _log_of(address: str, storage_options: Mapping[str, Any] | None) -> Log:
-    if is_address(address):
-        log: Log = import_module(_BUCKET_LOG).BucketLog(address, storage_options)
-        return log
-    return LocalLog(Path(address) / JOURNAL_NAME)
-
-
 def _taken(address: str, storage_options: Mapping[str, Any] | None) -> tuple[Log, Callable[[], None]]:
     """Its journal, held against others; in a bucket another process that appends shuts this one out."""
     if is_address(address):
-        log = _log_of(address, storage_options)
+        log = log_of(address, storage_options)
         return log, log.close
     return _local(Path(address))
 
