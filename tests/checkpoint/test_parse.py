@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -577,7 +578,12 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def mutate(data: st.DataObject, original: Path, work: Path) -> None:
+def mutate(data: st.DataObject, original: Path) -> None:
+    with tempfile.TemporaryDirectory() as work:  # pytest's own are told apart by looking through all of them
+        mutate_within(Path(work), data, original)
+
+
+def mutate_within(work: Path, data: st.DataObject, original: Path) -> None:
     target = Path(shutil.copytree(original, work / "checkpoint_0"))
 
     def change(m: Any, s: Any) -> None:
@@ -594,24 +600,19 @@ def mutate(data: st.DataObject, original: Path, work: Path) -> None:
         pass
     verify_checkpoint(target)
     Store(work).latest()
-    shutil.rmtree(target)
 
 
 @given(st.data())
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_random_changes_never_end_in_another_exception(
-    tmp_path_factory: pytest.TempPathFactory, original: Path, data: st.DataObject
-) -> None:
-    mutate(data, original, tmp_path_factory.mktemp("random"))
+def test_random_changes_never_end_in_another_exception(original: Path, data: st.DataObject) -> None:
+    mutate(data, original)
 
 
 @pytest.mark.soak
 @given(st.data())
 @settings(max_examples=20_000, derandomize=False, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_random_changes_for_long(
-    tmp_path_factory: pytest.TempPathFactory, original: Path, data: st.DataObject
-) -> None:
-    mutate(data, original, tmp_path_factory.mktemp("random"))
+def test_random_changes_for_long(original: Path, data: st.DataObject) -> None:
+    mutate(data, original)
 
 
 def add_directories(*names: Any) -> Callable[[Any], None]:
