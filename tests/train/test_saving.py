@@ -96,7 +96,7 @@ def test_what_was_saved_by_hand_stays_unless_a_limit_is_given(tmp_path: Path) ->
     for _ in range(5):
         run.accelerator.save_state()
     hours = itertools.count(step=3600.0)
-    run.accelerator._saver._clock = lambda: next(hours)
+    run.accelerator._saver._pacer.clock = lambda: next(hours)
     for _ in range(5):
         run.step()
         while (pending := run.accelerator.checkpoint()) is None:
