@@ -62,10 +62,14 @@ class Blueprint:
 
     def __post_init__(self) -> None:
         if self.world.size > 1 and not isinstance(self.root, Path):
-            raise UsageError(f"{self.root} is a bucket; {self.world.size} ranks can save to a directory only")
+            raise UsageError(
+                f"{self.root} is a bucket, and {self.world.size} ranks can save to a directory only: give one "
+                "that all of them see, and the bucket as its mirror"
+            )
         if self.mirror is not None and not (isinstance(self.root, Path) and is_address(self.mirror)):
             raise UsageError(
-                f"mirror is {self.mirror!r} of {self.root}; expected the bucket for copies of a directory"
+                f"mirror is {self.mirror!r} of {self.root}; expected the address of a bucket, for copies of "
+                "what is saved to a directory"
             )
         given: object
         for name, given in (("retention", self.retention), ("mirror_retention", self.mirror_retention)):

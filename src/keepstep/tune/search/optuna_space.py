@@ -56,8 +56,10 @@ def _coded(domain: Domain, path: Path) -> _Coded:
         return _coded_choice(domain)
     if isinstance(domain, Float | Integer) and domain.drawn != "normal":
         return _coded_number(domain)
-    why = "a grid: use choice" if domain.is_grid() else "a number without bounds: use uniform or quniform"
-    raise UsageError(f"param_space has {why} at {shown(path)!r}, since optuna's samplers cannot draw from it")
+    what, instead = ("a grid", "choice") if domain.is_grid() else ("a number without bounds", "uniform")
+    raise UsageError(
+        f"param_space has {what} at {shown(path)!r}, from which optuna's samplers cannot draw; use {instead}"
+    )
 
 
 def _coded_choice(domain: Categorical) -> _Coded:
