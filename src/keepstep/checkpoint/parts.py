@@ -63,8 +63,8 @@ class Blueprint:
     def __post_init__(self) -> None:
         if self.world.size > 1 and not isinstance(self.root, Path):
             raise UsageError(
-                f"{self.root} is a bucket, and {self.world.size} ranks can save to a directory only: give one "
-                "that all of them see, and the bucket as its mirror"
+                f"{self.root} is a bucket, and {self.world.size} ranks can save to a directory only: give "
+                "one that all of them see, and the bucket as its mirror"
             )
         if self.mirror is not None and not (isinstance(self.root, Path) and is_address(self.mirror)):
             raise UsageError(

@@ -15,6 +15,7 @@ from keepstep.errors import MissingPackageError, UsageError
 from keepstep.track.general import GeneralTracker
 
 __all__ = [
+    "NOT_HERE",
     "LoggerType",
     "class_named",
     "filter_trackers",
@@ -69,7 +70,8 @@ _ADAPTERS = {
     "csv": _Adapter("csv", "CSVTracker"),
     "jsonl": _Adapter("jsonl", "JSONLTracker"),
 }
-_NOT_HERE = ("aim", "clearml", "dvclive", "swanlab", "trackio")
+NOT_HERE = ("aim", "clearml", "dvclive", "swanlab", "trackio")
+"""Trackers of Accelerate's that keepstep has not."""
 _registered: dict[str, type[GeneralTracker]] = {}
 
 TRACKER_CLASSES = {adapter.kind: name for name, adapter in _ADAPTERS.items()}
@@ -141,7 +143,7 @@ def _check(name: str) -> None:
     """Refuse what is no tracker, or can't be imported."""
     if name in _registered:
         return
-    if name in _NOT_HERE:
+    if name in NOT_HERE:
         raise UsageError(
             f"log_with={name!r}: keepstep has no tracker for {name}. Derive one from "
             "keepstep.tracking.GeneralTracker (docs/tracking.md shows one of 15 lines) and pass an instance "

@@ -20,7 +20,7 @@ from typing import Any
 from keepstep.errors import UsageError
 from keepstep.track.general import BlankTracker, GeneralTracker
 from keepstep.track.position import LogState, Position
-from keepstep.track.registry import known_names, resolve
+from keepstep.track.registry import NOT_HERE, known_names, resolve
 from keepstep.track.runlog import LOG_NAME, RunLog
 from keepstep.track.values import check_config, checked_step, with_numbers
 
@@ -325,7 +325,7 @@ def check_names(options: Mapping[str, Any], where: str, names: tuple[str, ...]) 
         UsageError: naming them.
     """
     allowed = [name for name in {*names, *known_names()} if name != "all"]
-    unknown = sorted(set(options) - set(allowed) - {"aim", "clearml", "dvclive", "swanlab", "trackio"})
+    unknown = sorted(set(options) - set(allowed) - set(NOT_HERE))
     if unknown:
         raise UsageError(
             f"{where} is for {', '.join(map(repr, unknown))}, and there is no such tracker; there are: "
