@@ -117,6 +117,51 @@ def test_what_was_discarded_is_not_there(opened: Open) -> None:
     assert len(names(opened())) == 1
 
 
+def test_others_add_to_what_one_has_begun(opened: Open) -> None:
+    backend, other = opened(), opened()
+    base = {"base.bin": b"unchanged"}
+    first = source_of(committed(backend, base)).name
+    for ending in ("commit", "discard"):
+        host, guest = backend.reserve(), other.guest()
+        guest.discard()  # nothing is known yet, and nothing to be removed
+        files = write(host, {STATE_NAME: b"{}"})
+        guest.accept(host.invitation())
+        with guest.explained():
+            files |= write(guest, {"theirs.bin": b"added"})
+        within = guest.link("base.bin", first, "base.bin", entry(base["base.bin"]))
+        files["base.bin"] = entry(base["base.bin"], within)
+        host.take_over(files)
+        if ending == "commit":
+            host.commit(manifest_of(files))
+            guest.leave()
+            guest.discard()  # too late
+            assert names(opened()) == ["checkpoint_0", "checkpoint_1"]
+            place = opened().checkpoints()[1][1]
+            assert content(place, "theirs.bin") == b"added"
+            assert content(place, "base.bin") == b"unchanged"
+        else:
+            guest.discard()
+            host.discard()
+            assert names(opened()) == ["checkpoint_0", "checkpoint_1"]
+        backend.release(host)
+
+
+def test_who_is_sent_to_another_place_says_so(opened: Open) -> None:
+    backend = opened()
+    backend.claim()
+    host = backend.reserve()
+    host.open()
+    invitation = host.invitation()
+    elsewhere: Backend = BucketBackend(Objects(MemoryStore(), "memory://other"))
+    if isinstance(backend, LocalBackend):
+        elsewhere = backend
+        host.discard()
+    guest = elsewhere.guest()
+    guest.accept(invitation)
+    with pytest.raises(StoreError, match="all ranks"), guest.explained():
+        guest.open()
+
+
 def test_numbers_rise_and_are_given_once(opened: Open) -> None:
     backend = opened()
     backend.claim()

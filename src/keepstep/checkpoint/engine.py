@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from keepstep.checkpoint.format.manifest import Manifest, TensorEntry
-from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.place.backend import GuestWorkspace, HostWorkspace
+from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.saving.description import Description, Lineage, describe
@@ -68,7 +69,7 @@ class Engine:
         """Link nothing to what was committed so far: it may be damaged."""
         self._planner.forget()
 
-    def save(self, reserve: Callable[[], Workspace], order: Order) -> Save:
+    def save(self, reserve: Callable[[], HostWorkspace], order: Order) -> Save:
         """A save that has decided what goes where."""
         return Save(
             workspace=reserve(),
@@ -85,15 +86,17 @@ class _SharedEngine(Engine):
     """The engine of one of many ranks, which save together.
 
     Args:
-        files: how the disk is changed.
         memory_budget_bytes: most host memory for staging.
         world: the ranks.
         topic: what they meet over.
+        guest: what ranks write into that did not make it.
     """
 
-    def __init__(self, files: Files, memory_budget_bytes: int, world: World, topic: str) -> None:
+    def __init__(
+        self, memory_budget_bytes: int, world: World, topic: str, guest: Callable[[], GuestWorkspace]
+    ) -> None:
         super().__init__(memory_budget_bytes)
-        self._files = files
+        self._guest = guest
         self._world = world
         self._topic = topic
         self._ranks = RankPlanner(world.size)
@@ -104,12 +107,12 @@ class _SharedEngine(Engine):
     def forget(self) -> None:
         self._ranks.forget()
 
-    def save(self, reserve: Callable[[], Workspace], order: Order) -> Save:
+    def save(self, reserve: Callable[[], HostWorkspace], order: Order) -> Save:
         return SharedSave(
             world=self._world,
             topic=self._topic,
-            files=self._files,
             reserve=reserve,
+            guest=self._guest,
             ranks=self._ranks,
             state=order.state,
             own=order.own,
@@ -119,17 +122,19 @@ class _SharedEngine(Engine):
         )
 
 
-def make_engine(files: Files, memory_budget_bytes: int, world: World, place: str) -> Engine:
+def make_engine(
+    memory_budget_bytes: int, world: World, place: str, guest: Callable[[], GuestWorkspace]
+) -> Engine:
     """The engine that fits the number of ranks.
 
     Args:
-        files: how the disk is changed.
         memory_budget_bytes: most host memory for staging.
         world: the ranks.
         place: what is saved to; the same on all ranks.
+        guest: a workspace there that another rank has made.
     """
     if world.size > 1:
-        return _SharedEngine(files, memory_budget_bytes, world, f"saving to {place}")
+        return _SharedEngine(memory_budget_bytes, world, f"saving to {place}", guest)
     return Engine(memory_budget_bytes)
 
 
@@ -166,12 +171,12 @@ def save_directory(
     description = describe(
         step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
     )
-    files = files if files is not None else LocalFiles()
-    engine = make_engine(files, _MEMORY_BYTES, world or OneRank(), str(final))
+    changing = files if files is not None else LocalFiles()
+    engine = make_engine(_MEMORY_BYTES, world or OneRank(), str(final), lambda: JoinedWorkspace(changing))
     lineage = Lineage(run=run or secrets.token_hex(8))
     order = Order(state=state, description=description, lineage=lineage, own=per_rank)
 
-    def reserve() -> Workspace:
-        return LocalWorkspace(files, final, may_replace=True)
+    def reserve() -> HostWorkspace:
+        return LocalWorkspace(changing, final, may_replace=True)
 
     return Checkpoint(Path(directory), engine.save(reserve, order).write())

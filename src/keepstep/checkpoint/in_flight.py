@@ -20,7 +20,7 @@ from keepstep.checkpoint.keeping.pruning import Which
 from keepstep.checkpoint.mirror import Mirror
 from keepstep.checkpoint.parts import Blueprint, Parts
 from keepstep.checkpoint.pending import PendingSave
-from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.place.backend import HostWorkspace
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.save import Save
@@ -154,9 +154,9 @@ class Saves:
     # ------------------------------------------------------------------- from begin to commit
 
     def _begin(self, state: Any, description: Description, own: Any) -> Save:
-        parts, reserved = self._parts, list[Workspace]()
+        parts, reserved = self._parts, list[HostWorkspace]()
 
-        def reserve() -> Workspace:
+        def reserve() -> HostWorkspace:
             self.claim()
             reserved.append(parts.backend.reserve())
             return reserved[-1]

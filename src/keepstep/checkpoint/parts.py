@@ -61,11 +61,6 @@ class Blueprint:
     world: World
 
     def __post_init__(self) -> None:
-        if self.world.size > 1 and not isinstance(self.root, Path):
-            raise UsageError(
-                f"{self.root} is a bucket, and {self.world.size} ranks can save to a directory only: give "
-                "one that all of them see, and the bucket as its mirror"
-            )
         if self.mirror is not None and not (isinstance(self.root, Path) and is_address(self.mirror)):
             raise UsageError(
                 f"mirror is {self.mirror!r} of {self.root}; expected the address of a bucket, for copies of "
@@ -82,7 +77,7 @@ class Blueprint:
         kind = Bystander if self.world.rank else Upkeep
         return Parts(
             backend=backend,
-            engine=make_engine(self.files, self.memory_budget_bytes, self.world, str(self.root)),
+            engine=make_engine(self.memory_budget_bytes, self.world, str(self.root), backend.guest),
             upkeep=kind(
                 backend, scrub_interval_s=self.scrub_interval_s, scrub_bytes_per_s=self.scrub_bytes_per_s
             ),

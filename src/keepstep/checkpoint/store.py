@@ -65,8 +65,8 @@ class Store:
         scrub_bytes_per_s: how fast it reads at most; None: 50 MB/s.
         files: how the disk is changed; tests pass one that fails on purpose.
         world: the ranks that save and load together, `keepstep.world.Ranks()`; None for one process. With
-            many ranks every call that saves or loads is made by all of them, and the directory is one that
-            they all see. Rank 0 holds the lock, commits and prunes.
+            many ranks every call that saves or loads is made by all of them, and the directory or bucket is
+            one that they all see. Rank 0 holds the lock, commits and prunes.
     """
 
     def __init__(

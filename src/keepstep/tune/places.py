@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME
 from keepstep.checkpoint.format.source import Place
-from keepstep.checkpoint.place.backend import INTERNAL_NAME, Workspace
+from keepstep.checkpoint.place.backend import INTERNAL_NAME, HostWorkspace
 from keepstep.checkpoint.place.deletion import delete_checkpoint, empty_trash, is_ours
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.place.local import LocalWorkspace, explained, sweep
@@ -33,7 +33,7 @@ class TrialPlace(Protocol):
     def at(self, name: str) -> Place:
         """The checkpoint of that name, there or not."""
 
-    def workspace(self, name: str) -> Workspace:
+    def workspace(self, name: str) -> HostWorkspace:
         """A new checkpoint of that name; what lies there already is replaced."""
 
     def names(self) -> list[str]:
@@ -70,7 +70,7 @@ class _InDirectory:
     def at(self, name: str) -> Path:
         return self._path / name
 
-    def workspace(self, name: str) -> Workspace:
+    def workspace(self, name: str) -> HostWorkspace:
         final = self._path / name
         if os.path.lexists(final / MANIFEST_NAME) and not is_ours(final):
             self._backend.set_aside(final)  # nobody knows any more what it was
@@ -107,7 +107,7 @@ class _InBucket:
     def at(self, name: str) -> Place:
         return self._bucket.at(name)
 
-    def workspace(self, name: str) -> Workspace:
+    def workspace(self, name: str) -> HostWorkspace:
         return self._bucket.reserve_in_place_of(name)
 
     def names(self) -> list[str]:

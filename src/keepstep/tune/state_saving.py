@@ -9,7 +9,7 @@ from keepstep.checkpoint.engine import Engine, Order
 from keepstep.checkpoint.format.manifest import STATE_NAME, Manifest
 from keepstep.checkpoint.format.parse import read_state
 from keepstep.checkpoint.format.source import Place, source_of
-from keepstep.checkpoint.place.backend import Workspace
+from keepstep.checkpoint.place.backend import HostWorkspace
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.errors import DamagedCheckpointError
 
@@ -35,7 +35,7 @@ class StateSaver:
         self._engine.follow(source_of(place).name, manifest, tensors)
 
     def save(
-        self, reserve: Callable[[], Workspace], state: Any, said: Description, lineage: Lineage
+        self, reserve: Callable[[], HostWorkspace], state: Any, said: Description, lineage: Lineage
     ) -> Manifest:
         """Commit a state; durable on return.
 

@@ -41,13 +41,13 @@ class _Orders:
     """What the coordinator tells a rank.
 
     Attributes:
-        directory: the unfinished checkpoint.
+        invitation: to the unfinished checkpoint.
         rank: which one this is.
         shares: its files; members are numbers of the rank's own pieces.
         lone: group of tensors that lie at the root of the state dict.
     """
 
-    directory: str
+    invitation: str
     rank: int
     shares: Sequence[Share]
     lone: str
@@ -154,7 +154,7 @@ class StorageWriter(storage.StorageWriter):
             dataclasses.replace(
                 plan,
                 storage_data=_Orders(
-                    directory=str(workspace.path),
+                    invitation=workspace.invitation(),
                     rank=rank,
                     shares=[
                         Share(share.file, tuple(member - begins[rank] for member in share.members))
@@ -222,7 +222,8 @@ class StorageWriter(storage.StorageWriter):
         nodes = {item.index.fqn: node for item, node in zip(objects, flat.tree[group], strict=True)}
         infos, own = [piece.info for piece in shards], list(map(info_of, flat.leaves))
         layout = layout_of(orders.shares, infos, own)
-        joined = JoinedWorkspace(self._files, Path(orders.directory), self._final)
+        joined = JoinedWorkspace(self._files)
+        joined.accept(orders.invitation)
         with joined.explained():
             joined.open()
             writer, _, _ = segment_writer(joined, layout, [*leaves, *flat.leaves], self._pool, Planner())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, Protocol
@@ -14,6 +14,8 @@ from keepstep.files import SegmentFile
 __all__ = [
     "INTERNAL_NAME",
     "Backend",
+    "GuestWorkspace",
+    "HostWorkspace",
     "Workspace",
     "checkpoint_name",
 ]
@@ -83,6 +85,30 @@ class Workspace(Protocol):
         """Remove what was written. Never raises: the error that led here is the one that counts."""
 
 
+class HostWorkspace(Workspace, Protocol):
+    """The workspace of one process, into which others may write as well; it alone commits."""
+
+    def invitation(self) -> str:
+        """What `GuestWorkspace.accept` needs; to be asked for after `open`."""
+
+    def take_over(self, files: Mapping[str, FileEntry]) -> None:
+        """Others have made these files; they are to be committed.
+
+        Raises:
+            FileNotFoundError: what they linked is gone.
+        """
+
+
+class GuestWorkspace(Workspace, Protocol):
+    """What another process adds to a `HostWorkspace`; `commit` is the host's."""
+
+    def accept(self, invitation: str) -> None:
+        """Learn what it is a part of; called first."""
+
+    def leave(self) -> None:
+        """The host has committed: from now on `discard` removes nothing."""
+
+
 class Backend(Protocol):
     """Where the checkpoints of one run live. `str()` says where that is."""
 
@@ -117,8 +143,11 @@ class Backend(Protocol):
             StoreError: the place refuses.
         """
 
-    def reserve(self) -> Workspace:
+    def reserve(self) -> HostWorkspace:
         """A workspace under the next free number, which nobody else is given until `release`."""
+
+    def guest(self) -> GuestWorkspace:
+        """A part of a workspace that another process reserved at the same place."""
 
     def release(self, workspace: Workspace) -> None:
         """The save is over, whatever became of it."""

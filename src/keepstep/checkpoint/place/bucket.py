@@ -22,6 +22,7 @@ from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, 
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, checkpoint_name
+from keepstep.checkpoint.place.bucket_joined import JoinedBucketWorkspace
 from keepstep.checkpoint.place.bucket_reading import (
     BucketSource,
     FoundLike,
@@ -169,6 +170,9 @@ class BucketBackend:
                 number += 1  # another process was faster, or an answer was lost: that number is burned
             self._next = number + 1
         return self._workspace(checkpoint_name(number))
+
+    def guest(self) -> JoinedBucketWorkspace:
+        return JoinedBucketWorkspace(self._objects, self._in_use)
 
     def reserve_for(self, name: str, checkpoint_id: str) -> BucketWorkspace:
         """A workspace for a checkpoint that exists elsewhere, under its own name.

@@ -7,10 +7,11 @@ and an attempt that is given up takes it itself, with no bytes: then what is sti
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -133,7 +134,7 @@ class _LargeSegment:
 
 
 class BucketWorkspace:
-    """A `Workspace` under a reserved number.
+    """A `HostWorkspace` under a reserved number.
 
     Args:
         objects: of the store.
@@ -162,6 +163,7 @@ class BucketWorkspace:
         self._written: set[str] = set()
         self._keeps_parts = keeps_parts
         self._read: dict[str, Manifest] = {}
+        self._has_guests = False
 
     def check(self) -> None:
         """The number is this attempt's own."""
@@ -208,6 +210,24 @@ class BucketWorkspace:
             raise missing(key)
         self._mine.add(key)
         return home
+
+    def invitation(self) -> str:
+        self._has_guests = True
+        claim = self._objects.get(f"{self.final.prefix}/{CLAIM_NAME}")
+        return json.dumps([self.final.prefix, claim.decode()])
+
+    def take_over(self, files: Mapping[str, FileEntry]) -> None:
+        """Keep what others have linked from deletions of this process, and see that it is still there."""
+        linked = {self.final.key_of(name, entry): entry for name, entry in files.items() if entry.within}
+        for key in linked:
+            if not self._in_use.link(key):
+                raise missing(key)
+            self._linked.append(key)
+        homes = {str(entry.within) for entry in linked.values()}
+        sizes = {found.key: found.bytes for home in homes for found in self._objects.list(home)}
+        for key, entry in linked.items():
+            if sizes.get(key) != entry.bytes:
+                raise missing(key)
 
     def has(self, name: str, size_bytes: int) -> bool:
         """Whether an earlier attempt at the same checkpoint has uploaded a file."""
@@ -271,6 +291,11 @@ class BucketWorkspace:
             return None
 
     def _taken_over(self) -> StoreBusyError:
+        if self._has_guests and self._is_writer():
+            return StoreBusyError(
+                f"{self.final} was not committed: another rank gave this save up, since it failed there or "
+                "waited for too long. Look at what the other ranks say; Ranks(timeout_s=...) gives more time"
+            )
         return StoreBusyError(
             f"{self.final} was not committed: another process writes to this store meanwhile and has "
             "given up this attempt. One process at a time may write to a store: stop that one, or give this "
@@ -286,13 +311,20 @@ class BucketWorkspace:
             if self._keeps_parts:
                 return
             if self._objects.create(key, b"") or not self._content(key):
-                self._objects.delete(self._written)
+                self._objects.delete(self._left())
         except (StoreError, OSError) as error:
             log.warning(
                 "%s was not cleared (%s); the next process that writes tries again", self.final, error
             )
         finally:
             self._end()
+
+    def _left(self) -> set[str]:
+        """What there is to remove; the host clears up behind guests that died."""
+        if not self._has_guests:
+            return self._written
+        kept = {f"{self.final.prefix}/{name}" for name in (MANIFEST_NAME, CLAIM_NAME)}
+        return {found.key for found in self._objects.list(self.final.prefix)} - kept
 
     def _end(self) -> None:
         self.is_over = True

@@ -11,9 +11,16 @@ from pathlib import Path
 
 from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME
 from keepstep.checkpoint.format.source import Place
-from keepstep.checkpoint.place.backend import INTERNAL_NAME, Workspace, checkpoint_name
+from keepstep.checkpoint.place.backend import (
+    INTERNAL_NAME,
+    GuestWorkspace,
+    HostWorkspace,
+    Workspace,
+    checkpoint_name,
+)
 from keepstep.checkpoint.place.claimant import parse_claim, this_process
 from keepstep.checkpoint.place.deletion import delete_checkpoint, empty_trash
+from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace, explained, sweep
 from keepstep.errors import CheckpointNotFoundError, StoreBusyError
 from keepstep.files import Files, free_bytes
@@ -126,7 +133,10 @@ class LocalBackend:
         empty_trash(self._files, internal / "trash")
         self._owned = _identity(self._lock)
 
-    def reserve(self) -> Workspace:
+    def guest(self) -> GuestWorkspace:
+        return JoinedWorkspace(self._files)
+
+    def reserve(self) -> HostWorkspace:
         return LocalWorkspace(self._files, _places.take(self), may_replace=False)
 
     def release(self, workspace: Workspace) -> None:

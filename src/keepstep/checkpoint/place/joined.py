@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 from pathlib import Path
 
 from keepstep.checkpoint.format.manifest import FileEntry
@@ -14,19 +15,23 @@ __all__ = ["JoinedWorkspace"]
 
 
 class JoinedWorkspace:
-    """A `Workspace` that rank 0 opens, commits and discards; this rank only adds files.
+    """A `GuestWorkspace`: rank 0 opens, commits and discards the directory, this rank only adds files.
 
     Args:
         files: how the disk is changed.
+
+    Attributes:
         path: the unfinished directory.
         final: where it will lie once rank 0 commits it.
     """
 
-    def __init__(self, files: Files, path: Path, final: Path) -> None:
-        self.path = path
-        self.final = final
+    def __init__(self, files: Files) -> None:
+        self.path = self.final = Path()
         self._files = files
         self._committed = CommittedFiles()
+
+    def accept(self, invitation: str) -> None:
+        self.path, self.final = map(Path, json.loads(invitation))
 
     def check(self) -> None:
         """Nothing: rank 0 has checked."""
@@ -62,6 +67,9 @@ class JoinedWorkspace:
 
     def commit(self, manifest: bytes) -> None:
         """Nothing: rank 0 commits."""
+
+    def leave(self) -> None:
+        """Nothing: it is rank 0's directory."""
 
     def discard(self) -> None:
         """Nothing: rank 0 removes the directory, or the next process that writes does."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import re
 import secrets
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from keepstep.checkpoint.format.known import KnownManifests
@@ -150,7 +151,7 @@ def _check_target(directory: Path) -> bool:
 
 
 class LocalWorkspace:
-    """A `Workspace` beside the final directory."""
+    """A `HostWorkspace` beside the final directory."""
 
     def __init__(self, files: Files, final: Path, *, may_replace: bool = True) -> None:
         self.final = final
@@ -213,6 +214,12 @@ class LocalWorkspace:
         source = self._committed.find(self.final.parent / checkpoint, file, committed)
         link_whole(self._files, source, self._place(name))
         return None
+
+    def invitation(self) -> str:
+        return json.dumps([str(self.path), str(self.final)])
+
+    def take_over(self, files: Mapping[str, FileEntry]) -> None:
+        """They lie in the directory."""
 
     def _finish_replacement(self) -> None:
         """End what a process began that died between the two renames, or just after them."""

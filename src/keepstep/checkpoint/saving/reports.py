@@ -33,7 +33,10 @@ class Report:
 
     def dump(self) -> bytes:
         """The report as JSON."""
-        files = {name: [entry.bytes, entry.digest, entry.header_bytes] for name, entry in self.files.items()}
+        files = {
+            name: [entry.bytes, entry.digest, entry.header_bytes, entry.within]
+            for name, entry in self.files.items()
+        }
         tensors = {
             address: {key: value for key, value in entry._asdict().items() if value is not None}
             for address, entry in self.tensors.items()
@@ -78,8 +81,8 @@ class Report:
         node = json.loads(data)
         return cls(
             files={
-                name: FileEntry(bytes=size, digest=digest, header_bytes=header)
-                for name, (size, digest, header) in node["files"].items()
+                name: FileEntry(bytes=size, digest=digest, header_bytes=header, within=within)
+                for name, (size, digest, header, within) in node["files"].items()
             },
             tensors={address: TensorEntry(**_tuples(entry)) for address, entry in node["tensors"].items()},
             chunks=[

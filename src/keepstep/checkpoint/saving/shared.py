@@ -20,15 +20,12 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from keepstep.checkpoint.format.manifest import Manifest, digest_of
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import source_of
-from keepstep.checkpoint.place.backend import Workspace
-from keepstep.checkpoint.place.joined import JoinedWorkspace
-from keepstep.checkpoint.place.local import LocalWorkspace
+from keepstep.checkpoint.place.backend import GuestWorkspace, HostWorkspace, Workspace
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.layout import TensorInfo, tensor_entries
 from keepstep.checkpoint.saving.rank_planner import RankPlanner
@@ -37,7 +34,6 @@ from keepstep.checkpoint.saving.reports import Report, merge
 from keepstep.checkpoint.saving.save import Content, Save, flatten_both, info_of, publish
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.errors import RankError, RanksDifferError
-from keepstep.files import Files
 from keepstep.meetings import Meeting
 from keepstep.tree import Flat, Leaf
 from keepstep.world import World
@@ -54,8 +50,8 @@ class SharedSave(Save):
     Args:
         world: the ranks.
         topic: what the meeting is about; the same on all ranks.
-        files: how the disk is changed.
         reserve: rank 0's workspace; called on rank 0 only.
+        guest: the workspace of any other rank.
         ranks: plans the saves of the same store.
         state: what every rank holds, and shards.
         own: what is this rank's own; None if there is nothing.
@@ -64,13 +60,16 @@ class SharedSave(Save):
         pool: blocks to copy into.
     """
 
+    _host: HostWorkspace  # of rank 0
+    _guest: GuestWorkspace  # of the others
+
     def __init__(
         self,
         *,
         world: World,
         topic: str,
-        files: Files,
-        reserve: Callable[[], Workspace],
+        reserve: Callable[[], HostWorkspace],
+        guest: Callable[[], GuestWorkspace],
         ranks: RankPlanner,
         state: Any,
         own: Any,
@@ -85,10 +84,14 @@ class SharedSave(Save):
         self._writer_made = False
         self._told: RankError | None = None
         self._key: tuple[Any, ...] = ()
-        self._joined = JoinedWorkspace(files, Path(), Path())
         try:
+            workspace: Workspace
+            if world.rank:
+                workspace = self._guest = guest()
+            else:
+                workspace = self._host = reserve()
             super().__init__(
-                workspace=self._joined if world.rank else reserve(),
+                workspace=workspace,
                 planner=ranks.share,
                 state=state,
                 description=description,
@@ -145,10 +148,10 @@ class SharedSave(Save):
             key = tuple(tuple(one[:2]) for one in everyones)
             mode = self._mode(everyones, key, held)
             links = all(one[4] for one in everyones)
-            self._meeting.broadcast(json.dumps([*self._open(everyones), mode, links]).encode())
+            self._meeting.broadcast(json.dumps([self._open(everyones), mode, links]).encode())
         else:
-            path, final, mode, links = json.loads(self._meeting.broadcast(b""))
-            self._joined.path, self._joined.final = Path(path), Path(final)
+            invitation, mode, links = json.loads(self._meeting.broadcast(b""))
+            self._guest.accept(invitation)
             key = ()
         if not links:  # damage was found, perhaps by another rank
             self._planner.forget()
@@ -167,8 +170,8 @@ class SharedSave(Save):
             return "differ"
         return "as before" if self._ranks.fits(key, [one[3] for one in everyones], held) else "plan"
 
-    def _open(self, everyones: Sequence[Any]) -> list[str]:
-        """Make the directory; what the others have to know of it."""
+    def _open(self, everyones: Sequence[Any]) -> str:
+        """Make the unfinished checkpoint; what the others have to know of it."""
         for rank, one in enumerate(everyones):
             if one[2] != everyones[0][2]:
                 raise RanksDifferError(
@@ -176,12 +179,10 @@ class SharedSave(Save):
                     f"{everyones[0][2][0]} of epoch {everyones[0][2][1]}: ranks must save together; nothing "
                     "was written"
                 )
-        workspace = self.workspace
-        assert isinstance(workspace, LocalWorkspace)
-        with workspace.explained():
-            workspace.check()
-            workspace.open()
-        return [str(workspace.path), str(workspace.final)]
+        with self._host.explained():
+            self._host.check()
+            self._host.open()
+            return self._host.invitation()
 
     def _plan(self, held: Sequence[TensorInfo], pieces: Sequence[Sequence[Any]]) -> None:
         answers: list[bytes] = []
@@ -202,7 +203,7 @@ class SharedSave(Save):
             manifest = self._publish([Report.load(data) for data in reports])
         self._meeting.broadcast(b"committed")
         if self._world.rank:
-            assert isinstance(self.workspace, JoinedWorkspace)
+            self._guest.leave()
             manifest = read_manifest(self.workspace.final)
         self._planner.remember(source_of(self.workspace.final).name, files, entries)
         try:
@@ -216,6 +217,7 @@ class SharedSave(Save):
         files, tensors = merge(reports, self._order)
         if unwritten := [address for address in self._order if address not in tensors]:
             raise RanksDifferError(_UNWRITTEN.format(count=len(unwritten), some=", ".join(unwritten[:3])))
+        self._host.take_over(files)
         own = [report.tree for report in reports]
         content = Content(
             tree=self._flat.tree,
