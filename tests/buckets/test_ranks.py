@@ -60,7 +60,7 @@ def together(argument: str, rank: int, size: int) -> None:
 
 
 def _shares_and_links(store: Store, rank: int, size: int) -> None:
-    base, state = weights(4), weights(4, 0.5)
+    base, state = weights(3), weights(3, 0.5)
     first = store.save({"base": base, "model": state}, step=0, per_rank={"rank": rank})
     for tensor in state.values():
         tensor += 1
@@ -76,14 +76,14 @@ def _shares_and_links(store: Store, rank: int, size: int) -> None:
     assert not linked & uploaded(store, "checkpoint_1")
     same(dict(second.load()), {"base": base, "model": state})
     assert [second.load_per_rank(number)["rank"] for number in range(size)] == list(range(size))
-    live, own = {"base": weights(4, 9), "model": weights(4, 9)}, {"rank": -1}
+    live, own = {"base": weights(3, 9), "model": weights(3, 9)}, {"rank": -1}
     assert store.load_latest_into(live, per_rank=own) is not None
     same(live, {"base": base, "model": state})
     assert own == {"rank": rank}
 
 
 def _a_rank_that_raises(store: Store, rank: int) -> None:
-    state: dict[str, Any] = weights(4)
+    state: dict[str, Any] = weights(3)
     store.save(state, step=0)
     upload = Objects.upload
 
@@ -199,7 +199,7 @@ def test_ranks_save_to_a_bucket_and_load_from_it(server: Server, address: str) -
     store.delete("checkpoint_0")  # by another process; the links hold what they need
     (left,) = store.list()
     assert left.verify().sound
-    assert torch.equal(left.load()["base"]["w3"], weights(4)["w3"])
+    assert torch.equal(left.load()["base"]["w2"], weights(3)["w2"])
     model, _ = build("plain", 1, seed=6)
     (sharded,) = Store(f"{address}/sharded", storage_options=server.options()).list()
     sharded.load_into({"model": model}, only="model")
@@ -213,7 +213,7 @@ def dies(argument: str, rank: int, size: int) -> None:
     """One rank is killed while parts of its second upload are on their way."""
     said = json.loads(argument)
     store = Store(said["address"], storage_options=said["options"], world=Ranks(timeout_s=5))
-    store.save({"model": weights(6)}, step=0)
+    store.save({"model": weights(4)}, step=0)
     if rank == said["victim"]:
         upload = Objects.upload
 
@@ -228,7 +228,7 @@ def dies(argument: str, rank: int, size: int) -> None:
 
         Objects.upload = die_between_parts  # type: ignore[method-assign]
     try:
-        store.save({"model": weights(6, 1), "small": torch.ones(3)}, step=1)
+        store.save({"model": weights(4, 1), "small": torch.ones(3)}, step=1)
         print("SAVED", flush=True)
     except RankMissingError as error:
         print("MISSING", list(error.ranks), flush=True)
@@ -257,4 +257,4 @@ def test_a_rank_that_is_killed_while_it_uploads_leaves_no_checkpoint(
     assert store.save({"n": 1}, step=2).name == "checkpoint_2"  # the number is burned
     assert uploaded(store, "checkpoint_1") <= {"claim.json", "manifest.json"}  # swept
     assert [report.sound for report in store.verify()] == [True, True]
-    assert torch.equal(store.list()[0].load()["model"]["w5"], weights(6)["w5"])
+    assert torch.equal(store.list()[0].load()["model"]["w3"], weights(4)["w3"])

@@ -24,7 +24,7 @@ from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.place.bucket_reading import as_key, as_name
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.place.objects import Objects
-from keepstep.errors import FileSizeError, MissingFileError, StoreError
+from keepstep.errors import FileSizeError, MissingFileError, StoreBusyError, StoreError
 from keepstep.files import LocalFiles
 
 MIB = 1 << 20
@@ -144,6 +144,44 @@ def test_others_add_to_what_one_has_begun(opened: Open) -> None:
             host.discard()
             assert names(opened()) == ["checkpoint_0", "checkpoint_1"]
         backend.release(host)
+
+
+def test_what_a_guest_gave_up_can_not_be_committed() -> None:
+    """In a bucket the guest removes its objects, so that a manifest would name what is gone."""
+    store = MemoryStore()
+    backend, other = (BucketBackend(Objects(store, "memory://run")) for _ in range(2))
+    backend.claim()
+    host, guest = backend.reserve(), other.guest()
+    files = write(host, {STATE_NAME: b"{}"})
+    guest.accept(host.invitation())
+    files |= write(guest, {"theirs.bin": b"added"})
+    guest.discard()
+    with pytest.raises(StoreBusyError, match="another rank gave this save up"):
+        host.commit(manifest_of(files))
+    host.discard()
+    assert names(backend) == []
+    assert {found.key for found in backend._objects.list("checkpoint_0")} == {
+        "checkpoint_0/claim.json", "checkpoint_0/manifest.json",
+    }  # fmt: skip
+
+
+def test_what_others_linked_stays_and_what_is_gone_is_not_committed() -> None:
+    store = MemoryStore()
+    backend, other = (BucketBackend(Objects(store, "memory://run")) for _ in range(2))
+    first = committed(backend, {"base.bin": b"unchanged"})
+    host, guest = backend.reserve(), other.guest()
+    host.open()
+    guest.accept(host.invitation())
+    linked = entry(b"unchanged", guest.link("base.bin", "checkpoint_0", "base.bin", entry(b"unchanged")))
+    host.take_over({"base.bin": linked})
+    backend.delete(first)  # by another thread of rank 0: the object stays
+    host.commit(manifest_of({**write(host, {STATE_NAME: b"{}"}), "base.bin": linked}))
+    guest.leave()
+    assert content(host.final, "base.bin") == b"unchanged"
+    late = backend.reserve()
+    backend.delete(host.final)
+    with pytest.raises(FileNotFoundError):
+        late.take_over({"base.bin": linked})
 
 
 def test_who_is_sent_to_another_place_says_so(opened: Open) -> None:
