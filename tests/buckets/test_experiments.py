@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from keepstep.checkpoint.place.registry import open_objects
 from keepstep.errors import ExperimentBusyError, ExperimentNotFoundError, JournalError
 from keepstep.tune.experiment.bucket_log import BucketLog
 from keepstep.tune.experiment.reading import read_experiment
-from keepstep.tune.experiment.records import ResultReported, TrialMade
+from keepstep.tune.experiment.records import DriverStarted, ResultReported, TrialMade
 
 
 def lines(count: int, begin: int = 0) -> list[bytes]:
@@ -188,6 +189,9 @@ def train(config):
 
 if __name__ == "__main__":
     executor, address, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    if executor == "restore":
+        tune.Tuner.restore(f"{address}/it", train, storage_options=options).fit()
+        sys.exit("restored")
     tune.Tuner(
         train,
         param_space={"x": tune.uniform(0, 1), "y": tune.uniform(-1, 1), "sleep": float(sys.argv[4])},
@@ -214,7 +218,7 @@ def start(script: Path, executor: str, address: str, server: Server, sleep: floa
         stderr=subprocess.STDOUT,
         text=True,
         cwd=script.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(script.parent)},
     )
 
 
@@ -278,6 +282,40 @@ def test_a_driver_that_is_killed_goes_on_in_the_bucket_and_decides_the_same(
     )
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout.count("TERMINATED") >= 6
+
+
+def test_a_driver_that_is_killed_is_followed_by_one_on_another_machine(
+    server: Server, address: str, tmp_path: Path
+) -> None:
+    for machine in ("one", "other"):
+        (tmp_path / machine).mkdir()
+        (tmp_path / machine / "script.py").write_text(SCRIPT)
+    process = start(tmp_path / "one" / "script.py", "local", address, server, 0.1)
+    end = time.monotonic() + 60
+    while len(results(address, server)) < 9:
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    before = decisions(address, server)
+    shutil.rmtree(tmp_path / "one")
+    restored = start(tmp_path / "other" / "script.py", "restore", address, server, 0.1)
+    assert restored.communicate(timeout=120)[0].endswith("restored\n")
+    after = dict(decisions(address, server))
+    assert len(after) == 6
+    for trial, told in before:
+        assert after[trial][: len(told)] == told
+    for told in after.values():
+        assert [iteration for iteration, *_ in told[1:]] == list(range(1, len(told)))
+    records = read_experiment(f"{address}/it", server.options())
+    second = [n for n, record in enumerate(records) if isinstance(record, DriverStarted)][1]
+    went_on = [found for found in records[second:] if isinstance(found, ResultReported)]
+    assert any(found.since < found.iteration for found in went_on)  # from a checkpoint
+    train = _train_of(tmp_path / "other" / "script.py")
+    grid = tune.Tuner.restore(f"{address}/it", train, storage_options=server.options()).get_results()
+    assert {result.ended_by for result in grid} <= {"itself", "scheduler"}
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["script.py"]
 
 
 def _train_of(script: Path) -> Any:
