@@ -79,6 +79,7 @@ TORCH_FREE = [
     "keepstep.tune.schedulers.pbt_replay",
     "keepstep.tune.settings",
     "keepstep.tune.stopper",
+    "keepstep.tune.registry",
     "keepstep.tune.trainable",
 ]
 

@@ -23,9 +23,10 @@ from keepstep.errors import (
     TuneError,
     UsageError,
 )
+from keepstep.tune.assembly import opening
 from keepstep.tune.assembly.opening import open_experiment
 from keepstep.tune.executors.inline import InlineExecutor
-from keepstep.tune.experiment import Trial
+from keepstep.tune.experiment import Trial, journal, reading
 from keepstep.tune.experiment.journal import read_journal
 from keepstep.tune.experiment.records import TrialMade
 from keepstep.tune.result import SHOULD_CHECKPOINT
@@ -276,6 +277,27 @@ def test_a_restore_needs_nothing_that_the_journal_can_tell(tmp_path: Path) -> No
     again = tune.Tuner.restore(tmp_path / "it", counting(3)).fit()
     assert [result.config for result in again] == [result.config for result in first]
     assert again.get_best_result().metrics["loss"] == first.get_best_result().metrics["loss"]
+
+
+def test_a_restore_reads_the_journal_once_and_what_came_between_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"x": tune.grid_search([1, 2])}
+    fit(tmp_path, counting(3), space)
+    read: list[str] = []
+    parse = journal.parse_journal
+
+    def parsed(data: bytes, name: str) -> journal.Told:
+        read.append(name)
+        return parse(data, name)
+
+    for module in (opening, reading):
+        monkeypatch.setattr(module, "parse_journal", parsed)
+    again = tune.Tuner.restore(tmp_path / "it", counting(3))
+    late = tune.Tuner.restore(tmp_path / "it", counting(3))
+    assert (again.fit().num_terminated, len(read)) == (2, 2)
+    assert fit(tmp_path, counting(3), space, tune.TuneConfig(num_samples=2)).num_terminated == 4
+    assert late.fit().num_terminated == 4
 
 
 def test_a_restore_says_what_has_to_be_handed_over(tmp_path: Path) -> None:

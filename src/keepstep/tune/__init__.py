@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from keepstep.tune import callback as callback
     from keepstep.tune import experiment as experiment
     from keepstep.tune import logger as logger
+    from keepstep.tune import registry as registry
     from keepstep.tune import result as result
     from keepstep.tune import schedulers as schedulers
     from keepstep.tune import search as search
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from keepstep.tune.logger.mlflow import MLflowLoggerCallback as MLflowLoggerCallback
     from keepstep.tune.logger.tensorboard import TBXLoggerCallback as TBXLoggerCallback
     from keepstep.tune.logger.wandb import WandbLoggerCallback as WandbLoggerCallback
+    from keepstep.tune.registry import register_trainable as register_trainable
     from keepstep.tune.reporting.base import ProgressReporter as ProgressReporter
     from keepstep.tune.reporting.notebook import JupyterNotebookReporter as JupyterNotebookReporter
     from keepstep.tune.reporting.printed import CLIReporter as CLIReporter
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
     from keepstep.tune.trainable.trainable import Trainable as Trainable
     from keepstep.tune.tuner import Tuner as Tuner
 
-_MODULES = ("callback", "experiment", "logger", "result", "schedulers", "search", "stopper")
+_MODULES = ("callback", "experiment", "logger", "registry", "result", "schedulers", "search", "stopper")
 _HOME_OF_NAME = {
     "CLIReporter": "keepstep.tune.reporting",
     "CSVLoggerCallback": "keepstep.tune.logger",
@@ -101,6 +103,7 @@ _HOME_OF_NAME = {
     "quniform": "keepstep.tune.search.sample",
     "randint": "keepstep.tune.search.sample",
     "randn": "keepstep.tune.search.sample",
+    "register_trainable": "keepstep.tune.registry",
     "report": "keepstep.tune.trainable.session",
     "run": "keepstep.tune.run_function",
     "sample_from": "keepstep.tune.search.sample",

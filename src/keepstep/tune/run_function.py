@@ -11,6 +11,7 @@ from keepstep.errors import ExperimentExistsError, TrialError, UsageError
 from keepstep.tune.analysis import ExperimentAnalysis
 from keepstep.tune.assembly.opening import address_of
 from keepstep.tune.callback import Callback
+from keepstep.tune.registry import named_trainable
 from keepstep.tune.reporting.base import ProgressReporter
 from keepstep.tune.results import ResultGrid
 from keepstep.tune.schedulers.base import TrialScheduler
@@ -24,7 +25,7 @@ __all__ = ["run"]
 
 
 def run(
-    run_or_experiment: Callable[[dict[str, Any]], Any] | type,
+    run_or_experiment: str | Callable[[dict[str, Any]], Any] | type,
     *,
     name: str | None = None,
     metric: str | None = None,
@@ -54,7 +55,7 @@ def run(
     """Run an experiment, as `Tuner(...).fit()` does; arguments are those of `TuneConfig` and `RunConfig`.
 
     Args:
-        run_or_experiment: the trainable.
+        run_or_experiment: the trainable, or the name that it was registered by.
         name: of the experiment.
         metric: what counts.
         mode: "min" or "max".
@@ -87,12 +88,7 @@ def run(
         ExperimentExistsError: `resume` is False, and it is there.
         UsageError: an argument can't be; and as for `Tuner`.
     """
-    if isinstance(run_or_experiment, str):
-        raise UsageError(
-            f"tune.run was given {run_or_experiment!r}; names of registered trainables are not known here: "
-            "hand over the function or class itself"
-        )
-    trainable = run_or_experiment
+    trainable = named_trainable(run_or_experiment)
     if resources_per_trial is not None:
         trainable = with_resources(trainable, resources_per_trial)
     tune_config = TuneConfig(

@@ -13,8 +13,9 @@ from keepstep.tune.assembly.opening import address_of, free_name, open_experimen
 from keepstep.tune.assembly.running import Plan, Resume, carry_out
 from keepstep.tune.assembly.spec import newest_spec, revive
 from keepstep.tune.experiment.history import History
-from keepstep.tune.experiment.reading import read_experiment, whole_address
+from keepstep.tune.experiment.reading import Looked, look_at, read_experiment, whole_address
 from keepstep.tune.experiment.records import ExperimentMade
+from keepstep.tune.registry import named_trainable
 from keepstep.tune.results import ResultGrid, error_of
 from keepstep.tune.search.description import revived
 from keepstep.tune.settings import RunConfig, TuneConfig
@@ -30,7 +31,8 @@ class Tuner:
     run again, others go on from their last checkpoint. So a script that was killed is started again as it is.
 
     Args:
-        trainable: a function of a configuration, or a subclass of `Trainable`.
+        trainable: a function of a configuration, a subclass of `Trainable`, or the name that one of these was
+            registered by.
         param_space: the configuration: values, and what they are drawn from, nested.
         tune_config: how configurations are chosen, and which trials go on.
         run_config: where the experiment lives, and what goes with it.
@@ -41,18 +43,20 @@ class Tuner:
 
     def __init__(
         self,
-        trainable: Callable[[dict[str, Any]], Any] | type,
+        trainable: str | Callable[[dict[str, Any]], Any] | type,
         *,
         param_space: Mapping[str, Any] | None = None,
         tune_config: TuneConfig | None = None,
         run_config: RunConfig | None = None,
     ) -> None:
+        trainable = named_trainable(trainable)
         check_trainable(trainable)
         self._trainable = trainable
         self._param_space = dict(param_space or {})
         self._tune = tune_config if tune_config is not None else TuneConfig()
         self._run = run_config if run_config is not None else RunConfig()
         self._resume = Resume()
+        self._looked: Looked | None = None
         self._address: str | None = None
         _check_checkpoints(trainable, self._run)
         note_unneeded()
@@ -61,7 +65,7 @@ class Tuner:
     def restore(
         cls,
         path: str | os.PathLike[str],
-        trainable: Callable[[dict[str, Any]], Any] | type,
+        trainable: str | Callable[[dict[str, Any]], Any] | type,
         resume_unfinished: bool = True,
         resume_errored: bool = False,
         restart_errored: bool = False,
@@ -100,7 +104,8 @@ class Tuner:
         address = whole_address(path)
         if storage_options is None and run_config is not None:
             storage_options = run_config.storage_options
-        records = read_experiment(address, storage_options)
+        looked = look_at(address, storage_options)
+        records = looked.told.records
         made = records[0] if records else None
         if not isinstance(made, ExperimentMade):
             raise ExperimentNotFoundError(
@@ -111,7 +116,7 @@ class Tuner:
         space = param_space if param_space is not None else revived(spec["param_space"])
         run = replace(run, storage_options=storage_options)
         tuner = cls(trainable, param_space=space, tune_config=tune, run_config=run)
-        tuner._address = address
+        tuner._address, tuner._looked = address, looked
         tuner._resume = Resume(
             unfinished=resume_unfinished,
             errored="go on" if resume_errored else "anew" if restart_errored else None,
@@ -143,7 +148,8 @@ class Tuner:
             TuneError: a scheduler or searcher does what can't be.
         """
         address, name = self._place()
-        opened = open_experiment(address, self._run.storage_options)
+        looked, self._looked = self._looked, None
+        opened = open_experiment(address, self._run.storage_options, looked=looked)
         plan = Plan(
             trainable=self._trainable,
             param_space=self._param_space,

@@ -15,7 +15,7 @@ from keepstep.errors import ExperimentBusyError, ExperimentNotFoundError, UsageE
 from keepstep.files import LocalFiles
 from keepstep.locks import DirectoryLock
 from keepstep.tune.experiment.journal import JOURNAL_NAME, Journal, LocalLog, Log, parse_journal
-from keepstep.tune.experiment.reading import log_of, read_experiment
+from keepstep.tune.experiment.reading import Looked, log_of, read_experiment
 from keepstep.tune.experiment.records import DriverStarted, Record
 
 __all__ = ["DEFAULT_STORAGE", "Opened", "address_of", "free_name", "open_experiment"]
@@ -72,22 +72,26 @@ class Opened:
     release: Callable[[], None]
 
 
-def open_experiment(address: str, storage_options: Mapping[str, Any] | None = None) -> Opened:
+def open_experiment(
+    address: str, storage_options: Mapping[str, Any] | None = None, *, looked: Looked | None = None
+) -> Opened:
     """Take an experiment over, or make room for a new one; what a kill left torn in its journal is cut off.
 
     Args:
         address: of its directory.
         storage_options: for a bucket.
+        looked: what was read of it before; what came since counts, too.
 
     Raises:
         ExperimentBusyError: another process runs it.
         JournalError: its journal is damaged.
         StoreError, UsageError: the place refuses.
     """
-    log, release = _taken(address, storage_options)
+    log, release = _taken(address, storage_options, looked)
     try:
         try:
-            told = parse_journal(log.read(), str(log))
+            data = log.read()
+            told = looked.told if looked and looked.data == data else parse_journal(data, str(log))
         except ExperimentNotFoundError:
             return Opened(address, Journal(log), [], release)
         log.cut(told.size)
@@ -97,10 +101,12 @@ def open_experiment(address: str, storage_options: Mapping[str, Any] | None = No
     return Opened(address, Journal(log), told.records, release)
 
 
-def _taken(address: str, storage_options: Mapping[str, Any] | None) -> tuple[Log, Callable[[], None]]:
+def _taken(
+    address: str, storage_options: Mapping[str, Any] | None, looked: Looked | None
+) -> tuple[Log, Callable[[], None]]:
     """Its journal, held against others; in a bucket another process that appends shuts this one out."""
     if is_address(address):
-        log = log_of(address, storage_options)
+        log = looked.log if looked is not None else log_of(address, storage_options)
         return log, log.close
     return _local(Path(address))
 

@@ -53,13 +53,14 @@ class BucketLog:
         self._objects = open_objects(self._address, storage_options)
         self._merge_every = merge_every
         self._next: int | None = None
+        self._kept: dict[str, bytes] = {}
         self._unmerged: list[bytes] = []
 
     def __str__(self) -> str:
         return f"{self._address}/{_PREFIX.rstrip('/')}"
 
     def read(self) -> bytes:
-        """All of it; appends go on behind what was read.
+        """All of it; appends go on behind what was read. What was read before, and never changes, is kept.
 
         Raises:
             ExperimentNotFoundError: there is none.
@@ -73,12 +74,17 @@ class BucketLog:
                     "address of an experiment: <storage_path>/<name>"
                 )
             with ThreadPoolExecutor(_READERS) as readers:
-                found = list(readers.map(self._objects.get, (piece.key for piece in pieces)))
+                found = list(readers.map(self._get, (piece.key for piece in pieces)))
+            self._kept = {piece.key: data for piece, data in zip(pieces, found, strict=True)}
         self._next = pieces[-1].end
         self._unmerged = [
             data for data, piece in zip(found, pieces, strict=True) if not piece.key.startswith(_MERGED)
         ]
         return b"".join(found)
+
+    def _get(self, key: str) -> bytes:
+        kept = self._kept.get(key)
+        return kept if kept is not None else self._objects.get(key)
 
     def _pieces(self) -> list[_Piece]:
         """The objects to read, in order: what is merged, and the single ones behind that."""
@@ -113,7 +119,7 @@ class BucketLog:
                 f"{self._address} is being run by another process, which has written to its journal since "
                 "this one looked. Stop that one, or give this one another RunConfig.name"
             )
-        self._next = number + 1
+        self._next, self._kept = number + 1, {}
         self._unmerged.append(data)
         if len(self._unmerged) % self._merge_every == 0:
             self._merge()

@@ -56,7 +56,7 @@ def _check_signature(function: Any) -> None:
 
 def trainable_name(trainable: Any) -> str:
     """What a trainable is called, in names of experiments and trials."""
-    while isinstance(trainable, functools.partial):
+    while isinstance(trainable, functools.partial) and "__name__" not in vars(trainable):  # a registered one
         trainable = trainable.func
     name = getattr(trainable, "__name__", None) or type(trainable).__name__
     return "lambda" if name == "<lambda>" else str(name)
