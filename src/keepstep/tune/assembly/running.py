@@ -122,7 +122,7 @@ def carry_out(plan: Plan, opened: Opened) -> History:
         showing = _showing(plan, history, decider, executor)
         stack.callback(showing.close)
         _note_mode(plan.tune, showing)
-        audience = _audience(plan, opened, history, stack)
+        audience = _audience(plan, opened, history, decider, stack)
         keeper = Keeper(
             history,
             opened.journal,
@@ -172,7 +172,9 @@ def _note_mode(tune: TuneConfig, showing: Showing) -> None:
         )
 
 
-def _audience(plan: Plan, opened: Opened, history: History, stack: contextlib.ExitStack) -> Audience:
+def _audience(
+    plan: Plan, opened: Opened, history: History, decider: Decider, stack: contextlib.ExitStack
+) -> Audience:
     """The user's callbacks, and behind them the files of trials, so that what they change is in these."""
     files = TrialFiles(opened.address, plan.run.storage_options)
     stack.callback(files.close)
@@ -181,7 +183,7 @@ def _audience(plan: Plan, opened: Opened, history: History, stack: contextlib.Ex
     if plan.run.verbose >= 2 and not plan.run.log_to_file and not is_address(opened.address):
         callbacks.append(EchoCallback(_outputs(plan.run.log_to_file)))
     audience = Audience(history, [*callbacks, FilesCallback(files)], plan.run.storage_options)
-    audience.setup(plan.run.stop, plan.tune.num_samples)
+    audience.setup(plan.run.stop, plan.tune.num_samples, decider.searcher.total_samples)
     return audience
 
 
@@ -323,7 +325,8 @@ def _environment(run: RunConfig) -> Callable[[dict[str, Any]], Mapping[str, str]
 def _outputs(log_to_file: bool | str | tuple[str, str]) -> tuple[str, str]:
     if isinstance(log_to_file, bool) or log_to_file is None:
         return "stdout", "stderr"
-    names = (log_to_file, log_to_file) if isinstance(log_to_file, str) else tuple(log_to_file)
+    said: Any = log_to_file
+    names = (said, said) if isinstance(said, str) else tuple(said if isinstance(said, list | tuple) else ())
     if len(names) != 2 or not all(isinstance(name, str) and name and "/" not in name for name in names):
         raise UsageError(
             f"RunConfig.log_to_file is {log_to_file!r}; expected True, False, the name of a file, or two "

@@ -35,10 +35,10 @@ class Audience:
         self._states: dict[str, Any] = {}
         self._turn = 0
 
-    def setup(self, stop: Any, num_samples: int | None) -> None:
+    def setup(self, stop: Any, num_samples: int | None, total_num_samples: int | None) -> None:
         """Before anything else; callbacks that keep a state get the one that was written down last."""
         for number, callback in enumerate(self._callbacks):
-            callback.setup(stop=stop, num_samples=num_samples)
+            callback.setup(stop=stop, num_samples=num_samples, total_num_samples=total_num_samples)
             state = self._history.callbacks.get(str(number))
             if state is not None:
                 callback.set_state(state)

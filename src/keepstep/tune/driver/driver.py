@@ -101,7 +101,7 @@ class Driver:
         Returns:
             Why it ended, as `ExperimentEnded` has it.
         """
-        self._showing.look()  # so that reporters know what was there before
+        self._showing.begin()
         while True:
             self._audience.turn_begins()
             self._watch()

@@ -49,6 +49,7 @@ class Showing:
         self._mode = mode
         self._messages: list[str] = []
         self._lacked = False
+        self._ended_before = 0
 
     def say(self, message: str) -> None:
         """Tell people something, once."""
@@ -69,8 +70,18 @@ class Showing:
             f"{', '.join(own) or 'nothing'}. Such trials are never the best"
         )
 
+    def begin(self) -> None:
+        """Show how it stands, so that reporters know what was there before."""
+        self._ended_before = 0 if self._history.live else len(self._history.all)
+        self.look()
+
     def end(self) -> None:
         """All is done: show it for the last time, and how failed trials run again."""
+        if self._ended_before and self._ended_before == len(self._history.all):
+            self.say(
+                "nothing was left to run: all trials had ended before. For a new experiment, as after a "
+                "change of the code, give another RunConfig.name"
+            )
         failed = sum(trial.status == ERROR for trial in self._history.all)
         if failed:
             self.say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from keepstep.errors import UsageError
 from keepstep.tune.search.domain import Categorical, Domain, Float, Function, Integer, whole
 
 __all__ = [
@@ -46,21 +47,28 @@ def quniform(lower: float, upper: float, q: float) -> Float:
     return Float(lower, upper).uniform().quantized(q)
 
 
-def loguniform(lower: float, upper: float) -> Float:
+def loguniform(lower: float, upper: float, base: float = 10) -> Float:
     """A number whose logarithm is drawn evenly: 0 < `lower` <= x < `upper`. For learning rates and the like.
 
+    Args:
+        lower: the least, > 0.
+        upper: what it stays below.
+        base: of the logarithm; with any, the same numbers are drawn.
+
     Raises:
-        UsageError: a bound is no finite number > 0, or `lower` is above `upper`.
+        UsageError: a bound is no finite number > 0, `lower` is above `upper`, or there is no such base.
     """
+    _check_base(base)
     return Float(lower, upper).loguniform()
 
 
-def qloguniform(lower: float, upper: float, q: float) -> Float:
+def qloguniform(lower: float, upper: float, q: float, base: float = 10) -> Float:
     """The multiple of `q` nearest to a number drawn as by `loguniform`: `lower` <= x <= `upper`.
 
     Raises:
         UsageError: as for `loguniform`, or a bound is no multiple of `q`.
     """
+    _check_base(base)
     return Float(lower, upper).loguniform().quantized(q)
 
 
@@ -97,21 +105,23 @@ def qrandint(lower: int, upper: int, q: int = 1) -> Integer:
     return Integer(lower, upper, q=whole(q, "q", "qrandint")).uniform().quantized(q)
 
 
-def lograndint(lower: int, upper: int) -> Integer:
-    """A whole number whose logarithm is drawn evenly: 0 < `lower` <= x < `upper`.
+def lograndint(lower: int, upper: int, base: float = 10) -> Integer:
+    """A whole number whose logarithm is drawn evenly: 0 < `lower` <= x < `upper`; `base` as for `loguniform`.
 
     Raises:
-        UsageError: a bound is no whole number > 0, or `upper` is not above `lower`.
+        UsageError: a bound is no whole number > 0, `upper` is not above `lower`, or there is no such base.
     """
+    _check_base(base)
     return Integer(lower, upper).loguniform()
 
 
-def qlograndint(lower: int, upper: int, q: int) -> Integer:
+def qlograndint(lower: int, upper: int, q: int, base: float = 10) -> Integer:
     """A multiple of `q`, drawn evenly by its logarithm: 0 < `lower` <= x <= `upper`; with `q=1`: x < `upper`.
 
     Raises:
         UsageError: as for `lograndint`, or there is no multiple of `q` between the bounds.
     """
+    _check_base(base)
     return Integer(lower, upper, q=whole(q, "q", "qlograndint")).loguniform().quantized(q)
 
 
@@ -139,3 +149,8 @@ def sample_from(func: Callable[..., Any]) -> Function:
         UsageError: it takes more.
     """
     return Function(func)
+
+
+def _check_base(base: float) -> None:
+    if not base > 0 or base == 1:
+        raise UsageError(f"base is {base!r}; expected the base of a logarithm: more than 0, and not 1")
