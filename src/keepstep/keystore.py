@@ -89,8 +89,8 @@ class Connection:
         """Whether the key came within the time-out."""
         ends_s = time.monotonic() + timeout_s
         while True:
-            wait_s = min(_WAIT_S, max(0.001, ends_s - time.monotonic()))
-            if self._ask(partial(self._wait_for, key, wait_s), wait_s):
+            left_s = max(0.001, ends_s - time.monotonic())
+            if self._ask(partial(self._wait_for, key, min(_WAIT_S, left_s)), left_s):
                 return True
             if time.monotonic() >= ends_s:
                 return False
