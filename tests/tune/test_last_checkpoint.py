@@ -17,8 +17,8 @@ from keepstep import tune
 from keepstep.tune.experiment import Trial
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import read_journal
-from keepstep.tune.experiment.records import ResultReported
-from keepstep.tune.schedulers import ASHAScheduler
+from keepstep.tune.experiment.records import ResultReported, TrialFailed
+from keepstep.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
 
 class Counter(tune.Trainable):
@@ -153,3 +153,65 @@ def test_a_driver_killed_while_a_trial_saves_at_its_end_has_it_save_when_it_is_b
     assert (kept(result), result.error) == (["5"], None)
     lines = Path(result.path, "result.json").read_text().splitlines()
     assert [json.loads(line)["training_iteration"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+class Walk(tune.Trainable):
+    """Saves fail once each at iterations 4, where trials are paused, and 12, where they end."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.x = 0.0
+
+    def step(self) -> dict[str, float]:
+        self.x += self.config["rate"]
+        return {"x": self.x}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        Path(checkpoint_dir, "x").write_text(str(self.x))
+        mark = Path(f"failed_{self.iteration}")
+        if self.iteration in (4, 12) and not mark.exists():
+            mark.touch()
+            raise OSError("the disk is full")
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        self.x = float(Path(checkpoint, "x").read_text())
+
+
+@pytest.mark.parametrize("synch", [False, True])
+def test_saves_of_a_population_that_fail_are_tried_again_and_a_restart_agrees(
+    tmp_path: Path, synch: bool
+) -> None:
+    def run() -> tune.ResultGrid:
+        scheduler = PopulationBasedTraining(
+            time_attr="training_iteration",
+            perturbation_interval=2,
+            quantile_fraction=0.5,
+            hyperparam_mutations={"rate": tune.uniform(0, 1)},
+            synch=synch,
+        )
+        return tune.Tuner(
+            Walk,
+            param_space={"rate": tune.uniform(0, 1)},
+            tune_config=tune.TuneConfig(
+                metric="x", mode="max", num_samples=4, scheduler=scheduler, seed=2, max_concurrent_trials=2
+            ),
+            run_config=tune.RunConfig(
+                name="it",
+                storage_path=tmp_path,
+                executor="inline",
+                verbose=0,
+                stop={"training_iteration": 12},
+                failure_config=tune.FailureConfig(max_failures=2),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            ),
+        ).fit()
+
+    found = run()
+    assert [str(error) for error in found.errors] == []
+    records = read_journal(tmp_path / "it")
+    assert sum(any(act.do == "exploit" for act in getattr(record, "acts", ())) for record in records) > 2
+    assert sum(isinstance(record, TrialFailed) for record in records) >= 4
+    for trial in found.history.all:
+        assert (trial.status, trial.ended_by, trial.iteration) == ("TERMINATED", "stopper", 12)
+        assert [made.iteration for made in trial.checkpoints] == [12]
+    run()  # everybody is told again, and must decide as before
+    assert len(read_journal(tmp_path / "it")) == len(records) + 2

@@ -81,8 +81,8 @@ class Keeper:
 
     def _pinned(self) -> set[Key]:
         """What trials that are not over go on from, or were started from."""
-        live = self._history.live.values()
-        return {key_of(trial.resume_from) for trial in live if trial.resume_from is not None}
+        going_on = [*self._history.live.values(), *self._history.unsaved.values()]
+        return {key_of(trial.resume_from) for trial in going_on if trial.resume_from is not None}
 
     def _heard(self, verdict: Verdict) -> list[CheckpointRecord]:
         for topic, message in verdict.messages.items():

@@ -72,8 +72,8 @@ class Starter:
 
     def _unsaved(self) -> Trial | None:
         """One that had ended, and lacks only its last checkpoint: nobody has to decide about it any more."""
-        live = self._history.live.values()
-        return next((trial for trial in live if trial.ends_at is not None and trial.status == PENDING), None)
+        unsaved = self._history.unsaved.values()
+        return next((trial for trial in unsaved if trial.status == PENDING), None)
 
     def _stock_up(self) -> None:
         """Make trials of suggestions, as many as may wait."""

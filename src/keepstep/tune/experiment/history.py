@@ -81,6 +81,8 @@ class History:
         """The same, in the order in which they were made."""
         self.live: dict[str, Trial] = {}
         """Those that have not ended, in the order in which they were made."""
+        self.unsaved: dict[str, Trial] = {}
+        """Those that have, or had, ended, and lack the checkpoint that they end with (`Trial.ends_at`)."""
         self.ended: str | None = None
         """Why the experiment ended; None: it has not."""
         self.callbacks: dict[str, Any] = {}
@@ -148,7 +150,7 @@ class History:
         for trial in self.live.values():
             if trial.status == RUNNING:
                 trial.status = PENDING
-        self._revive([trial for trial in self.all if trial.ends_at is not None])
+        self._revive([trial for trial in self.unsaved.values() if trial.saves_last])
 
     def _revive(self, ended: Sequence[Trial]) -> None:
         """Trials that had ended wait to run again."""
@@ -156,6 +158,11 @@ class History:
             trial.status = PENDING
         if ended:
             self.live = {id_: trial for id_, trial in self.trials.items() if not trial.is_finished()}
+
+    def _lacks_nothing(self, trial: Trial) -> None:
+        """The checkpoint that it ends with is there, or does not matter any more."""
+        trial.ends_at = None
+        self.unsaved.pop(trial.trial_id, None)
 
     def _trial_made(self, record: TrialMade) -> None:
         trial = Trial(
@@ -204,7 +211,9 @@ class History:
         self.callbacks.update(record.callbacks)
         if not acted:
             self.act(record.acts)
-        trial.ends_at = record.iteration if record.saves else None
+        if record.saves:
+            trial.ends_at = record.iteration
+            self.unsaved[trial.trial_id] = trial
         if record.decision == "STOP":
             trial.last_result[DONE] = True
             self._finish(trial, record.why or "scheduler")
@@ -255,7 +264,7 @@ class History:
         same = record.iteration == trial.last_result.get(TRAINING_ITERATION)
         self._add_checkpoint(trial, record, trial.last_result if same else {})
         if trial.ends_at is not None and record.iteration >= trial.ends_at:
-            trial.ends_at = None
+            self._lacks_nothing(trial)
             if not trial.is_finished():  # it ran once more, for this checkpoint
                 trial.status = TERMINATED
                 self.live.pop(trial.trial_id)
@@ -288,7 +297,7 @@ class History:
         trial = self.trial(record.trial)
         if trial.last_result:
             trial.last_result[DONE] = True
-        trial.ends_at = None
+        self._lacks_nothing(trial)
         self._finish(trial, record.why)
         if not acted:
             self.act(record.acts)
@@ -297,7 +306,8 @@ class History:
         trial = self.trial(record.trial)
         trial.error = trial.ended_by = None
         if record.anew:
-            trial.resume_from = trial.ends_at = None
+            self._lacks_nothing(trial)
+            trial.resume_from = None
             trial.iteration, trial.time_total_s, trial.last_result = 0, 0.0, {}
         self._revive([trial])
 
