@@ -10,14 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from keepstep.errors import RankError, RankFailedError, RankMissingError
 from keepstep.keystore import Connection, KeyValueStore
 
-__all__ = ["Alone", "Meeting", "Topic"]
+__all__ = ["LOOK_EVERY_S", "Alone", "Meeting", "Topic", "Watch"]
 
+LOOK_EVERY_S = 5.0
+"""How long a rank waits before it looks what the others do, and again before it looks anew."""
+
+_ASKED_A_WAIT, _SHORTEST_S, _LONGEST_S = 20, 0.001, 0.5
+"""A rank that looks after the others asks for a key this often in a wait, by these pauses."""
 _PART_BYTES = 4 << 20
 """PyTorch's TCP store refuses values of more than 8 MiB."""
 _MOST_STEPS = 8
@@ -45,6 +51,18 @@ class Meeting(Protocol):
 
     def check(self) -> None:
         """Raise if another rank has failed by now."""
+        ...
+
+
+class Watch(Protocol):
+    """Looks after the other ranks while this one waits for them."""
+
+    def waiting(self, call: str) -> contextlib.AbstractContextManager[None]:
+        """This rank waits in a call meanwhile."""
+        ...
+
+    def look(self, call: str) -> None:
+        """Raise if the others can't come."""
         ...
 
 
@@ -89,15 +107,20 @@ class Topic:
         self._old_keys: list[str] = []
 
     @contextlib.contextmanager
-    def meeting(self, timeout_s: float) -> Iterator[Meeting]:
-        """Hold one; see `keepstep.world.World.meeting`."""
+    def meeting(self, timeout_s: float, watch: Watch | None = None) -> Iterator[Meeting]:
+        """Hold one; see `keepstep.world.World.meeting`.
+
+        Args:
+            timeout_s: how long a step waits for the other ranks.
+            watch: looks after them meanwhile.
+        """
         with self._turn:
             self.store.timeout_s = timeout_s
             number = self._last + 1
             while self._was_missed(number):
                 number += 1
             self._last = number
-            meeting = _StoreMeeting(self, number, timeout_s)
+            meeting = _StoreMeeting(self, number, timeout_s, watch)
             try:
                 meeting.open()
                 yield meeting
@@ -139,7 +162,8 @@ class _StoreMeeting:
     the first to fail.
     """
 
-    def __init__(self, topic: Topic, number: int, timeout_s: float) -> None:
+    def __init__(self, topic: Topic, number: int, timeout_s: float, watch: Watch | None) -> None:
+        self._watch = watch
         self._topic = topic
         self._store = topic.store
         self._number = number
@@ -152,7 +176,7 @@ class _StoreMeeting:
         """Rank 0 opens the meeting, the others wait for that."""
         if self._topic.rank == 0:
             self._store.set(self._made("open"), "")
-        elif not self._store.wait(f"{self._number}/open", self._timeout_s):
+        elif not self._came(f"{self._number}/open"):
             raise self._topic.missing([0], self._timeout_s)
 
     def exchange(self, value: bytes) -> list[bytes]:
@@ -220,13 +244,29 @@ class _StoreMeeting:
 
     def _wait(self, step: int, for_ranks: Sequence[int]) -> None:
         done = self._shared(f"{step}/done")
-        if not self._store.wait(done, self._timeout_s):
+        if not self._came(done):
             missing = self._absent(step, for_ranks)
             if missing == [0] and self._all_come:  # rank 0 may be waiting for another one itself
                 missing = self._absent(self._all_come, range(self._topic.size)) or missing
             if missing:
                 raise self._topic.missing(missing, self._timeout_s)
         self._raise(json.loads(self._store.get(done)))
+
+    def _came(self, key: str) -> bool:
+        """Wait for a key; whether it came in time."""
+        if self._watch is None:
+            return self._store.wait(key, self._timeout_s)
+        began_s = looked_s = time.monotonic()
+        with self._watch.waiting(self._topic.topic):
+            while not self._store.check(key):
+                now_s = time.monotonic()
+                if now_s - began_s >= self._timeout_s:
+                    return False
+                if now_s - looked_s >= LOOK_EVERY_S:
+                    looked_s = now_s
+                    self._watch.look(self._topic.topic)
+                time.sleep(min(max((now_s - began_s) / _ASKED_A_WAIT, _SHORTEST_S), _LONGEST_S))
+        return True
 
     def _absent(self, step: int, ranks: Sequence[int]) -> list[int]:
         return [rank for rank in ranks if not self._store.check(f"{self._number}/{step}/{rank}")]

@@ -9,45 +9,23 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import sys
-import sysconfig
 import threading
 import time
-import types
-from pathlib import Path
 from typing import Any
 
 from keepstep.errors import RankMissingError
 from keepstep.keystore import Connection, KeyValueStore
+from keepstep.world.standstill import Posture
+from keepstep.world.whereabouts import line_of_caller
 
-__all__ = ["Inquiry", "Witness", "line_of_caller"]
+__all__ = ["Inquiry", "Witness"]
 
-_NOT_THE_USERS = (
-    *(os.path.join(sysconfig.get_path(kind), "") for kind in ("stdlib", "purelib")),
-    os.path.join(Path(__file__).parent.parent, ""),
-    "<frozen",
-)
 _GOODBYE = b"goodbye"
 _LOOK_S = 0.05
 """How often those who ask look for answers."""
 _LAST_WORDS_S = 0.3
 """How long rank 0, which may serve the store, stays for the others to read the verdict."""
-
-
-def line_of_caller(frame: types.FrameType | None = None) -> str:
-    """The innermost line of the user's program, as "train.py:31 in evaluate"; of this thread by default."""
-    innermost = frame = sys._getframe(1) if frame is None else frame
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS):
-            return _shown(frame)
-        frame = frame.f_back
-    return _shown(innermost)
-
-
-def _shown(frame: types.FrameType) -> str:
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 class Witness:
@@ -61,6 +39,7 @@ class Witness:
 
     Attributes:
         verdict: what was found out when it was asked.
+        posture: what the main thread does.
     """
 
     def __init__(self, store: KeyValueStore, rank: int, size: int, interval_s: float) -> None:
@@ -69,6 +48,7 @@ class Witness:
         self._size = size
         self._interval_s = interval_s
         self.verdict: bytes | None = None
+        self.posture = Posture()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="keepstep-witness", daemon=True)
         self._thread.start()
@@ -89,6 +69,9 @@ class Witness:
                     self._store.set(f"at/{self._rank}", self._answer())
                     self._hear_the_verdict()
                     return
+                if self._store.check(["posture/asked"]):
+                    told = {**self.posture.look(), "where": self._answer()}
+                    self._store.set(f"posture/{self._rank}", json.dumps(told))
             self._leave()
         except RuntimeError:  # the store is gone, and nobody is left to ask
             return

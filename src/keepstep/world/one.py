@@ -62,7 +62,7 @@ class OneRank:
         return [make()]
 
     def meeting(
-        self, topic: str, timeout_s: float | None = None
+        self, topic: str, timeout_s: float | None = None, *, in_turn: bool = False
     ) -> contextlib.AbstractContextManager[Meeting]:
         """A meeting of one."""
         return contextlib.nullcontext(Alone())

@@ -121,7 +121,7 @@ class World(Protocol):
         ...
 
     def meeting(
-        self, topic: str, timeout_s: float | None = None
+        self, topic: str, timeout_s: float | None = None, *, in_turn: bool = False
     ) -> contextlib.AbstractContextManager[Meeting]:
         """Meet with all ranks over a piece of work.
 
@@ -131,6 +131,8 @@ class World(Protocol):
         Args:
             topic: the same on every rank.
             timeout_s: how long a step waits for the other ranks, seconds; None for the world's default.
+            in_turn: main threads come to it, in turn with what else they do with the others: one that waits
+                here looks whether the others wait for it elsewhere.
         """
         ...
 

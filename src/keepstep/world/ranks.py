@@ -79,7 +79,9 @@ class Ranks:
     # --------------------------------------------------------------------------------- plain data
 
     @contextlib.contextmanager
-    def meeting(self, topic: str, timeout_s: float | None = None) -> Iterator[Meeting]:
+    def meeting(
+        self, topic: str, timeout_s: float | None = None, *, in_turn: bool = False
+    ) -> Iterator[Meeting]:
         """See `World.meeting`.
 
         Raises:
@@ -93,7 +95,8 @@ class Ranks:
                 store = distributed_c10d.PrefixStore(f"keepstep/{topic}", self._store.clone())
                 topics[topic] = Topic(store, topic, self.rank, self.size)
             place = topics[topic]
-        with place.meeting(self.timeout_s if timeout_s is None else timeout_s) as meeting:
+        watch = self._roll_call().lookout if in_turn else None
+        with place.meeting(self.timeout_s if timeout_s is None else timeout_s, watch) as meeting:
             yield meeting
 
     def exchange(self, value: T, timeout_s: float | None = None, purpose: str = "exchange") -> list[T]:

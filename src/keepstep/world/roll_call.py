@@ -23,7 +23,10 @@ import xxhash
 from torch.distributed import distributed_c10d
 
 from keepstep.errors import CollectiveMismatchError, RankFailedError, RankMissingError
-from keepstep.world.inquiry import Inquiry, Witness, line_of_caller
+from keepstep.meetings import LOOK_EVERY_S
+from keepstep.world.inquiry import Inquiry, Witness
+from keepstep.world.standstill import Lookout
+from keepstep.world.whereabouts import line_of_caller
 
 __all__ = ["NotDoneError", "RollCall"]
 
@@ -39,6 +42,9 @@ class NotDoneError(Exception):
 
 class RollCall:
     """All that the ranks over one store do together, one call after another.
+
+    Attributes:
+        lookout: sees whether ranks wait for each other in different places.
 
     Args:
         store: the store that the ranks found each other with.
@@ -59,6 +65,7 @@ class RollCall:
         self._lost: RankMissingError | None = None
         interval_s = max(1.0, size / 200)  # all witnesses together ask the store 200 times a second at most
         self._witness = Witness(_client(store, "witness"), rank, size, interval_s)
+        self.lookout = Lookout(_client(store, "witness"), self._witness.posture, rank, size)
         self._inquiry = Inquiry(
             _client(store, "witness"), self._witness, rank, size, patience_s=2 * interval_s + 1
         )
@@ -76,7 +83,7 @@ class RollCall:
             The data of each rank, by rank.
 
         Raises:
-            CollectiveMismatchError: ranks are about to do different things.
+            CollectiveMismatchError: ranks are about to do different things, or wait for this one elsewhere.
             RankFailedError: another rank's `prepare` raised.
             RankMissingError: a rank did not come.
         """
@@ -167,10 +174,21 @@ class RollCall:
 
     def _wait_for(self, start: Callable[[], Any]) -> None:
         try:
-            start().wait()
+            work = start()
+            with self.lookout.waiting(self._name):
+                while not _is_over(work):
+                    self._look()
         except RuntimeError as error:
             self._lost = self._who_is_missing(str(error))
             raise self._lost from None
+
+    def _look(self) -> None:
+        try:
+            self.lookout.look(f"{self._name} (call {self._count})")
+        except CollectiveMismatchError as error:
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            self._lost = RankMissingError(str(error), ranks=others, waited_s=self._timeout_s)
+            raise
 
     # ------------------------------------------------------------------------------------ who is missing
 
@@ -178,6 +196,17 @@ class RollCall:
         timed_out = "timed out" in reason.lower() or "timeout" in reason.lower()
         call = f"{self._name} (call {self._count}, {line_of_caller()})"
         return self._inquiry.verdict(call, self._last, self._timeout_s, timed_out=timed_out)
+
+
+def _is_over(work: Any) -> bool:
+    """Wait for a while; whether it came to its end, which raises what it failed with."""
+    try:
+        work.wait(dt.timedelta(seconds=LOOK_EVERY_S))
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+    return True
 
 
 def _client(store: Any, name: str) -> Any:

@@ -29,7 +29,7 @@ def check_alike(world: World, loader: int, facts: Mapping[str, Any]) -> None:
         RanksDifferError: naming the ranks and what differs.
         RankMissingError: a rank didn't begin a pass.
     """
-    with world.meeting("beginning a pass over a loader") as meeting:
+    with world.meeting("beginning a pass over a loader", in_turn=True) as meeting:
         said = meeting.exchange(json.dumps({"loader": loader, **facts}).encode())
     everyone = [json.loads(words) for words in said]
     reference = everyone[0]

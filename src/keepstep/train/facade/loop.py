@@ -12,7 +12,9 @@ import torch
 from keepstep.errors import UsageError
 from keepstep.train.data.loader import skip_first_batches
 from keepstep.train.facade.base import Facade
+from keepstep.train.resuming.evening import even_out
 from keepstep.train.settings.plugins import AutocastKwargs, ProfileKwargs
+from keepstep.world.standstill import backwards
 
 __all__ = ["Loop"]
 
@@ -27,7 +29,12 @@ class Loop(Facade):
             loss = loss / window.num_steps
         for optimizer in self._state.optimizers:
             optimizer.note_backward()
-        self._precision.scale(loss).backward(**kwargs)  # type: ignore[no-untyped-call]
+        backwards.begun += 1
+        backwards.inside = True
+        try:
+            self._precision.scale(loss).backward(**kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            backwards.inside = False
 
     def accumulate(self, *models: torch.nn.Module) -> AbstractContextManager[None]:
         """A context for one micro-batch: inside, optimizers step only at the end of a window.
@@ -60,7 +67,8 @@ class Loop(Facade):
         """A context in which ranks may have different numbers of batches.
 
         A rank that has none left takes part in the others' exchanges until all are through. It can't take
-        part in saving: checkpoints are made after the block, or with `even_batches=True`.
+        part in saving: checkpoints are made after the block, or with `even_batches=True`. After the block all
+        ranks go on with the optimizers, schedulers and loss scale of the one that had most batches.
 
         Args:
             joinables: prepared models.
@@ -82,7 +90,7 @@ class Loop(Facade):
                 inside.enter_context(self._parallel.join(joinables))
             yield
         if not even_batches and self._world.size > 1:
-            self._state.even_out_steps()
+            even_out(self._state)
 
     def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
         """A context in which computation runs in the run's precision; prepared models do so by themselves.

@@ -185,6 +185,7 @@ class Saver:
             check_saving_alike(self._world, str(store.address), self._policy)
 
     def _begin(self, store: Store, about: _About) -> None:
+        self._world.barrier("checkpoint()")  # meetings of saves don't see that a rank is elsewhere
         self._notices.before_save(store, saved=self.counts.saved)
         if self._world.size > 1:
             self._ask_finished()  # or one rank would begin a save, and another learn that the last one failed
@@ -249,6 +250,7 @@ class Saver:
     ) -> Checkpoint:
         """Save now; durable on return."""
         self._state.check_steps()
+        self._world.barrier("save_state()")
         self.wait()
         place = output_dir or self._require_store("save_state() without output_dir").address
         if output_dir is not None and not self._project.automatic_checkpoint_naming:
@@ -351,6 +353,7 @@ class Saver:
         self._restore(load)
 
     def _restore(self, load: Callable[[Captured], _Loaded | None]) -> _Loaded | None:
+        self._world.barrier("restoring a run")
         self.wait()
         loaded: _Loaded | None = self._state.restore(load)
         self._decision.anew()

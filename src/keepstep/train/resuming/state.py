@@ -155,16 +155,6 @@ class TrainState:
                 "all ranks get the same number of batches: join_uneven_inputs(..., even_batches=True)"
             )
 
-    def even_out_steps(self) -> None:
-        """Count the steps of the rank that did most, so that all save at the same ones."""
-        done = [prepared.steps_done for prepared in self.optimizers]
-        for prepared, counts in zip(
-            self.optimizers,
-            zip(*self.world.exchange(done, purpose="join_uneven_inputs"), strict=True),
-            strict=True,
-        ):
-            prepared.steps_done = max(counts)
-
     def changing(self) -> list[torch.Tensor]:
         """What may change between two optimizer steps: buffers, by a forward; gradients; learning rates."""
         parameters = [p for optimizer in self.optimizers for p in optimizer.parameters()]
