@@ -226,3 +226,32 @@ def test_compiled_models_are_saved_without_their_wrapper() -> None:
     compiled = accelerator.prepare(torch.compile(model))
     assert accelerator.unwrap_model(compiled) is model
     assert accelerator._state.models == [model]
+
+
+def test_what_another_accelerator_prepared_is_prepared_anew() -> None:
+    """As in a notebook whose cell runs twice."""
+    made = parts_of_a_run()
+    first = Accelerator(cpu=True).prepare(*made)
+    second = Accelerator(cpu=True)
+    model, optimizer, scheduler, loader = second.prepare(*first)
+    assert (optimizer.optimizer, scheduler.scheduler, loader.prepared_from) == made[1:]
+    for batch in loader:
+        second.backward(model(batch).sum())
+        optimizer.step()
+        scheduler.step()
+    assert (second.step, scheduler.last_epoch) == (2, 2)
+    assert second.prepare(model, optimizer) == (model, optimizer)
+
+
+def parts_of_a_run() -> tuple[Any, ...]:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    return model, optimizer, scheduler, torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=2)
+
+
+def test_only_what_a_method_prepares_is_taken() -> None:
+    accelerator = Accelerator(cpu=True)
+    for method in ("prepare_model", "prepare_optimizer", "prepare_data_loader", "prepare_scheduler"):
+        with pytest.raises(UsageError, match=rf"{method}\(\) was given a int; it takes an? "):
+            getattr(accelerator, method)(3)

@@ -176,5 +176,21 @@ def test_seed_and_scaler_options() -> None:
 
 
 def test_policies_of_another_type_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected a CheckpointPolicy"):
+    with pytest.raises(UsageError, match="expected a CheckpointPolicy of keepstep's"):
         Accelerator(project_dir=tmp_path, checkpoint_policy={"every_n_steps": 5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("device_placement", "cpu"),
+        ("step_scheduler_with_optimizer", 2),
+        ("fsdp_plugin", True),
+        ("gradient_accumulation_plugin", 4),
+        ("dataloader_config", {"even_batches": False}),
+        ("project_config", "runs"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{option} is {value!r}, a builtins.*; expected "):
+        Accelerator(**{"cpu": True, option: value})

@@ -45,6 +45,17 @@ _NOT_THERE = {
     "torch_tp_plugin": "tensor parallelism",
     "parallelism_config": "meshes of several dimensions",
 }
+_KINDS: dict[str, type] = {
+    "device_placement": bool,
+    "cpu": bool,
+    "step_scheduler_with_optimizer": bool,
+    "checkpoint_policy": CheckpointPolicy,
+    "dataloader_config": DataLoaderConfiguration,
+    "dynamo_plugin": TorchDynamoPlugin,
+    "fsdp_plugin": FullyShardedDataParallelPlugin,
+    "gradient_accumulation_plugin": GradientAccumulationPlugin,
+    "project_config": ProjectConfiguration,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +114,7 @@ def build_parts(wishes: Wishes) -> Parts:
         UsageError: a value is not allowed, or two contradict each other.
     """
     policy = wishes.checkpoint_policy
-    if policy is not None and not isinstance(policy, CheckpointPolicy):
-        raise UsageError(
-            f"checkpoint_policy is {policy!r:.100}; expected a CheckpointPolicy, as "
-            "CheckpointPolicy(every_n_steps=100)"
-        )
+    _check_kinds(wishes)
     _refuse_what_there_is_not(wishes)
     environment = read_environment()
     loading = _loading(wishes)
@@ -138,6 +145,17 @@ def build_parts(wishes: Wishes) -> Parts:
         # automatically must not fill the disk.
         pin_explicit_saves=project.total_limit is None and policy is None,
     )
+
+
+def _check_kinds(wishes: Wishes) -> None:
+    for name, kind in _KINDS.items():
+        value = getattr(wishes, name)
+        if value is not None and not isinstance(value, kind):
+            wanted = "True or False" if kind is bool else f"a {kind.__name__} of keepstep's"
+            raise UsageError(
+                f"{name} is {value!r:.100}, a {type(value).__module__}.{type(value).__qualname__}; expected "
+                f"{wanted}."
+            )
 
 
 def _refuse_what_there_is_not(wishes: Wishes) -> None:

@@ -1,4 +1,7 @@
-"""What `prepare` does to each kind of object. Prepared twice, an object gives the same prepared one."""
+"""What `prepare` does to each kind of object.
+
+Prepared twice, an object gives the same prepared one; what another Accelerator prepared is prepared anew.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from keepstep.errors import NotPreparedError
+from keepstep.errors import NotPreparedError, UsageError
 from keepstep.train.compiling import compiled
 from keepstep.train.data.loader import PreparedLoader
 from keepstep.train.data.shares import Share
@@ -101,6 +104,7 @@ class Preparer:
             on_device: move it.
             evaluation: it is not trained: ranks need not exchange gradients.
         """
+        _require(model, torch.nn.Module, "prepare_model")
         inner = without_wrappers(model)
         if any(inner is known for known in self._state.models):
             return self._wrapped.get(id(inner), model)
@@ -121,6 +125,9 @@ class Preparer:
         for known in self._state.optimizers:
             if optimizer is known or optimizer is known.optimizer:
                 return known
+        if isinstance(optimizer, PreparedOptimizer):  # by another Accelerator, as in a notebook's second run
+            optimizer = optimizer.optimizer
+        _require(optimizer, Optimizer, "prepare_optimizer")
         state = self._state
         self._parallel.adopt(optimizer)
         prepared = PreparedOptimizer(
@@ -157,6 +164,9 @@ class Preparer:
         for known in self._state.loaders:
             if loader is known or loader is known.prepared_from:
                 return known
+        if isinstance(loader, PreparedLoader):
+            loader = loader.prepared_from
+        _require(loader, DataLoader, "prepare_data_loader")
         if self._state.seed is None:
             # Not earlier: scripts seed before or after they make the Accelerator; not each rank its own.
             self._state.seed = self._state.world.broadcast(torch.initial_seed())
@@ -181,6 +191,13 @@ class Preparer:
         for known in self._state.schedulers:
             if scheduler is known or scheduler is known.scheduler:
                 return known
+        if isinstance(scheduler, PreparedScheduler):
+            scheduler = scheduler.scheduler
+        if not (is_stateful(scheduler) and hasattr(scheduler, "step")):
+            raise UsageError(
+                f"prepare_scheduler() was given a {type(scheduler).__qualname__}; it takes an object with "
+                "step(), state_dict() and load_state_dict()."
+            )
         optimizers = self._state.optimizers
         its_own = getattr(scheduler, "optimizer", None)
         mine = [known for known in optimizers if its_own is known or its_own is known.optimizer]
@@ -210,6 +227,13 @@ class Preparer:
             known.clear()
         state.progress.cursors.clear()
         self._wrapped.clear()
+
+
+def _require(value: object, kind: type, method: str) -> None:
+    if not isinstance(value, kind):
+        raise UsageError(
+            f"{method}() was given a {type(value).__qualname__}; it takes a {kind.__qualname__} of torch's."
+        )
 
 
 def _is_scheduler(value: Any) -> bool:
