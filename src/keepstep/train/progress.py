@@ -303,7 +303,7 @@ class Progress:
         """Take on what was saved; passes that are still open here are forgotten."""
         self.epoch, self._loop, self._done = state["epoch"], state["loop"], state["done"]
         self._inside = False
-        self._finished = bool(state.get("finished", False))
+        self._finished = state["finished"]
         self._before_leaving = None
         self._loops_begun = 0
         self._resume_loop = self._loop if self._loop >= 0 else None
