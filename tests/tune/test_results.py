@@ -189,6 +189,8 @@ def test_the_analysis_of_old_scripts(tmp_path: Path) -> None:
     assert set(analysis.trial_dataframes) == set(analysis.results) == set(analysis.get_all_configs())
     assert analysis.get_last_checkpoint(trials[0]) is None
     assert analysis.get_best_checkpoint(trials[0]) is None
+    prefixed = analysis.get_all_configs(prefix=True)[trials[0].trial_id]
+    assert prefixed == {f"config/{name}": value for name, value in trials[0].config.items()}
 
 
 def test_ten_thousand_trials_cost_nothing_before_they_are_looked_at(tmp_path: Path) -> None:

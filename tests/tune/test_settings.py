@@ -41,7 +41,9 @@ def test_what_is_of_another_kind_is_refused(make: Callable[[], Any], says: str) 
 
 
 def test_none_is_the_default_as_in_ray_tune() -> None:
-    config = tune.RunConfig(checkpoint_config=None, failure_config=None)  # type: ignore[arg-type]
+    config = tune.RunConfig(checkpoint_config=None, failure_config=None, verbose=None)  # type: ignore[arg-type]
+    assert config.verbose == 1
+    assert tune.TuneConfig("min", "loss") == tune.TuneConfig(metric="loss", mode="min")
     assert config.checkpoint_config == tune.CheckpointConfig()
     assert config.failure_config == tune.FailureConfig()
 

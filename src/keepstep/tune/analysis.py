@@ -23,7 +23,7 @@ class ExperimentAnalysis:
     """Looks at the trials of an experiment.
 
     Args:
-        experiment: its history, or the address of its directory.
+        experiment_checkpoint_path: the address of its directory, or its history.
         default_metric: what counts where a method is not told.
         default_mode: "min" or "max", likewise.
         storage_options: for a bucket.
@@ -34,12 +34,13 @@ class ExperimentAnalysis:
 
     def __init__(
         self,
-        experiment: History | str | os.PathLike[str],
+        experiment_checkpoint_path: History | str | os.PathLike[str],
         *,
         default_metric: str | None = None,
         default_mode: str | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
+        experiment = experiment_checkpoint_path
         if not isinstance(experiment, History):
             address = whole_address(experiment)
             experiment = History.of(read_experiment(address, storage_options), address)
@@ -163,9 +164,13 @@ class ExperimentAnalysis:
         """{trial id: all its results as a pandas data frame}."""
         return {trial.trial_id: Result.of(trial, self._options).metrics_dataframe for trial in self.trials}
 
-    def get_all_configs(self) -> dict[str, dict[str, Any]]:
-        """{trial id: its configuration}."""
-        return {trial.trial_id: trial.config for trial in self.trials}
+    def get_all_configs(self, prefix: bool = False) -> dict[str, dict[str, Any]]:
+        """{trial id: its configuration}; with `prefix`, names are "config/lr" and the like."""
+        start = "config/" if prefix else ""
+        return {
+            trial.trial_id: {f"{start}{name}": value for name, value in trial.config.items()}
+            for trial in self.trials
+        }
 
     def dataframe(self, metric: str | None = None, mode: str | None = None) -> Any:
         """One row a trial, as `ResultGrid.get_dataframe`."""

@@ -164,9 +164,10 @@ class RunConfig:
         reporter = "a tune.ProgressReporter"
         check_part("RunConfig.progress_reporter", self.progress_reporter, "should_report", reporter)
         saves, fails = CheckpointConfig, FailureConfig
-        said: tuple[Any, Any] = self.checkpoint_config, self.failure_config  # None, as in Ray Tune
-        self.checkpoint_config = saves() if said[0] is None else said[0]
+        said: tuple[Any, ...] = self.checkpoint_config, self.failure_config, self.verbose
+        self.checkpoint_config = saves() if said[0] is None else said[0]  # None, as in Ray Tune
         self.failure_config = fails() if said[1] is None else said[1]
+        self.verbose = 1 if said[2] is None else said[2]
         check_kind("RunConfig.checkpoint_config", self.checkpoint_config, saves, "a tune.CheckpointConfig")
         check_kind("RunConfig.failure_config", self.failure_config, fails, "a tune.FailureConfig")
 
@@ -176,8 +177,8 @@ class TuneConfig:
     """How configurations are chosen, and which trials go on.
 
     Attributes:
-        metric: what counts; nested ones by "a/b".
         mode: "min" or "max".
+        metric: what counts; nested ones by "a/b".
         search_alg: who suggests configurations; None: grid and random search over `param_space`.
         scheduler: who decides which trials go on; None: all do.
         num_samples: how many configurations; times the size of the grid, if `param_space` has one. -1: until
@@ -192,8 +193,8 @@ class TuneConfig:
             with the same.
     """
 
-    metric: str | None = None
     mode: Literal["min", "max"] | None = None
+    metric: str | None = None
     search_alg: Searcher | str | None = None
     scheduler: TrialScheduler | str | None = None
     num_samples: int = 1
