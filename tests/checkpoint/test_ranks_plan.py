@@ -11,8 +11,9 @@ import pytest
 
 from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.format.boxes import Box, problem_of_tiling
-from keepstep.checkpoint.format.manifest import Chunk, FileEntry, TensorEntry, dump_state
+from keepstep.checkpoint.format.manifest import Chunk, FileEntry, Manifest, TensorEntry, dump_state
 from keepstep.checkpoint.saving.layout import TensorInfo
+from keepstep.checkpoint.saving.rank_planner import RankPlanner
 from keepstep.checkpoint.saving.ranks import CHUNK_BYTES, Plan, Shard, differences, plan_ranks
 from keepstep.checkpoint.saving.reports import Report, merge
 from keepstep.errors import RanksDifferError
@@ -61,6 +62,50 @@ def test_what_comes_to_rest_moves_to_another_file_and_not_to_another_rank() -> N
         for share in shares:
             assert len({tensors.index(info) % 3 for info in map(second.tensors.__getitem__, share.members)
                         if info in tensors}) <= 1  # fmt: skip
+
+
+def adopted(tensors: list[TensorInfo], files: dict[str, list[int]]) -> RankPlanner:
+    """A planner of two ranks that goes on from a checkpoint whose tensors lie in these files."""
+    at = {tensors[member].address: file for file, members in files.items() for member in members}
+    manifest = Manifest(
+        id="", created_at="", step=None, epoch=None, metrics={}, tags=(), pinned=False, parent=None, run="",
+        attempt=1, environment={"world_size": 2}, files={},
+    )  # fmt: skip
+    planner = RankPlanner(2)
+    planner.adopt(
+        "checkpoint_3",
+        manifest,
+        {
+            info.address: TensorEntry(
+                dtype="uint8", shape=info.shape, offset=0, file=at[info.address], bytes=1
+            )
+            for info in tensors
+        },
+    )
+    return planner
+
+
+def files_of(planner: RankPlanner, tensors: list[TensorInfo], held: list[list[Shard]]) -> list[list[int]]:
+    planner.decide(tensors, held)
+    assert planner.plan is not None
+    return sorted(
+        sorted(share.members)
+        for shares in planner.plan.shares
+        for share in shares
+        if share.file.startswith("model")
+    )
+
+
+def test_a_resumed_run_keeps_the_files_of_its_checkpoint_unless_others_write_them_now() -> None:
+    tensors = [info("model", f"w{n}", 9 * MIB) for n in range(8)]
+    before = files_of(RankPlanner(2), tensors, [[], []])
+    files = {f"model-{n}.safetensors": members[part] for n, (members, part) in enumerate(
+        (members, part) for members in before for part in (slice(0, 2), slice(2, None))
+    )}  # fmt: skip
+    assert files_of(adopted(tensors, files), tensors, [[], []]) == sorted(files.values())
+    piece = shard("s", (8 * MIB, 1), (0, 0), (7 * MIB, 1))._replace(group="other", address="other/s")
+    moved = [[piece], [piece._replace(at=(7 * MIB, 0), shape=(MIB, 1))]]  # rank 0 has more to write already
+    assert len(files_of(adopted(tensors, files), tensors, moved)) == 2
 
 
 def test_small_groups_stay_together_and_go_to_whoever_has_least() -> None:

@@ -39,6 +39,7 @@ class RankPlanner:
     _frozen: Sequence[bool]
     _grouping: Grouping
     _digests: Mapping[str, str | None]
+    _adopted: Mapping[str, str]
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -66,6 +67,7 @@ class RankPlanner:
         self.share.remember(checkpoint, manifest.files, pieces)
         self._grouping.adopt(pieces)
         self._digests = {address: entry.digest for address, entry in pieces.items()}
+        self._adopted = {address: str(entry.file) for address, entry in pieces.items()}
 
     def forget(self) -> None:
         """Link nothing to what was committed so far: it may be damaged."""
@@ -75,6 +77,7 @@ class RankPlanner:
         self._frozen = ()
         self._grouping = Grouping()
         self._digests = {}
+        self._adopted = {}
 
     # ------------------------------------------------------------------------------------- rank 0
 
@@ -95,9 +98,27 @@ class RankPlanner:
         """Plan anew; what each rank is to `take`. Arguments as of `plan_ranks`."""
         self.plan = None
         plan = plan_ranks(held, pieces, labels=self._grouping.labels)
+        if self._scatters(plan):
+            self._grouping, self._adopted = Grouping(), {}
+            plan = plan_ranks(held, pieces, labels=self._grouping.labels)
         self.plan, self._key, self._frozen = plan, None, _frozen(held)
         name = secrets.token_hex(8)
         return [(name, files) for files in plan.shares]
+
+    def _scatters(self, plan: Plan) -> bool:
+        """Whether several ranks would write what lay in one file of the checkpoint that was loaded.
+
+        Each of its files has a label of its own, so that with every such resume there would be more files.
+        """
+        writers = {share.file: rank for rank, shares in enumerate(plan.shares) for share in shares}
+        found: dict[str, int] = {}
+        for segment in plan.layout.segments:
+            for placed in segment.placements:
+                file = self._adopted.get(plan.tensors[placed.index].address)
+                writer = writers[segment.file]
+                if file is not None and found.setdefault(file, writer) != writer:
+                    return True
+        return False
 
     def learn(self, key: tuple[Any, ...], tensors: Mapping[str, TensorEntry]) -> None:
         """A checkpoint was made by the last plan.
