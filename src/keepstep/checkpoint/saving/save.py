@@ -181,7 +181,8 @@ class Save:
         with self._sealing:
             self._written_to += [self._infos[h.index].address for h in self._held if h.was_written_to]
             self._held.clear()
-        self._sealed.open()
+            if not self._sealed.is_open:  # `done` is asked again and again
+                self._sealed.open()
 
     def finish(self) -> Manifest:
         """Wait until all that was staged is written, and commit.
