@@ -209,24 +209,24 @@ def test_ranks_save_to_a_bucket_and_load_from_it(server: Server, address: str) -
 # -------------------------------------------------------------------------------------------- faults
 
 
-def dies(argument: str, rank: int, size: int) -> None:
-    """One rank is killed while parts of its second upload are on their way."""
+def falls_out(argument: str, rank: int, size: int) -> None:
+    """One rank is killed, or stopped, while parts of its second upload are on their way."""
     said = json.loads(argument)
     store = Store(said["address"], storage_options=said["options"], world=Ranks(timeout_s=5))
     store.save({"model": weights(4)}, step=0)
     if rank == said["victim"]:
         upload = Objects.upload
 
-        def die_between_parts(self: Objects, key: str, parts: Iterable[memoryview]) -> None:
+        def fall_out_between_parts(self: Objects, key: str, parts: Iterable[memoryview]) -> None:
             def some() -> Iterator[memoryview]:
                 for number, part in enumerate(parts):
                     if number == 2:
-                        os.kill(os.getpid(), signal.SIGKILL)
+                        os.kill(os.getpid(), said["signal"])
                     yield part
 
             upload(self, key, some())
 
-        Objects.upload = die_between_parts  # type: ignore[method-assign]
+        Objects.upload = fall_out_between_parts  # type: ignore[method-assign]
     try:
         store.save({"model": weights(4, 1), "small": torch.ones(3)}, step=1)
         print("SAVED", flush=True)
@@ -236,20 +236,30 @@ def dies(argument: str, rank: int, size: int) -> None:
         print("FAILED", error, flush=True)
 
 
+def fall_out(server: Server, address: str, victim: int, number: signal.Signals) -> RankProcesses:
+    """The ranks; the one that is no victim has ended, having named it."""
+    said = {"address": address, "options": server.options(), "victim": victim, "signal": number}
+    ranks = RankProcesses(Path(__file__), "falls_out", 2, json.dumps(said), timeout_s=60)
+    try:
+        (output,) = ranks.outputs([1 - victim])
+        assert f"MISSING [{victim}]" in output
+    except BaseException:
+        ranks.kill()
+        raise
+    return ranks
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_while_it_uploads_leaves_no_checkpoint(
     server: Server, address: str, bucket_store: Open, victim: int
 ) -> None:
-    said = json.dumps({"address": address, "options": server.options(), "victim": victim})
-    ranks = RankProcesses(Path(__file__), "dies", 2, said, timeout_s=60)
-    try:
-        (output,) = ranks.outputs([1 - victim])
-        assert f"MISSING [{victim}]" in output
-        assert ranks.processes[victim].wait(20) == -signal.SIGKILL
-    finally:
-        ranks.kill()
-    store = bucket_store()
+    ranks = fall_out(server, address, victim, signal.SIGKILL)
+    assert ranks.processes[victim].wait(20) == -signal.SIGKILL
+    _earlier_ones_are_whole(bucket_store())
+
+
+def _earlier_ones_are_whole(store: Store) -> None:
     latest = store.latest()
     assert latest is not None
     assert latest.name == "checkpoint_0"
@@ -258,3 +268,20 @@ def test_a_rank_that_is_killed_while_it_uploads_leaves_no_checkpoint(
     assert uploaded(store, "checkpoint_1") <= {"claim.json", "manifest.json"}  # swept
     assert [report.sound for report in store.verify()] == [True, True]
     assert torch.equal(store.list()[0].load()["model"]["w3"], weights(4)["w3"])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(180)
+def test_a_rank_that_goes_on_after_it_was_given_up_removes_what_it_uploads(
+    server: Server, address: str, bucket_store: Open
+) -> None:
+    ranks = fall_out(server, address, 1, signal.SIGSTOP)
+    try:
+        ranks.send(1, signal.SIGCONT)
+        (output,) = ranks.outputs([1])
+        assert "SAVED" not in output
+        assert "MISSING" in output or "FAILED" in output
+    finally:
+        ranks.kill()
+    assert uploaded(bucket_store(), "checkpoint_1") == {"claim.json", "manifest.json"}
+    _earlier_ones_are_whole(bucket_store())
