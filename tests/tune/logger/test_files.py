@@ -67,6 +67,7 @@ def test_what_json_has_no_name_for_is_written_for_people(tmp_path: Path) -> None
         "of": {1: Optimizer()},
         7: None,
         "tags": {"b", "a"},
+        "data": np.zeros(1_000_000),
     }
     trial = make_trial(tmp_path, config=config)
     files = TrialFiles(str(tmp_path))
@@ -77,6 +78,7 @@ def test_what_json_has_no_name_for_is_written_for_people(tmp_path: Path) -> None
         "of": {"1": "Optimizer()"},
         "7": None,
         "tags": ["a", "b"],
+        "data": repr(np.zeros(1_000_000)),
     }
     files.add(trial, {"x": np.float64(1.5), "who": Optimizer(), "deep": {(1, 2): 3}})
     files.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,19 +14,24 @@ from keepstep.track.values import joined
 __all__ = ["Table", "encoded", "json_line", "params_text", "parse_lines", "row_of"]
 
 
+_MOST_NUMBERS: Final = 10_000
+"""Of an array; one with more is data that was put into a configuration, and takes seconds to write."""
+
+
 def encoded(text: str) -> bytes:
     """Text as UTF-8; half of a character, as in names that are not UTF-8, as an escape."""
     return text.encode(errors="backslashreplace")
 
 
 def _otherwise(value: Any) -> Any:
-    """What JSON has no name for: arrays as lists, the rest as Python shows it."""
+    """What JSON has no name for: arrays as lists, unless they are data; the rest as Python shows it."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, set | frozenset):
         return sorted(value, key=repr)
     as_list = getattr(value, "tolist", None)
-    return as_list() if callable(as_list) else repr(value)
+    few = math.prod(getattr(value, "shape", ())) <= _MOST_NUMBERS
+    return as_list() if callable(as_list) and few else repr(value)
 
 
 _LINE: Final = json.JSONEncoder(default=_otherwise)
