@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from keepstep import Accelerator
 from keepstep import meetings as _meetings
 from keepstep.checkpoint.version import Checkpoint
-from keepstep.errors import CollectiveMismatchError, RankMissingError
+from keepstep.errors import CollectiveMismatchError, RankMissingError, RanksDifferError
 from keepstep.world import roll_call, standstill
 
 _ROWS = torch.arange(8.0).reshape(4, 2)
@@ -92,8 +92,20 @@ def _soon() -> None:
     standstill._STANDS_S = 1.0
 
 
+def ranks_that_are_set_up_differently_are_told_so(rank: int) -> None:
+    for options in (
+        {"gradient_accumulation_steps": 1 + rank},
+        {"mixed_precision": ("no", "bf16")[rank]},
+    ):
+        with pytest.raises(
+            RanksDifferError, match=f"set up differently: {next(iter(options))} is .* on rank 0"
+        ):
+            _prepared(**options)
+
+
 def run(argument: str, rank: int, size: int) -> None:
     _soon()
+    ranks_that_are_set_up_differently_are_told_so(rank)
     what_was_learned_after_a_block_is_that_of_the_rank_with_most_batches(Path(argument), rank)
     who_waits_for_gradients_of_a_rank_that_went_on_is_named(rank)
 

@@ -108,7 +108,7 @@ class Preparer:
         inner = without_wrappers(model)
         if any(inner is known for known in self._state.models):
             return self._wrapped.get(id(inner), model)
-        check_models_alike(self._state.world, inner)
+        check_models_alike(self._state.world, inner, self._settings())
         device = self._device if on_device else None
         if device is not None:
             model.to(device)
@@ -119,6 +119,18 @@ class Preparer:
         wrapped = compiled(wrapped, self._compiling)
         self._wrapped[id(inner)] = wrapped
         return wrapped
+
+    def _settings(self) -> dict[str, object]:
+        """What has to be the same on all ranks."""
+        return {
+            "distributed_type": self._parallel.kind,
+            "mixed_precision": self._state.precision.name,
+            "gradient_accumulation_steps": self._state.window.num_steps,
+            "split_batches": self._loading.split_batches,
+            "even_batches": self._loading.even_batches,
+            "dispatch_batches": self._loading.dispatch_batches,
+            "step_scheduler_with_optimizer": self._step_with_optimizer,
+        }
 
     def prepare_optimizer(self, optimizer: Optimizer) -> PreparedOptimizer:
         """Make an optimizer step only when gradients are complete."""

@@ -29,7 +29,7 @@ class Loop(Facade):
             loss = loss / window.num_steps
         for optimizer in self._state.optimizers:
             optimizer.note_backward()
-        backwards.begun += 1
+        backwards.begun += window.sync_gradients or window.sync_each_batch
         backwards.inside = True
         try:
             self._precision.scale(loss).backward(**kwargs)  # type: ignore[no-untyped-call]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 
@@ -13,10 +15,15 @@ from keepstep.world import World
 __all__ = ["check_models_alike", "check_saving_alike"]
 
 
-def check_models_alike(world: World, model: torch.nn.Module) -> None:
+def check_models_alike(world: World, model: torch.nn.Module, settings: Mapping[str, object]) -> None:
     """Compare names, shapes and dtypes of parameters and buffers, and what is trained, over the ranks.
 
     All ranks call it.
+
+    Args:
+        world: the ranks.
+        model: about to be prepared.
+        settings: what decides how ranks train together; compared by their texts.
 
     Raises:
         RanksDifferError: on every rank, naming the first difference.
@@ -28,7 +35,14 @@ def check_models_alike(world: World, model: torch.nn.Module) -> None:
         + (" frozen" if isinstance(value, torch.nn.Parameter) and not value.requires_grad else "")
         for name, value in [*model.named_parameters(), *model.named_buffers()]
     ]
-    digests = world.exchange(hashlib.sha256("\n".join(mine).encode()).hexdigest())
+    told: list[Any] = world.exchange(
+        [
+            hashlib.sha256("\n".join(mine).encode()).hexdigest(),
+            {name: str(value) for name, value in settings.items()},
+        ]
+    )
+    _check_settings_alike([theirs for _, theirs in told])
+    digests = [digest for digest, _ in told]
     if len(set(digests)) == 1:
         return
     descriptions = world.exchange(mine)
@@ -39,6 +53,17 @@ def check_models_alike(world: World, model: torch.nn.Module) -> None:
         f"Ranks made different models of class {type(model).__name__}: rank 0 has {first}, rank {other} has "
         f"{second}. Build the same model on every rank."
     )
+
+
+def _check_settings_alike(settings: Sequence[Mapping[str, str]]) -> None:
+    for rank, theirs in enumerate(settings):
+        for name, value in settings[0].items():
+            if theirs[name] != value:
+                raise RanksDifferError(
+                    f"Ranks are set up differently: {name} is {value} on rank 0, {theirs[name]} on {rank}. "
+                    "They would wait for each other, or train different models. Give all of them the same "
+                    "arguments, configuration file and environment."
+                )
 
 
 def check_saving_alike(world: World, place: str, policy: object = None) -> None:
