@@ -46,6 +46,8 @@ class Counter(tune.Trainable):
             if self.config.get("kill"):
                 os.kill(int(self.config["kill"]), signal.SIGKILL)
                 time.sleep(60)
+            if self.config.get("dies"):
+                os.kill(os.getpid(), signal.SIGKILL)
             raise OSError("the disk is full")
 
     def load_checkpoint(self, checkpoint: Any) -> None:
@@ -71,7 +73,13 @@ class Seen(tune.Callback):
         self.told.append("again")
 
 
-def tuner(tmp_path: Path, config: dict[str, Any], max_failures: int, seen: Seen | None = None) -> tune.Tuner:
+def tuner(
+    tmp_path: Path,
+    config: dict[str, Any],
+    max_failures: int,
+    seen: Seen | None = None,
+    executor: str = "inline",
+) -> tune.Tuner:
     by_scheduler = config["by"] == "scheduler"
     scheduler = ASHAScheduler(max_t=5, grace_period=5, metric="count", mode="max")
     return tune.Tuner(
@@ -81,7 +89,7 @@ def tuner(tmp_path: Path, config: dict[str, Any], max_failures: int, seen: Seen 
         run_config=tune.RunConfig(
             name="it",
             storage_path=tmp_path,
-            executor="inline",
+            executor=executor,
             verbose=0,
             stop={"training_iteration": 5} if config["by"] == "stopper" else None,
             failure_config=tune.FailureConfig(max_failures=max_failures),
@@ -127,6 +135,14 @@ def test_it_is_tried_again_as_often_as_failures_are_allowed_and_ends_where_it_en
     before = len(records)
     assert tuner(tmp_path, {"by": by, "fails": 2}, 2).fit().num_terminated == 1
     assert len(read_journal(tmp_path / "it")) == before + 2  # a driver started, and had nothing to do
+
+
+def test_a_process_killed_while_it_saves_at_its_end_has_failed(tmp_path: Path) -> None:
+    config = {"by": "stopper", "fails": tune.grid_search([0, 1, 2]), "dies": True}
+    found = tuner(tmp_path, config, 1, executor="local").fit()
+    assert [kept(result) for result in found] == [["5"], ["5"], ["2"]]
+    assert [result.ended_by for result in found] == ["stopper", "stopper", "error"]
+    assert "killed by SIGKILL" in str(found[2].error)
 
 
 SCRIPT = """
