@@ -60,9 +60,9 @@ def _check_settings_alike(settings: Sequence[Mapping[str, str]]) -> None:
         for name, value in settings[0].items():
             if theirs[name] != value:
                 raise RanksDifferError(
-                    f"Ranks are set up differently: {name} is {value} on rank 0, {theirs[name]} on {rank}. "
-                    "They would wait for each other, or train different models. Give all of them the same "
-                    "arguments, configuration file and environment."
+                    f"Ranks are set up differently: {name} is {value} on rank 0, {theirs[name]} on "
+                    f"rank {rank}. They would wait for each other, or train different models. Give all of "
+                    "them the same arguments, configuration file and environment."
                 )
 
 
