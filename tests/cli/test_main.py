@@ -54,6 +54,12 @@ def command_of(name: str) -> click.Command:
     return command
 
 
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "keepstep", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.stdout == f"keepstep {keepstep.__version__}\n"
+
+
 def test_the_commands_and_options_are_these() -> None:
     assert list(SUMMARIES) == list(COMMANDS)
     for name, expected in COMMANDS.items():
