@@ -53,6 +53,17 @@ def test_isolation_holds_when_a_block_fails_and_when_nested() -> None:
         assert [draws()] == inner
 
 
+@pytest.mark.parametrize("seed", [0, 5, 2**63 - 1])
+def test_seeding_is_that_of_each_library(seed: int) -> None:
+    random.gauss(0, 1)
+    rng.seed_globals(seed)
+    seeded = draws()
+    torch.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+    assert draws() == seeded
+
+
 def test_a_paused_stream_is_unbroken() -> None:
     with rng.isolated(9):
         expected = [draws() for _ in range(3)]

@@ -199,8 +199,10 @@ class Progress:
 
     def at_last_batch(self) -> bool:
         """Whether the loader that began last among the open ones has given out its last batch."""
-        cursor = self.innermost()
-        return cursor is not None and cursor.at_end
+        for entry in reversed(self._open):  # asked at every batch: as `innermost`, without further calls
+            if not entry.waiting:
+                return entry.cursor.at_end
+        return False
 
     def innermost(self) -> Cursor | None:
         """Of the loaders that are being iterated, the one that began last."""

@@ -108,7 +108,11 @@ def _set_device_states(states: list[torch.Tensor]) -> None:
 def seed_globals(seed: int) -> None:
     """Seed Python's, NumPy's and torch's CPU generators. Much faster than `torch.manual_seed`."""
     _torch_generator.manual_seed(seed & _MASK_64)
-    random.seed(seed)
+    if _python_memory is None:
+        random.seed(seed)
+    else:  # what `random.seed` comes to for an integer, without its look at the type
+        _seed_python(seed)
+        _python_generator.gauss_next = None
     numpy = _numpy()
     if numpy is not None:
         numpy.random.seed(seed & _MASK_32)
@@ -135,6 +139,7 @@ def memory_of(generator: Any) -> memoryview | None:
 
 _python_generator: Any = getattr(random, "_inst", None)
 _python_memory = memory_of(_python_generator)
+_seed_python: Any = getattr(super(random.Random, _python_generator), "seed", None)
 
 
 def _python_state() -> Any:

@@ -252,17 +252,15 @@ class PreparedScheduler:
             for optimizer in self.optimizers:
                 if optimizer.step_was_skipped:
                     return
-            for _ in range(self._times - 1):
-                if not self._is_through():
-                    self.scheduler.step(*args, **kwargs)
-            if self._is_through():
+            if self._times > 1:
+                for _ in range(self._times):
+                    if not self._is_through():
+                        self.scheduler.step(*args, **kwargs)
                 return
         self.scheduler.step(*args, **kwargs)
 
     def _is_through(self) -> bool:
         """Whether it has made all its steps; the last batch may be of fewer ranks than others."""
-        if self._times == 1:
-            return False
         total = getattr(self.scheduler, "total_steps", None)
         return total is not None and self.scheduler._step_count > total
 
