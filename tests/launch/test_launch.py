@@ -93,10 +93,13 @@ time.sleep(60)
 """
 
 WAIT = """
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, subprocess, sys, time
 rank = os.environ.get("RANK", "0")
+loader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 def end(number, frame):
-    pathlib.Path(f"ended_{rank}").write_text(signal.Signals(number).name)
+    time.sleep(0.3)  # as if it saved
+    loads = "a loader that lives" if loader.poll() is None else "no loader"
+    pathlib.Path(f"ended_{rank}").write_text(f"{signal.Signals(number).name}, {loads}, {loader.pid}")
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
 signal.signal(signal.SIGINT, end)
@@ -209,6 +212,13 @@ def test_a_killed_rank_makes_all_start_again_and_the_script_goes_on_by_itself(wo
     assert done.stderr.count("Restart 1 of at most 3") == 1
 
 
+def wait_until_gone(pid: int) -> None:
+    until_s = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < until_s, f"process {pid} outlives the launch"
+        time.sleep(0.05)
+
+
 def test_a_bug_is_shown_once_and_its_exit_code_handed_on(workdir: Path) -> None:
     done = run("launch", "--cpu", "--num_processes", "2", "--quiet", script(workdir, FAIL), cwd=workdir)
     assert done.returncode == 1
@@ -231,7 +241,10 @@ def test_signals_reach_the_ranks(workdir: Path, processes: int, number: signal.S
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (0 if processes == 1 else 128 + number), errors
-    assert [(workdir / f"ended_{rank}").read_text() for rank in ranks] == [number.name] * processes
+    for rank in ranks:
+        name, loader, pid = (workdir / f"ended_{rank}").read_text().split(", ")
+        assert (name, loader) == (number.name, "a loader that lives"), "it may be needed to save"
+        wait_until_gone(int(pid))
 
 
 def test_one_process_that_is_killed_is_started_again(workdir: Path) -> None:

@@ -120,7 +120,25 @@ def test_the_last_steps_of_a_finished_run_are_saved_once(tmp_path: Path) -> None
                 accelerator.backward(model(torch.ones(1, 2)).sum())
                 optimizer.step()
                 optimizer.zero_grad()
-                accelerator.checkpoint()
+                loss = torch.tensor(float(accelerator.step))
+                accelerator.checkpoint(metrics={"loss": loss})
+                loss.zero_()  # as of a running sum
         accelerator.end_training(finished=True)
-        steps = [checkpoint.step for checkpoint in Store(tmp_path / "checkpoints").list()]
-        assert steps == [4, 6], f"attempt {attempt}"
+        kept = Store(tmp_path / "checkpoints").list()
+        assert [checkpoint.step for checkpoint in kept] == [4, 6], f"attempt {attempt}"
+        assert [checkpoint.metrics for checkpoint in kept] == [{"loss": 4}, {"loss": 6}]
+
+
+def test_metrics_of_an_earlier_step_are_not_those_of_the_last(tmp_path: Path) -> None:
+    accelerator = Accelerator(
+        cpu=True, project_dir=tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=4)
+    )
+    model = torch.nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(2):
+        accelerator.backward(model(torch.ones(1, 2)).sum())
+        optimizer.step()
+        if step == 0:
+            accelerator.checkpoint(metrics={"loss": 1.0})
+    accelerator.end_training(finished=True)
+    assert [(one.step, one.metrics) for one in Store(tmp_path / "checkpoints").list()] == [(2, {})]

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import tempfile
 import time
 import uuid
@@ -23,6 +24,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
@@ -198,10 +200,30 @@ class _Agent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _STOP_S) -> None:
         try:
-            super()._shutdown(death_sig, timeout)
+            until_s = time.monotonic() + timeout
+            self._end_ranks(death_sig, until_s)
+            super()._shutdown(death_sig, max(1, int(until_s - time.monotonic())))
         except SignalException:
             super()._shutdown(signal.SIGKILL, 1)
             raise
+
+    def _end_ranks(self, number: signal.Signals, until_s: float) -> None:
+        """A rank that saves before it ends needs what it started, such as the workers that load its data.
+
+        Torch signals all at once: ranks are told before it does, and what they leave behind afterwards.
+        """
+        if not isinstance(self._pcontext, SubprocessContext):
+            return
+        handlers = self._pcontext.subprocess_handlers.values()
+        ranks = [handler.proc for handler in handlers if handler.proc.poll() is None]
+        for rank in ranks:
+            rank.send_signal(number)
+        for rank in ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.wait(max(0.0, until_s - time.monotonic()))
+            if rank.returncode is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(rank.pid, number)
 
 
 def _own_ends(failures: dict[int, ProcessFailure], stopped_by_us: set[int]) -> list[RankEnd]:

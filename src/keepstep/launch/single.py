@@ -69,14 +69,21 @@ def _start(command: tuple[str, ...]) -> subprocess.Popen[bytes]:
 
 @contextlib.contextmanager
 def _passing_signals_to(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """The child, and what it started, get the signals that come here; those that end the launch are told."""
+    """The child gets the signals that come here; what it started gets those that end the launch, but later.
+
+    It gets them once the child has ended: a child that saves first, or goes on, would find the workers killed
+    that load its data.
+
+    Yields:
+        the signals that end the launch, as they come.
+    """
     ended_by: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         if number in ENDING:
             ended_by.append(number)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
+            os.kill(child.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in (*ENDING, *PASSED_ON)}
     try:
@@ -84,3 +91,6 @@ def _passing_signals_to(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for ending in ended_by[-1:]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, ending)

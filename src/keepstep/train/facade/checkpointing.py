@@ -155,8 +155,9 @@ class Checkpointing(Facade):
         """Wait for what is being saved, and close trackers. Call it at the end of a script.
 
         Args:
-            finished: the run is done: the last steps are saved, unless a checkpoint holds them, so that the
-                script may be started again without an effect. Where the loop over `epochs()` was left early
+            finished: the run is done: the last steps are saved, unless a checkpoint holds them, with the
+                metrics that `checkpoint()` was last given, so that the script may be started again without
+                an effect. Where the loop over `epochs()` was left early
                 (early stopping), it is done for good: when the script is started again and resumes,
                 `epochs()` yields nothing; load an older checkpoint to train on. A run that had all its epochs
                 goes on all the same if the script asks for more of them. Leave it False where a loop is left
@@ -169,7 +170,7 @@ class Checkpointing(Facade):
         try:
             self._saver.wait()
             if finished and (self._state.progress.finish() or self._saver.unsaved_steps > 0):
-                self._saver.save(None, metrics=None, tags=(), pinned=None)
+                self._saver.save_end()
             self._saver.tell_what_is_unsaved()
         finally:
             self._trackers.finish()

@@ -39,6 +39,7 @@ from keepstep.train.resuming.hooked import StateHooks
 from keepstep.train.resuming.importing import Importer, tell_of_earlier
 from keepstep.train.resuming.notices import Notices
 from keepstep.train.resuming.state import Captured, TrainState
+from keepstep.train.resuming.told import Told
 from keepstep.train.settings.config import CheckpointPolicy, ProjectConfiguration
 
 __all__ = ["Saver"]
@@ -100,6 +101,7 @@ class Saver:
         self._lonely_run = secrets.token_hex(8)
         self._step_saved_elsewhere = 0
         self._lost: _About | None = None
+        self._told = Told()
         self.hooks = StateHooks(state.world)
 
     @property
@@ -148,6 +150,7 @@ class Saver:
         if not state.window.sync_gradients or state.ranks_apart:
             return None
         self._compare(store)
+        self._told.tell(state.step, metrics)
         due = self._decision.take(self._pacer, state.step, busy=busy)
         # Ranks learn at different steps that a checkpoint was lost: it is made again when the next is due.
         if due is not Due.YES and (self._lost is None or self._world.size > 1):
@@ -161,6 +164,10 @@ class Saver:
         self._begin(store, _About(metrics=metrics, tags=tags))
         self._pacer.began(state.step, entered_s, self._pending, behind=busy)
         return self._pending
+
+    def save_end(self) -> None:
+        """Save the last steps, with what `checkpoint` was told of them."""
+        self.save(None, metrics=self._told.at(self._state.step), tags=(), pinned=None)
 
     def tell_what_is_unsaved(self) -> None:
         """A run that ends has steps that no checkpoint holds, unless the last one was saved."""
