@@ -73,7 +73,8 @@ def explained(directory: Path, doing: str = "saving") -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise NoSpaceError(
                 f"no space to save {directory}: {reason}. The unfinished checkpoint was removed, older ones "
-                "are whole. Free some space, or keep fewer checkpoints (keep_last, byte_budget)"
+                "are whole. Free some space, or keep fewer checkpoints (keep_last, byte_budget; of trials "
+                "num_to_keep)"
             ) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise StoreReadOnlyError(
