@@ -247,6 +247,21 @@ def test_signals_reach_the_ranks(workdir: Path, processes: int, number: signal.S
         wait_until_gone(int(pid))
 
 
+def test_the_second_signal_kills_one_process_that_does_not_end(workdir: Path) -> None:
+    text = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: pathlib.Path('told').touch())\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    process = launching("--num_processes", "1", script(workdir, text), cwd=workdir)
+    for name in ("ready", "told"):
+        wait_for(workdir / name, process=process)
+        process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL, errors
+
+
 def test_one_process_that_is_killed_is_started_again(workdir: Path) -> None:
     text = (
         "import os, pathlib, signal, sys\n"

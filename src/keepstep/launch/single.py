@@ -80,10 +80,13 @@ def _passing_signals_to(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     ended_by: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if ended_by and number in ENDING:  # whoever says it twice means it
+                os.killpg(child.pid, signal.SIGKILL)
+            else:
+                os.kill(child.pid, number)
         if number in ENDING:
             ended_by.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in (*ENDING, *PASSED_ON)}
     try:

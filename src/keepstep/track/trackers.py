@@ -187,7 +187,10 @@ class Trackers:
             self._log_row(self._run_log, number, numbers)
         elif self._is_main and not self._trackers:
             self._tell_once(
-                "", "log() has nowhere to write. Pass Accelerator(project_dir=...) or log_with=..."
+                "",
+                "log() has nowhere to write: there is neither a tracker nor a directory on a disk. Pass "
+                "Accelerator(project_dir=...) or log_with=...; for a project in a bucket "
+                "ProjectConfiguration(logging_dir=...)",
             )
         for name, tracker in (self._trackers or {}).items():
             tracker.log(numbers, step=number, **log_kwargs.get(name, {}))
