@@ -38,15 +38,21 @@ class Checkpoint:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(
+        cls, path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+    ) -> Checkpoint:
         """The checkpoint in a directory, or at an address in a bucket.
+
+        Args:
+            path: where it lies.
+            storage_options: of a bucket, see `Store`.
 
         Raises:
             CheckpointNotFoundError: there is no such directory, or no manifest in it.
             ManifestError: the manifest is damaged.
         """
         if is_address(path):
-            return cls._in_bucket(os.fspath(path).rstrip("/"))
+            return cls._in_bucket(os.fspath(path).rstrip("/"), storage_options)
         directory = Path(path)
         if not directory.exists() and replaced_path(directory).exists():
             directory = replaced_path(directory)
@@ -61,9 +67,9 @@ class Checkpoint:
         return cls(directory, read_manifest(directory))
 
     @classmethod
-    def _in_bucket(cls, address: str) -> Checkpoint:
+    def _in_bucket(cls, address: str, options: Mapping[str, Any] | None) -> Checkpoint:
         store, _, name = address.rpartition("/")
-        source = open_bucket(store).at(name)
+        source = open_bucket(store, options).at(name)
         if not source.exists():
             raise CheckpointNotFoundError(
                 f"there is no checkpoint at {address}; give the address of one, as s3://bucket/run/checkpoint_12"

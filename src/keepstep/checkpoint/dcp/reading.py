@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from keepstep.checkpoint.dcp.memory import follow
 from keepstep.checkpoint.dcp.names import leaves
+from keepstep.checkpoint.dcp.spots import is_place
 from keepstep.checkpoint.format.boxes import Box
 from keepstep.checkpoint.format.manifest import Chunk, TensorEntry, stored_parts
 from keepstep.checkpoint.loading.passes import Target, bytes_of
@@ -44,37 +45,41 @@ class StorageReader(storage.StorageReader):
     a sharded tensor).
 
     Args:
-        path: the checkpoint's directory. A `checkpoint_id` given to `dcp.load` takes its place.
+        path: the checkpoint's directory or address. A `checkpoint_id` given to `dcp.load` takes its place.
+        storage_options: of a bucket, see `Store`.
 
     Raises:
         DamagedCheckpointError: from `dcp.load`, as the cause of its CheckpointException.
         UsageError: the planner unpickles values that are no tensors.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+    ) -> None:
+        self._path = os.fspath(path)
+        self._options = storage_options
         self._reader: Reader | None = None
         self._saved: dict[str, _Saved] = {}
 
     @property
     def checkpoint_id(self) -> str:
-        """The directory."""
-        return str(self._path)
+        """The directory, or the address."""
+        return self._path
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a directory's name, and no address of another kind."""
-        return "://" not in os.fspath(checkpoint_id)
+        """Whether a checkpoint can lie there."""
+        return is_place(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Get ready for another load."""
         self._reader = None
         if checkpoint_id is not None:
-            self._path = Path(checkpoint_id)
+            self._path = os.fspath(checkpoint_id)
 
     def read_metadata(self) -> Metadata:
         """What the checkpoint holds, in DCP's terms."""
-        self._reader = reader = Checkpoint.open(self._path).reader()
+        self._reader = reader = Checkpoint.open(self._path, storage_options=self._options).reader()
         self._saved = {}
         alike: set[str] = set()
         for path, node in leaves(reader.tree, ()):
@@ -118,9 +123,16 @@ class StorageReader(storage.StorageReader):
             for wanted in batch:
                 wanted.settle(self._reader, planner)
         self._set_objects([item for item in plan.items if item.type == LoadItemType.BYTE_IO], planner)
+        self._remember(planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _remember(self, planner: LoadPlanner) -> None:
+        """The next save beside a checkpoint that was loaded whole, and so verified, may link to it."""
+        assert self._reader is not None
+        if self._saved.keys() <= getattr(planner, "state_dict", {}).keys():
+            follow(self._reader.place, self._reader.manifest, self._reader.tensors)
 
     def _set_objects(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
         assert self._reader is not None

@@ -194,6 +194,36 @@ class BucketBackend:
                     )
         return self._workspace(name, keeps_parts=True)
 
+    def reserve_named(self, name: str) -> BucketWorkspace:
+        """A workspace under a name that the caller has chosen; what a dead attempt left there goes first.
+
+        Raises:
+            DirectoryNotOursError: a checkpoint lies there, or something else.
+            StoreBusyError: another process is writing there.
+        """
+        with explained_bucket(self):
+            found = {found.key.removeprefix(f"{name}/"): found for found in self._objects.list(name)}
+            if _is_committed(found):
+                raise DirectoryNotOursError(
+                    errno.EEXIST,
+                    f"there is a checkpoint at {self}/{name}, and a bucket can't replace it in one step. "
+                    "Nothing was changed. Choose another name, or delete it first",
+                )
+            if found and CLAIM_NAME not in found:
+                raise DirectoryNotOursError(
+                    errno.EEXIST,
+                    f"{self}/{name} was not written by keepstep (it holds {min(found)}). Nothing was "
+                    "changed. Choose another name",
+                )
+            if CLAIM_NAME in found and MANIFEST_NAME not in found:  # nobody has given it up
+                holder = parse_claim(self._objects.get(f"{name}/{CLAIM_NAME}"))[0]
+                if holder is not None and holder.lives_here and not holder.is_here:
+                    raise StoreBusyError(
+                        f"{self}/{name} is being written by {holder}. Wait for it, stop it, or "
+                        "choose another name"
+                    )
+        return self.reserve_in_place_of(name)
+
     def reserve_in_place_of(self, name: str) -> BucketWorkspace:
         """A workspace under a name that the caller alone writes; what lies there goes first.
 

@@ -180,7 +180,10 @@ def plan_ranks(
     owners += [rank for rank, _ in owned]
     kinds = labels(infos) if labels is not None else [0] * len(infos)
     sticky = [kind * size + owner for kind, owner in zip(kinds, owners, strict=True)]
-    found = lay_out(infos, owners, size, labels=sticky, sharded=range(len(replicated), len(infos)))
+    sharded = {
+        number for number, (rank, index) in enumerate(owned, len(replicated)) if pieces[rank][index].label
+    }
+    found = lay_out(infos, owners, size, labels=sticky, sharded=sharded)
     shares = [
         [Share(share.file, tuple(numbers[member] for member in share.members)) for share in of_rank]
         for of_rank in found.shares
@@ -252,7 +255,7 @@ def _own_pieces(pieces: Sequence[Sequence[Shard]], loads: list[int]) -> list[tup
             raise RanksDifferError(
                 f"the shards of {address!r} (shape {list(whole)}) that {len(pieces)} ranks hold don't make "
                 f"up the tensor: {problem}. Every rank that holds a shard has to take part: give the store "
-                "the world of all of them, Store(path, world=Ranks())"
+                "the world of all of them, Store(path, world=Ranks()); give dcp.save the group of all"
             )
     owned = []
     for holding in sorted(holders.values(), key=len):
