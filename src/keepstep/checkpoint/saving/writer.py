@@ -7,7 +7,8 @@ Two ways through the same blocks:
 * `stage` then `drain`: blocks are copied as fast as memory takes it (waiting for free ones if the state is
   larger than the budget), the threads hash and write behind it. The state may change once `stage` returns.
 
-Before either, segments that an earlier checkpoint holds byte for byte are linked, not written.
+Segments that an earlier checkpoint holds byte for byte are linked, not written; they are looked for while
+those that it does not hold are on their way.
 NumPy copies, xxhash and pwrite all release the GIL.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ from keepstep.checkpoint.saving.layout import Layout, Placement, Segment
 from keepstep.checkpoint.saving.linking import Twin
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, Block, BlockPool, TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests
-from keepstep.checkpoint.saving.unchanged import is_unchanged
+from keepstep.checkpoint.saving.unchanged import Comparison
 from keepstep.files import PAGE_BYTES, SegmentFile
 from keepstep.outcome import Latch, Outcome, wait_for_all
 
@@ -62,7 +64,6 @@ class _OpenSegment:
         self.blocks_left = -(-segment.bytes // BLOCK_BYTES)
         self.file: SegmentFile | None = None
         self.lock = threading.Lock()
-        self.linked = False
         self.within: str | None = None
 
     def pieces(self, begin: int, end: int) -> Iterator[_Piece]:
@@ -143,19 +144,18 @@ class SegmentWriter:
         self._devices = devices
         self._twins = twins
         self._known = known
-        self._blocks = self._in_blocks()
-        self._next_block = threading.Lock()
+        self._jobs: deque[_Job] = deque()
         self._aborted = Latch()
         self._hasher = OrderedHasher(self._aborted)
         self._running: list[Outcome[None]] = []
         self.digests: dict[int, str] = {}
         """Digest of each stored tensor, by its index; complete after `write` or `drain`."""
 
-    def _in_blocks(self) -> Iterator[_Job]:
-        for index, opened in enumerate(self._segments):
-            if not opened.linked:
-                for begin in range(0, opened.segment.bytes, BLOCK_BYTES):
-                    yield index, begin
+    def _enter(self, index: int) -> int:
+        """Let the blocks of a segment be taken; how many they are."""
+        begins = range(0, self._segments[index].segment.bytes, BLOCK_BYTES)
+        self._jobs.extend((index, begin) for begin in begins)
+        return len(begins)
 
     # ------------------------------------------------------------------------------ the two ways
 
@@ -163,10 +163,9 @@ class SegmentWriter:
         """Copy, hash and write everything; durable on return."""
         for device in self._devices:  # what the caller has queued on a stream of its own comes first
             torch.accelerator.synchronize(device)
-        self._link_unchanged()
-        blocks = sum(opened.blocks_left for opened in self._segments if not opened.linked)
-        for _ in range(min(WRITER_THREADS, blocks)):
-            self._running.append(self._crew.submit(lambda: self._guarded(self._copy_and_write_blocks)))
+        for index in self._to_be_written():
+            for _ in range(min(WRITER_THREADS, self._enter(index))):
+                self._running.append(self._crew.submit(lambda: self._guarded(self._copy_and_write_blocks)))
         self.drain()
 
     def step_back(self) -> None:
@@ -181,8 +180,9 @@ class SegmentWriter:
         line = _Line(self._hand_over)
         helping: list[Outcome[None]] = []
         try:
-            self._link_unchanged()
-            helping.append(self._crew.submit(lambda: self._guarded(self._copy_blocks, line)))
+            for index in self._to_be_written():
+                if self._enter(index) and (not helping or helping[-1].done()):
+                    helping.append(self._crew.submit(lambda: self._guarded(self._copy_blocks, line)))
             self._guarded(self._copy_blocks, line)
             for outcome in helping:
                 outcome.result()
@@ -230,26 +230,37 @@ class SegmentWriter:
 
     # ------------------------------------------------------------------------------------ linking
 
-    def _link_unchanged(self) -> None:
-        """Link the segments whose tensors are, byte for byte, those of their twins."""
-        for opened in self._segments:
-            twin = self._twins.get(opened.segment.file)
-            if twin is None:
-                continue
-            sources = [self._sources[placement.index] for placement in opened.segment.placements]
-            if not is_unchanged(sources, twin.digests, self._known, self._crew):
-                continue
-            try:
-                opened.within = self._workspace.link(
-                    opened.segment.file, twin.checkpoint, twin.file, twin.committed
-                )
-            except OSError as error:  # deleted meanwhile, or the disk refuses: it is written
-                log.debug("%s can't be linked (%s); it is written", opened.segment.file, error)
-                continue
-            opened.linked = True
-            self.digests.update(
-                (placement.index, twin.digests[n]) for n, placement in enumerate(opened.segment.placements)
+    def _to_be_written(self) -> Iterator[int]:
+        """Link the segments whose tensors are, byte for byte, those of their twins; the others, as found."""
+        alike = []
+        for index, opened in enumerate(self._segments):
+            compared = self._compared(opened)
+            if compared is not None and compared.begins_alike():
+                alike.append((index, compared))
+            else:
+                yield index
+        for index, compared in alike:
+            if not (compared.ends_alike() and self._link(self._segments[index])):
+                yield index
+
+    def _compared(self, opened: _OpenSegment) -> Comparison | None:
+        twin = self._twins.get(opened.segment.file)
+        if twin is None:
+            return None
+        sources = [self._sources[placement.index] for placement in opened.segment.placements]
+        return Comparison(sources, twin.digests, self._known)
+
+    def _link(self, opened: _OpenSegment) -> bool:
+        twin = self._twins[opened.segment.file]
+        try:
+            opened.within = self._workspace.link(
+                opened.segment.file, twin.checkpoint, twin.file, twin.committed
             )
+        except OSError as error:  # deleted meanwhile, or the disk refuses: it is written
+            log.debug("%s can't be linked (%s); it is written", opened.segment.file, error)
+            return False
+        self.digests.update((p.index, twin.digests[n]) for n, p in enumerate(opened.segment.placements))
+        return True
 
     # ----------------------------------------------------------------------------------- threads
 
@@ -287,8 +298,10 @@ class SegmentWriter:
             raise
 
     def _take_block(self) -> _Job | None:
-        with self._next_block:
-            return next(self._blocks, None)
+        try:
+            return self._jobs.popleft()
+        except IndexError:
+            return None
 
     def _copy_and_write_blocks(self) -> None:
         while True:
