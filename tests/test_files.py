@@ -61,6 +61,25 @@ def test_several_threads_fill_a_segment(tmp_path: Path) -> None:
     assert [data[index * PAGE_BYTES] for index in range(8)] == list(range(8))
 
 
+def test_a_segment_of_several_files_is_synced_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    segment = LocalFiles().create_segment(tmp_path / "s", PAGE_BYTES, durable=False)
+    segment.write_at(block(PAGE_BYTES), 0)
+    segment.finish()
+    assert synced == ([] if takes_direct(tmp_path) else ["s"])
+    LocalFiles().sync(tmp_path, ["s"])
+    assert {"s", tmp_path.name} <= set(synced)
+
+
 def test_a_segment_never_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("mine")
     with pytest.raises(FileExistsError):

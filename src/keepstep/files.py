@@ -55,7 +55,7 @@ class SegmentFile(Protocol):
         """Let every `write_at` end soon, with an error if need be: the file is not wanted any more."""
 
     def finish(self) -> None:
-        """Cut the file to its size, make it durable and close it."""
+        """Cut the file to its size, make it durable (unless `sync` is to) and close it."""
 
     def abandon(self) -> None:
         """Close it without any promise."""
@@ -70,8 +70,8 @@ class Files(Protocol):
     def make_unfinished(self, path: Path) -> None:
         """Make one directory that may be gone after a power cut until it is renamed and that is synced."""
 
-    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
-        """Create a file of `size_bytes`; it must not exist."""
+    def create_segment(self, path: Path, size_bytes: int, *, durable: bool = True) -> SegmentFile:
+        """Create a file of `size_bytes`, durable when finished unless `sync` is to; it must not exist."""
 
     def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
         """Create or replace a small file, and make its bytes durable (not its name) unless `sync` is to."""
@@ -105,8 +105,9 @@ class Files(Protocol):
 
 
 class _LocalSegment:
-    def __init__(self, path: Path, size_bytes: int) -> None:
+    def __init__(self, path: Path, size_bytes: int, *, durable: bool) -> None:
         self._size_bytes = size_bytes
+        self._durable = durable
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         self._direct = False
         try:
@@ -156,7 +157,8 @@ class _LocalSegment:
     def finish(self) -> None:
         try:
             os.ftruncate(self._fd, self._size_bytes)
-            os.fsync(self._fd)
+            if self._durable or not self._direct:  # what lies in the page cache need not wait for the others
+                os.fsync(self._fd)
         finally:
             self.abandon()
 
@@ -183,8 +185,8 @@ class LocalFiles:
     def make_unfinished(self, path: Path) -> None:
         path.mkdir()
 
-    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
-        return _LocalSegment(path, size_bytes)
+    def create_segment(self, path: Path, size_bytes: int, *, durable: bool = True) -> SegmentFile:
+        return _LocalSegment(path, size_bytes, durable=durable)
 
     def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
         fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o666)

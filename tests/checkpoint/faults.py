@@ -128,11 +128,12 @@ class FaultyFiles:
             self._changed(shutil.rmtree, path)
         self.sync_directory(path.parent)
 
-    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
+    def create_segment(self, path: Path, size_bytes: int, *, durable: bool = True) -> SegmentFile:
         with self._operation("create_segment", path, half=path.touch):
             self._volatile[path] = size_bytes
             self._changed(Path.unlink, path)
-            return _FaultySegment(self, path, size_bytes, self._real.create_segment(path, size_bytes))
+            real = self._real.create_segment(path, size_bytes, durable=durable)
+            return _FaultySegment(self, path, real, durable=durable)
 
     def write_file(self, path: Path, data: bytes, *, durable: bool = True) -> None:
         with self._operation("write_file", path, half=lambda: _write(path, data[: len(data) // 2])):
@@ -233,11 +234,11 @@ class _Change:
 
 
 class _FaultySegment:
-    def __init__(self, files: FaultyFiles, path: Path, size_bytes: int, real: SegmentFile) -> None:
+    def __init__(self, files: FaultyFiles, path: Path, real: SegmentFile, *, durable: bool) -> None:
         self._files = files
         self._path = path
-        self._size_bytes = size_bytes
         self._real = real
+        self._durable = durable
 
     def write_at(self, data: memoryview, offset: int) -> None:
         half = len(data) // 2 // 4096 * 4096
@@ -252,7 +253,8 @@ class _FaultySegment:
     def finish(self) -> None:
         with self._files._operation("finish", self._path):
             self._real.finish()
-            self._files._volatile.pop(self._path, None)
+            if self._durable:
+                self._files._volatile.pop(self._path, None)
 
     def abandon(self) -> None:
         self._real.abandon()

@@ -314,10 +314,10 @@ class Meddling(LocalFiles):
     def __init__(self, act: Callable[[], object]) -> None:
         self.act = act
 
-    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
+    def create_segment(self, path: Path, size_bytes: int, *, durable: bool = True) -> SegmentFile:
         if path.name == "first":
             self.act()
-        return super().create_segment(path, size_bytes)
+        return super().create_segment(path, size_bytes, durable=durable)
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -43,10 +43,10 @@ def train():
         time.sleep(0.01)
 
 class Held(LocalFiles):
-    def create_segment(self, path, size_bytes):
+    def create_segment(self, path, size_bytes, *, durable=True):
         if stage == "writing":
             hold()
-        return super().create_segment(path, size_bytes)
+        return super().create_segment(path, size_bytes, durable=durable)
 
     def write_file(self, path, data, *, durable=True):
         if stage == "committing" and path.name == "manifest.json":

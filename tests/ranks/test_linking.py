@@ -302,31 +302,38 @@ def test_ranks_link_what_did_not_change(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- faults
 
 
-class DiesAfterALink(LocalFiles):
-    """Kills its process with its first new file that comes after a link."""
+class DiesAmongLinks(LocalFiles):
+    """Kills its process once a link and a new file were made, whichever comes first."""
 
-    armed = False
-    linked = False
+    def __init__(self) -> None:
+        self.armed = False
+        self._made: set[str] = set()
 
     def link(self, source: Path, target: Path) -> None:
         super().link(source, target)
-        self.linked = self.armed
+        self._count("link")
 
-    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
-        if self.linked:
+    def create_segment(self, path: Path, size_bytes: int, *, durable: bool = True) -> SegmentFile:
+        segment = super().create_segment(path, size_bytes, durable=durable)
+        self._count("segment")
+        return segment
+
+    def _count(self, what: str) -> None:
+        if self.armed:
+            self._made.add(what)
+        if len(self._made) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().create_segment(path, size_bytes)
 
 
 def dies(argument: str, rank: int, size: int) -> None:
     said = json.loads(argument)
-    files = DiesAfterALink() if rank == said["victim"] else LocalFiles()
+    files = DiesAmongLinks() if rank == said["victim"] else LocalFiles()
     store = Store(said["root"], world=Ranks(timeout_s=4), files=files)
     resting = {f"w{n}": torch.full((2 * MIB,), float(n)) for n in range(4)}
     busy = {f"w{n}": torch.full((2 * MIB,), float(n)) for n in range(4)}
     for step in range(2):
         store.save({"resting": resting, "busy": {name: tensor + step for name, tensor in busy.items()}})
-    if isinstance(files, DiesAfterALink):
+    if isinstance(files, DiesAmongLinks):
         files.armed = True
     try:
         store.save({"resting": resting, "busy": {name: tensor + 5 for name, tensor in busy.items()}})

@@ -197,10 +197,10 @@ class Stopping(LocalFiles):
         if what == self.at:
             os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
 
-    def create_segment(self, path: Path, size_bytes: int) -> SegmentFile:
+    def create_segment(self, path: Path, size_bytes: int, *, durable: bool = True) -> SegmentFile:
         self._hit(f"segment {self.count}")
         self.count += 1
-        return super().create_segment(path, size_bytes)
+        return super().create_segment(path, size_bytes, durable=durable)
 
     def rename(self, source: Path, target: Path) -> None:
         if target.name.startswith("checkpoint_"):

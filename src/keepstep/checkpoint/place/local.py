@@ -202,7 +202,8 @@ class LocalWorkspace:
         return self.path / name
 
     def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
-        return self._files.create_segment(self._place(name), size_bytes)
+        self._unsynced.add(name)
+        return self._files.create_segment(self._place(name), size_bytes, durable=False)
 
     def write_file(self, name: str, data: bytes) -> None:
         self._files.write_file(self._place(name), data, durable=False)
