@@ -179,7 +179,7 @@ class LocalFiles:
             path.mkdir()
         except FileExistsError:
             if not path.is_dir():
-                raise
+                raise FileExistsError(errno.EEXIST, f"{path} is there and is no directory") from None
         self.sync_directory(path.parent)
 
     def make_unfinished(self, path: Path) -> None:

@@ -159,3 +159,9 @@ def test_only_what_changed_much_is_news() -> None:
     assert not unknown.differs_from(unknown)
     assert not near.differs_from(first)
     assert far.differs_from(first)
+
+
+def test_an_interval_in_steps_is_known_before_any_time_is() -> None:
+    assert space(CheckpointPolicy(every_n_steps=7), None, None).interval_steps == 7
+    assert space(CheckpointPolicy(every_n_steps=7, max_overhead=0.1), None, None).interval_steps is None
+    assert space(CheckpointPolicy(every_n_steps=7, every_s=1), None, None).interval_steps is None

@@ -247,3 +247,18 @@ def test_a_copy_of_an_optimizer_waits_for_nothing(tmp_path: Path, held: Held) ->
     twin.step()
     held.opened.set()
     accelerator.wait_for_checkpoint()
+
+
+def test_a_checkpoint_that_is_made_again_keeps_its_tags(tmp_path: Path, held: Held) -> None:
+    accelerator, model, optimizer = make(tmp_path)
+    train_step(accelerator, model, optimizer)
+    held.opened.clear()
+    accelerator.checkpoint(tags="release")
+    with torch.no_grad():
+        model.layers[0].weight.add_(1)  # behind the optimizer's back
+    held.opened.set()
+    train_step(accelerator, model, optimizer)
+    accelerator.checkpoint(tags=["second"])
+    accelerator.wait_for_checkpoint()
+    made = [(checkpoint.step, checkpoint.tags) for checkpoint in Store(tmp_path / "checkpoints").list()]
+    assert made == [(2, ("release", "second"))]

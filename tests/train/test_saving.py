@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -528,3 +529,26 @@ def test_a_run_that_keeps_all_checkpoints_is_told_once(
     accelerator.end_training()
     assert caplog.text.count("keeps every checkpoint") == (0 if keep else 1)
     assert Checkpoint.open(first).manifest.run == Store(tmp_path / "checkpoints").list()[0].manifest.run
+
+
+def test_a_failure_costs_no_checkpoint_that_waited_for_it(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=1, on_error="warn"))
+    store = run.accelerator._saver._store
+    assert store is not None
+    commit, second_waits = store._saves._committed, threading.Event()
+
+    def fail(*_: Any) -> None:
+        store._saves._committed = commit  # type: ignore[method-assign,union-attr]
+        second_waits.wait(10)
+        raise OSError(5, "the disk is on fire")
+
+    store._saves._committed = fail  # type: ignore[method-assign,assignment]
+    run.step()
+    run.accelerator.checkpoint()
+    run.step()
+    threading.Timer(0.2, second_waits.set).start()
+    assert run.accelerator.checkpoint() is not None
+    run.accelerator.wait_for_checkpoint()
+    assert Store(tmp_path / "checkpoints").list()[-1].step == 2
+    counts = run.accelerator.checkpoint_counts
+    assert (counts.saved, counts.failed, counts.waited) == (1, 1, 1)

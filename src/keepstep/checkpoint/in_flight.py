@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 
@@ -25,7 +25,7 @@ from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.save import Save
 from keepstep.checkpoint.version import Checkpoint
-from keepstep.errors import BackgroundSaveError, StoreError
+from keepstep.errors import BackgroundSaveError, StoreError, UsageError
 from keepstep.outcome import Latch
 
 __all__ = ["Saves", "Staging"]
@@ -92,6 +92,8 @@ class Saves:
         changing: Iterable[torch.Tensor],
     ) -> PendingSave:
         """Begin a save that goes on in the background. See `Store.save_in_background`."""
+        if staging not in get_args(Staging):
+            raise UsageError(f'staging is {staging!r}; allowed: "auto", "awaited" or "overlapped"')
         with self._one_save:
             self.wait()
             began = time.perf_counter()

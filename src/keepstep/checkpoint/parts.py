@@ -19,7 +19,18 @@ from keepstep.errors import UsageError
 from keepstep.files import Files
 from keepstep.world import World
 
-__all__ = ["Blueprint", "Parts"]
+__all__ = ["Blueprint", "Parts", "root_of"]
+
+
+def root_of(path: str | os.PathLike[str]) -> Path | str:
+    """The directory of a store, absolute since a program may change its own between two saves; or an address.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if os.fspath(path) == "" or "\0" in os.fspath(path):
+        raise UsageError(f"the path of a store is {path!r}; expected a directory, or the address of a bucket")
+    return os.fspath(path) if is_address(path) else Path(path).absolute()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +81,14 @@ class Blueprint:
         for name, given in (("retention", self.retention), ("mirror_retention", self.mirror_retention)):
             if given is not None and not isinstance(given, Retention):
                 raise UsageError(f"{name} is {given!r:.100}; expected a Retention, as Retention(keep_last=3)")
+        pending: object = self.mirror_pending
+        if isinstance(pending, bool) or not isinstance(pending, int) or pending < 1:
+            raise UsageError(f"mirror_pending is {pending!r}; expected a whole number of at least 1")
+        if not hasattr(self.world, "rank"):
+            raise UsageError(
+                f"world is {self.world!r:.100}; expected the ranks that save together, as "
+                "keepstep.world.Ranks(), or None for one process"
+            )
 
     def make(self) -> Parts:
         """Make them; nothing is connected to, read or written yet."""

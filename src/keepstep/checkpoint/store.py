@@ -19,10 +19,9 @@ from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.verify import Report
-from keepstep.checkpoint.parts import Blueprint
+from keepstep.checkpoint.parts import Blueprint, root_of
 from keepstep.checkpoint.pending import PendingSave, forget_unseen_failures
 from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
-from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.pulling import pull_if_newer
 from keepstep.checkpoint.recovery import Restore, newest_whole, restore_newest
 from keepstep.checkpoint.saving.description import Lineage, describe
@@ -86,8 +85,7 @@ class Store:
         world: World | None = None,
     ) -> None:
         self._blueprint = Blueprint(
-            # A program may change its directory between two saves.
-            root=os.fspath(path) if is_address(path) else Path(path).absolute(),
+            root=root_of(path),
             storage_options=storage_options,
             mirror=mirror,
             mirror_retention=mirror_retention,

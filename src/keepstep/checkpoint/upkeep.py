@@ -13,7 +13,7 @@ from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.preflight import Preflight
 from keepstep.checkpoint.keeping.pruning import Which, check_committed, prune
 from keepstep.checkpoint.keeping.quarantine import set_aside
-from keepstep.checkpoint.keeping.retention import Retention
+from keepstep.checkpoint.keeping.retention import Retention, is_number
 from keepstep.checkpoint.keeping.scrub import SCRUB_BYTES_PER_S, Scrubber
 from keepstep.checkpoint.keeping.verify import FileState, Report, verify_checkpoint
 from keepstep.checkpoint.place.backend import Backend
@@ -44,8 +44,8 @@ class Upkeep:
         scrub_bytes_per_s: float | None = None,
     ) -> None:
         for name, value in (("scrub_interval_s", scrub_interval_s), ("scrub_bytes_per_s", scrub_bytes_per_s)):
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value!r}; expected more than 0")
+            if value is not None and not (is_number(value) and value > 0):
+                raise UsageError(f"{name} is {value!r}; expected a number of more than 0, or None")
         self._interval_s = scrub_interval_s
         self._bytes_per_s = SCRUB_BYTES_PER_S if scrub_bytes_per_s is None else scrub_bytes_per_s
         self._backend = backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,4 +232,7 @@ class Checkpoint:
 def _patterns(only: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if only is None:
         return None
-    return (only,) if isinstance(only, str) else tuple(only)
+    patterns = (only,) if isinstance(only, str) else only
+    if not (isinstance(patterns, Collection) and all(isinstance(pattern, str) for pattern in patterns)):
+        raise UsageError(f'only is {only!r:.100}; expected an address or several, as "model" or ["model"]')
+    return tuple(patterns)

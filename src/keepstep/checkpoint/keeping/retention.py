@@ -7,12 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from keepstep.checkpoint.keeping.catalog import Entry, number_of
 from keepstep.errors import UsageError
 
-__all__ = ["Decision", "Held", "Retention", "decide"]
+__all__ = ["Decision", "Held", "Retention", "decide", "is_number"]
 
 Held = Mapping[Hashable, int]
 """What a checkpoint takes where it lies, without the manifest: identity of each file -> bytes.
@@ -54,7 +54,7 @@ class Retention:
                     f"{name} is {value!r}; expected a whole number of at least 1, or None for no limit"
                 )
         within = self.keep_within_s
-        if within is not None and not (_is_number(within) and 0 < within < math.inf):
+        if within is not None and not (is_number(within) and 0 < within < math.inf):
             raise UsageError(
                 f"keep_within_s is {within!r}; expected more than 0 seconds, or None for no limit"
             )
@@ -82,7 +82,8 @@ class Retention:
         return self == Retention()
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is one, and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -56,6 +56,10 @@ def describe(
     given_tags = (tags,) if isinstance(tags, str) else tuple(tags)
     if not all(isinstance(tag, str) and tag for tag in given_tags):
         raise UsageError(f"tags is {tags!r}; expected non-empty strings")
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise UsageError(f'metrics is {metrics!r:.100}; expected names with values, as {{"loss": 0.5}}')
+    if pinned not in (True, False):
+        raise UsageError(f"pinned is {pinned!r:.100}; expected True or False")
     return Description(
         step=None if step is None else int(step),
         epoch=None if epoch is None else int(epoch),

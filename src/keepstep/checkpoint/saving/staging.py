@@ -49,10 +49,10 @@ class BlockPool:
     """Blocks up to a budget. `acquire` waits until one is free."""
 
     def __init__(self, budget_bytes: int) -> None:
-        if budget_bytes < 2 * BLOCK_BYTES:
+        if not isinstance(budget_bytes, int) or budget_bytes < 2 * BLOCK_BYTES:
             raise UsageError(
-                f"memory_budget_bytes is {budget_bytes}; at least {2 * BLOCK_BYTES} (two blocks) "
-                "are needed to save"
+                f"memory_budget_bytes is {budget_bytes!r}; expected a whole number: at least "
+                f"{2 * BLOCK_BYTES} (two blocks) are needed to save"
             )
         self._most = budget_bytes // BLOCK_BYTES
         self._made = 0

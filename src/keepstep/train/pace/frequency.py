@@ -127,7 +127,7 @@ class Spacing:
         least_s: time that has to pass from the end of one call that saves to the next, in seconds.
         wanted_s: time after which a save is due; None if only steps count.
         interval_s: what comes of it, in seconds; None while it is not known how long a step takes.
-        interval_steps: about as many steps; None while it is not known how long one takes.
+        interval_steps: about as many steps; None while it is not known.
     """
 
     rule: str
@@ -204,11 +204,14 @@ def space(policy: CheckpointPolicy, cost: Cost | None, step_s: float | None) -> 
     if policy.every_n_steps is not None and step_s:
         times.append(policy.every_n_steps * step_s)
     interval_s = max(least_s, min(times)) if times and (cost is not None or policy.every_s) else None
+    steps = interval_s / step_s if step_s and interval_s is not None else None
+    if steps is None and policy.every_s is None and policy.max_overhead is None:
+        steps = policy.every_n_steps  # known without a clock
     return Spacing(
         rule=", ".join(f"{name}={value:g}" for name, value in given),
         cost=cost,
         least_s=least_s,
         wanted_s=wanted_s,
         interval_s=interval_s,
-        interval_steps=None if not step_s or interval_s is None else max(1, round(interval_s / step_s)),
+        interval_steps=None if steps is None else max(1, round(steps)),
     )

@@ -57,6 +57,10 @@ class _About:
     tags: Sequence[str] = ()
 
 
+def _each(tags: Sequence[str]) -> Sequence[str]:
+    return (tags,) if isinstance(tags, str) else tags
+
+
 class Saver:
     """Saves and restores a `TrainState`.
 
@@ -194,10 +198,12 @@ class Saver:
     def _begin(self, store: Store, about: _About) -> None:
         self._world.barrier("checkpoint()")  # meetings of saves don't see that a rank is elsewhere
         self._notices.before_save(store, saved=self.counts.saved)
-        if self._world.size > 1:
-            self._ask_finished()  # or one rank would begin a save, and another learn that the last one failed
-        # An earlier save that fails while this one waits for it is reported here, once.
-        state, self._pending, self._lost = self._state, None, None
+        # The last save is waited for before this one begins: its failure costs this one nothing, and of many
+        # ranks all learn of it here.
+        self._ask_finished()
+        if self._lost is not None:  # a tag says that a checkpoint is to stay
+            about = replace(about, tags=(*_each(self._lost.tags), *_each(about.tags)))
+        state, self._lost = self._state, None
         captured = self._captured(store.address)
         try:
             self._pending = store.save_in_background(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from keepstep.checkpoint.in_flight import Staging
+from keepstep.checkpoint.keeping.retention import is_number
 from keepstep.checkpoint.place.registry import is_address
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES
 from keepstep.checkpoint.store import DEFAULT_MEMORY_BUDGET_BYTES
@@ -97,12 +98,13 @@ class CheckpointPolicy:
         for field in ("every_n_steps", "keep_last", "keep_every_n_steps", "byte_budget"):
             value = getattr(self, field)
             _require(value is None or _is_count(value), self, field, "an integer of at least 1, or None")
-        _require(self.every_s is None or self.every_s > 0, self, "every_s", "more than 0 seconds, or None")
-        for field in ("keep_within_s", "scrub_interval_s"):
+        for field in ("every_s", "keep_within_s", "scrub_interval_s"):
             value = getattr(self, field)
-            _require(value is None or value > 0, self, field, "more than 0 seconds, or None")
+            fine = value is None or (is_number(value) and value > 0)
+            _require(fine, self, field, "more than 0 seconds, or None")
         share = self.max_overhead
-        _require(share is None or 0 < share < 1, self, "max_overhead", "between 0 and 1, or None")
+        fine = share is None or (is_number(share) and 0 < share < 1)
+        _require(fine, self, "max_overhead", "a number between 0 and 1, or None")
         _require(self.when_busy in (None, "skip", "wait"), self, "when_busy", '"skip", "wait" or None')
         self._check_failures()
         _require(self.on_error in ("raise", "warn"), self, "on_error", '"raise" or "warn"')
@@ -113,7 +115,11 @@ class CheckpointPolicy:
         _require(self.staging in get_args(Staging), self, "staging", '"auto", "awaited" or "overlapped"')
         best = self.keep_best
         fine = best is None or (
-            len(best) == 3 and isinstance(best[0], str) and best[1] in ("min", "max") and _is_count(best[2])
+            isinstance(best, tuple)
+            and len(best) == 3
+            and isinstance(best[0], str)
+            and best[1] in ("min", "max")
+            and _is_count(best[2])
         )
         _require(fine, self, "keep_best", '(metric name, "min" or "max", how many), or None')
         whens = (self.every_n_steps, self.every_s, self.mean_time_between_failures_s, share)
@@ -124,7 +130,8 @@ class CheckpointPolicy:
         """Young's interval stands alone."""
         mean_s = self.mean_time_between_failures_s
         allowed = "more than 0 seconds, or None"
-        _require(mean_s is None or 0 < mean_s < math.inf, self, "mean_time_between_failures_s", allowed)
+        fine = mean_s is None or (is_number(mean_s) and 0 < mean_s < math.inf)
+        _require(fine, self, "mean_time_between_failures_s", allowed)
         for field in ("every_n_steps", "every_s"):
             if mean_s is not None and getattr(self, field) is not None:
                 raise UsageError(
