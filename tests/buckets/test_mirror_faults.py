@@ -77,7 +77,7 @@ def test_a_disk_that_spoils_every_copy_ends_the_repair(
     store = saved_and_mirrored(mirrored(), 2)
     flip(store.path / "checkpoint_1" / "model.safetensors")
     anew = mirrored()
-    pull = anew._pull
+    pull = anew._newest.pull
 
     def pull_and_spoil() -> Path | None:
         pulled = pull()
@@ -85,7 +85,7 @@ def test_a_disk_that_spoils_every_copy_ends_the_repair(
             flip(pulled / "model.safetensors")
         return pulled
 
-    monkeypatch.setattr(anew, "_pull", pull_and_spoil)
+    monkeypatch.setattr(anew._newest, "pull", pull_and_spoil)
     found = anew.load_latest_into(state(9))
     assert found is not None
     assert found.name == "checkpoint_0"

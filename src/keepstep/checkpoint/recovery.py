@@ -95,29 +95,34 @@ def restore_newest(
         StoreError: the system refuses to read; nothing more is set aside.
         RankError: another rank could not restore for another reason than damage, or did not come.
     """
-    if world.size > 1:
-        return _restore_together(root, restore, set_aside, world)
     damaged = dict.fromkeys(catalog.names_set_aside(root), _SET_ASIDE)
     passed: set[int] = set()
     replaced: set[int] = set()
-    while entries := [entry for entry in catalog.scan(root) if entry.number not in passed]:
-        entry = entries[-1]
-        passed.add(entry.number)
-        try:
-            checkpoint = Checkpoint(entry.path, read_manifest(entry.path))
-            restore(checkpoint, lambda: None)
-        except CheckpointNotFoundError:
+    while True:
+        with world.meeting(f"resuming {root}") as meeting:
+            entries = [entry for entry in catalog.scan(root) if entry.number not in passed]
+            picks = meeting.exchange(str(entries[-1].number if entries else -1).encode())
+            number = int(picks[0])  # rank 0's word: a file system may show it to some before others
+            if number < 0:
+                break
+            passed.add(number)
+            entry = _entry(entries, number) or _entry(catalog.scan(root), number)
+            checkpoint, problem = _try(entry, restore, meeting)
+            problems = [json.loads(data) for data in meeting.exchange(json.dumps(problem).encode())]
+            found = "; ".join(_by_rank(problems))
+            gone = [rank for rank, text in enumerate(problems) if text == _GONE]
+            if 0 < len(gone) < world.size and not found and meeting.broadcast(_seen(root, number)):
+                raise StoreError(_UNSEEN.format(name=checkpoint_name(number), root=root, ranks=gone))
+        if checkpoint is not None and not found and not gone:
+            return checkpoint
+        if not found:
             continue  # dropped meanwhile by the process that writes; it has a newer one
-        except DamagedCheckpointError as error:
-            if place_exists(entry.path):
-                if is_refusal(error):
-                    raise StoreError(_REFUSED.format(path=entry.path, reason=error.message)) from error
-                damaged[entry.name] = error.message
-                if set_aside(entry.path, error.message) and entry.number not in replaced:
-                    replaced.add(entry.number)
-                    passed.discard(entry.number)
+        damaged[checkpoint_name(number)] = found
+        if world.rank or entry is None or not place_exists(entry.path):
             continue
-        return checkpoint
+        if set_aside(entry.path, found) and number not in replaced:
+            replaced.add(number)
+            passed.discard(number)
     if damaged:
         raise _all_damaged(root, damaged)
     return None
@@ -151,51 +156,12 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{names[0]}, ..., {names[-1]} ({len(names)} checkpoints)"
 
 
-def _restore_together(
-    root: catalog.Root,
-    restore: Restore,
-    set_aside: Callable[[Place, str], bool],
-    world: World,
-) -> Checkpoint | None:
-    """Rank 0 picks, all try; if one finds damage, all take the next."""
-    damaged = dict.fromkeys(catalog.names_set_aside(root), _SET_ASIDE)
-    passed: set[int] = set()
-    replaced: set[int] = set()
-    while True:
-        with world.meeting(f"resuming {root}") as meeting:
-            entries = [entry for entry in catalog.scan(root) if entry.number not in passed]
-            picks = meeting.exchange(str(entries[-1].number if entries else -1).encode())
-            number = int(picks[0])  # rank 0's word: a file system may show it to some before others
-            if number < 0:
-                break
-            passed.add(number)
-            checkpoint, problem = _try(root, number, restore, meeting)
-            problems = [json.loads(data) for data in meeting.exchange(json.dumps(problem).encode())]
-            found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
-            gone = [rank for rank, text in enumerate(problems) if text == _GONE]
-            if gone and not found and meeting.broadcast(b"there" if _entry(root, number) else b""):
-                raise StoreError(_UNSEEN.format(name=checkpoint_name(number), root=root, ranks=gone))
-        if checkpoint is not None and not found and not gone:
-            return checkpoint
-        if not found:
-            continue  # dropped meanwhile by the process that writes; it has a newer one
-        damaged[checkpoint_name(number)] = "; ".join(found)
-        if world.rank == 0:
-            entry = _entry(root, number)
-            if entry is not None and set_aside(entry.path, "; ".join(found)) and number not in replaced:
-                replaced.add(number)
-                passed.discard(number)
-    if damaged:
-        raise _all_damaged(root, damaged)
-    return None
-
-
 class _HeldBackError(Exception):
     """Another rank can't restore the checkpoint, so this one overwrites nothing."""
 
 
 def _try(
-    root: catalog.Root, number: int, restore: Restore, meeting: Meeting
+    entry: catalog.Entry | None, restore: Restore, meeting: Meeting
 ) -> tuple[Checkpoint | None, str | None]:
     """Restore one checkpoint, if all ranks can: it, or what is wrong with it."""
     told = False
@@ -207,7 +173,7 @@ def _try(
             raise _HeldBackError
 
     try:
-        tried = _try_alone(root, number, lambda checkpoint: restore(checkpoint, agree))
+        tried = _try_alone(entry, lambda checkpoint: restore(checkpoint, agree))
     except _HeldBackError:
         return None, None
     if not told:  # damaged, or gone: the others hold back
@@ -216,10 +182,9 @@ def _try(
 
 
 def _try_alone(
-    root: catalog.Root, number: int, restore: Callable[[Checkpoint], None]
+    entry: catalog.Entry | None, restore: Callable[[Checkpoint], None]
 ) -> tuple[Checkpoint | None, str | None]:
     """Restore one checkpoint: it, or what is wrong with it; nothing is wrong with one that is gone."""
-    entry = _entry(root, number)
     if entry is None:
         return None, _GONE
     try:
@@ -236,5 +201,16 @@ def _try_alone(
     return checkpoint, None
 
 
-def _entry(root: catalog.Root, number: int) -> catalog.Entry | None:
-    return next((entry for entry in catalog.scan(root) if entry.number == number), None)
+def _by_rank(problems: Sequence[str | None]) -> list[str]:
+    """What is wrong, and which ranks say so if there are several."""
+    if len(problems) == 1:
+        return [problems[0]] if problems[0] else []
+    return [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
+
+
+def _seen(root: catalog.Root, number: int) -> bytes:
+    return b"there" if _entry(catalog.scan(root), number) else b""
+
+
+def _entry(entries: Sequence[catalog.Entry], number: int) -> catalog.Entry | None:
+    return next((entry for entry in entries if entry.number == number), None)

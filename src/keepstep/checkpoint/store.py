@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import weakref
@@ -13,20 +12,19 @@ from typing import Any, Literal
 import torch
 
 from keepstep.checkpoint.format.parse import read_manifest
-from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.in_flight import Saves, Staging
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.keeping.verify import Report
+from keepstep.checkpoint.newest import Newest
 from keepstep.checkpoint.parts import Blueprint, root_of
 from keepstep.checkpoint.pending import PendingSave, forget_unseen_failures
-from keepstep.checkpoint.place.directory import LocalBackend, forget_places_after_fork
-from keepstep.checkpoint.pulling import pull_if_newer
-from keepstep.checkpoint.recovery import Restore, newest_whole, restore_newest
+from keepstep.checkpoint.place.directory import forget_places_after_fork
+from keepstep.checkpoint.recovery import Restore
 from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.version import Checkpoint
-from keepstep.errors import NoValidCheckpointError, UsageError
+from keepstep.errors import UsageError
 from keepstep.files import Files, LocalFiles
 from keepstep.world import OneRank, World
 
@@ -105,25 +103,11 @@ class Store:
         """Everything that belongs to this process; a fork starts anew, without its parent's threads."""
         parts = self._blueprint.make()
         self._saves = Saves(parts, lineage, self._blueprint)
+        self._newest = Newest(parts, self._blueprint.files, self._blueprint.world)
         self._backend, self._upkeep, self.mirror = parts.backend, parts.upkeep, parts.mirror
         weakref.finalize(self, parts.upkeep.stop)
         if parts.mirror is not None:
             weakref.finalize(self, parts.mirror.stop)
-
-    def _pull(self) -> Path | None:
-        """Take the newest checkpoint from the mirror, if it is newer than all here."""
-        if self.mirror is None or not isinstance(self._backend, LocalBackend):
-            return None
-        return pull_if_newer(self.mirror.bucket, self._backend, self._blueprint.files)
-
-    def _replace_damaged(self, place: Place, problem: str) -> bool:
-        """Set a damaged checkpoint aside; whether the mirror's copy of it stands there now."""
-        self._upkeep.set_aside(place, problem)
-        if place_exists(place):
-            return False
-        with contextlib.suppress(NoValidCheckpointError):
-            return self._pull() == place
-        return False
 
     @property
     def path(self) -> Path:
@@ -295,8 +279,7 @@ class Store:
         Damaged ones are named in a warning and passed over. Data is verified when it is loaded. If the
         mirror has a newer one, it is brought here first.
         """
-        self._pull()
-        return newest_whole(self._backend)
+        return self._newest.whole()
 
     def get(self, name: str) -> Checkpoint:
         """The checkpoint with this name ("checkpoint_12").
@@ -361,8 +344,7 @@ class Store:
             load: is handed a checkpoint, and what to pass on as `agree` of `Checkpoint.load_into`.
         """
         self.wait()
-        self._pull()
-        checkpoint = restore_newest(self._backend, load, self._replace_damaged, self._blueprint.world)
+        checkpoint = self._newest.restore(load)
         if checkpoint is not None:
             self._saves.follow(checkpoint)
         return checkpoint
