@@ -13,7 +13,7 @@ from keepstep import Accelerator, CheckpointPolicy, ProjectConfiguration, Store
 
 
 def train(project: ProjectConfiguration, steps: int) -> tuple[int, list[float]]:
-    """Some steps; returns where it began, and the weights."""
+    """Some steps, on one rank or more; returns where it began, and the weights."""
     torch.manual_seed(0)
     accelerator = Accelerator(
         project_config=project, checkpoint_policy=CheckpointPolicy(every_n_steps=1), cpu=True
@@ -23,13 +23,14 @@ def train(project: ProjectConfiguration, steps: int) -> tuple[int, list[float]]:
     found = accelerator.resume()
     began = 0 if found is None else found.step or 0
     for step in range(began, steps):
-        loss = model(torch.full((2, 4), float(step))).square().mean()
-        accelerator.backward(loss)
+        accelerator.backward(model(torch.full((2, 4), float(step))).square().mean())
         optimizer.step()
         optimizer.zero_grad()
         accelerator.checkpoint()
     accelerator.wait_for_checkpoint()
-    return began, [float(value) for value in model.weight.detach().flatten()]
+    weights = accelerator.unwrap_model(model).weight.detach().flatten().tolist()
+    accelerator.free_memory()
+    return began, weights
 
 
 @pytest.mark.parametrize("kind", ["bucket", "mirror"])

@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.buckets.server import Server
+from tests.buckets.test_accelerator import train as train_in
 from tests.buckets.test_store import keys
 from tests.ranks.spawn import RankProcesses, run_ranks
 from tests.ranks.training import build, same, train, whole
 
-from keepstep import Accelerator, CheckpointPolicy, ProjectConfiguration, Retention, Store
+from keepstep import ProjectConfiguration, Retention, Store
 from keepstep.checkpoint.place.objects import Objects
 from keepstep.errors import RankError, RankFailedError, RankMissingError
 from keepstep.world import Ranks
@@ -152,27 +153,10 @@ def _retention(store: Store) -> None:
 
 def _a_run(address: str, options: dict[str, Any]) -> None:
     """Automatic checkpoints, and going on with them."""
-    ended = []
-    for steps in (2, 4):
-        torch.manual_seed(0)
-        project = ProjectConfiguration(project_dir=address, storage_options=options)
-        accelerator = Accelerator(
-            project_config=project, checkpoint_policy=CheckpointPolicy(every_n_steps=1), cpu=True
-        )
-        model = torch.nn.Linear(4, 1)
-        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-        found = accelerator.resume()
-        began = 0 if found is None else found.step or 0
-        assert began == (0 if steps == 2 else 2)
-        for step in range(began, steps):
-            accelerator.backward(model(torch.full((2, 4), float(step))).square().mean())
-            optimizer.step()
-            optimizer.zero_grad()
-            accelerator.checkpoint()
-        accelerator.wait_for_checkpoint()
-        ended.append(accelerator.unwrap_model(model).weight.detach().clone())
-        accelerator.free_memory()
-    assert not torch.equal(*ended)
+    project = ProjectConfiguration(project_dir=address, storage_options=options)
+    first, second = train_in(project, 2), train_in(project, 4)
+    assert (first[0], second[0]) == (0, 2)
+    assert first[1] != second[1]
 
 
 def elsewhere(argument: str, rank: int, size: int) -> None:

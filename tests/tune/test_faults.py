@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from tests.tune.walk import Walk, population
 
 from keepstep import tune
 from keepstep.errors import StoreError
 from keepstep.tune.experiment import Trial
 from keepstep.tune.experiment.journal import read_journal
 from keepstep.tune.experiment.records import TrialLaunched
-from keepstep.tune.schedulers import FIFOScheduler, PopulationBasedTraining
+from keepstep.tune.schedulers import FIFOScheduler
 
 HALF = "\udcff"
 """What Python makes of a byte that is no UTF-8, as in a file's name."""
@@ -96,31 +97,11 @@ def test_schedulers_are_told_again_how_trials_stood_that_were_only_launched(tmp_
 
 
 def test_what_was_kept_for_an_exploit_goes_once_it_is_not_needed(tmp_path: Path) -> None:
-    class Walk(tune.Trainable):
-        def setup(self, config: dict[str, Any]) -> None:
-            self.x = 0.0
-
-        def step(self) -> dict[str, float]:
-            self.x += self.config["rate"]
-            return {"x": self.x}
-
-        def save_checkpoint(self, checkpoint_dir: str) -> None:
-            Path(checkpoint_dir, "x").write_text(str(self.x))
-
-        def load_checkpoint(self, checkpoint: Any) -> None:
-            self.x = float(Path(checkpoint, "x").read_text())
-
-    scheduler = PopulationBasedTraining(
-        time_attr="training_iteration",
-        perturbation_interval=2,
-        quantile_fraction=0.5,
-        hyperparam_mutations={"rate": tune.uniform(0, 1)},
-    )
     found = tuner(
         tmp_path,
         Walk,
         {"rate": tune.uniform(0, 1)},
-        said=tune.TuneConfig(metric="x", mode="max", num_samples=4, scheduler=scheduler, seed=2),
+        said=tune.TuneConfig(metric="x", mode="max", num_samples=4, scheduler=population(), seed=2),
         stop={"training_iteration": 12},
         checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
     ).fit()

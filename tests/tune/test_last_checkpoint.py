@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tune.walk import Walk, population
 
 from keepstep import tune
 from keepstep.tune.experiment import Trial
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import read_journal
 from keepstep.tune.experiment.records import ResultReported, TrialFailed
-from keepstep.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+from keepstep.tune.schedulers import ASHAScheduler
 
 
 class Counter(tune.Trainable):
@@ -171,25 +172,15 @@ def test_a_driver_killed_while_a_trial_saves_at_its_end_has_it_save_when_it_is_b
     assert [json.loads(line)["training_iteration"] for line in lines] == [1, 2, 3, 4, 5]
 
 
-class Walk(tune.Trainable):
+class UnsureWalk(Walk):
     """Saves fail once each at iterations 4, where trials are paused, and 12, where they end."""
 
-    def setup(self, config: dict[str, Any]) -> None:
-        self.x = 0.0
-
-    def step(self) -> dict[str, float]:
-        self.x += self.config["rate"]
-        return {"x": self.x}
-
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        Path(checkpoint_dir, "x").write_text(str(self.x))
+        super().save_checkpoint(checkpoint_dir)
         mark = Path(f"failed_{self.iteration}")
         if self.iteration in (4, 12) and not mark.exists():
             mark.touch()
             raise OSError("the disk is full")
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        self.x = float(Path(checkpoint, "x").read_text())
 
 
 @pytest.mark.parametrize("synch", [False, True])
@@ -197,18 +188,16 @@ def test_saves_of_a_population_that_fail_are_tried_again_and_a_restart_agrees(
     tmp_path: Path, synch: bool
 ) -> None:
     def run() -> tune.ResultGrid:
-        scheduler = PopulationBasedTraining(
-            time_attr="training_iteration",
-            perturbation_interval=2,
-            quantile_fraction=0.5,
-            hyperparam_mutations={"rate": tune.uniform(0, 1)},
-            synch=synch,
-        )
         return tune.Tuner(
-            Walk,
+            UnsureWalk,
             param_space={"rate": tune.uniform(0, 1)},
             tune_config=tune.TuneConfig(
-                metric="x", mode="max", num_samples=4, scheduler=scheduler, seed=2, max_concurrent_trials=2
+                metric="x",
+                mode="max",
+                num_samples=4,
+                scheduler=population(synch=synch),
+                seed=2,
+                max_concurrent_trials=2,
             ),
             run_config=tune.RunConfig(
                 name="it",
