@@ -387,7 +387,7 @@ def test_delete_keeps_foreign_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (NO_SPACE, NoSpaceError, "no space to save .*Free some space"),
+        (NO_SPACE, NoSpaceError, "no space for saving .*Free some space"),
         (READ_ONLY, StoreReadOnlyError, "cannot write to .*Read-only file system.*permissions"),
         (NO_PERMISSION, StoreReadOnlyError, "cannot write to .*Permission denied"),
         (IO_ERROR, StoreError, "failed: Input/output error"),

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, STATE_NAME
-from keepstep.checkpoint.place.local import explained
 from keepstep.errors import DirectoryNotOursError, UsageError
 from keepstep.files import Files, LocalFiles
 from keepstep.models.names import (
@@ -76,8 +75,7 @@ def export_weights(
     directory = Path(save_directory)
     kept, aliases = apart_from_aliases(tensors)
     parts = split([(name, tensor.numel() * tensor.itemsize) for name, tensor in kept.items()], limit)
-    with explained(directory, "exporting weights to"):
-        _Export(files or LocalFiles(), directory).run(kept, aliases, parts)
+    _Export(files or LocalFiles(), directory).run(kept, aliases, parts)
 
 
 def check_export(
@@ -114,7 +112,7 @@ class _Export:
     def run(
         self, kept: Mapping[str, torch.Tensor], aliases: Mapping[str, str], parts: Sequence[Sequence[str]]
     ) -> None:
-        with writing_in(self._directory, self._files):
+        with writing_in(self._directory, self._files, "exporting weights to"):
             if len(parts) == 1:
                 self._single(kept, aliases)
             else:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from keepstep.checkpoint.place.local import explained
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
 from keepstep.files import Files, LocalFiles
 from keepstep.models.naming import Device
@@ -57,7 +56,7 @@ def save_object(
         f.write(save(dense(tensors), metadata))
         return
     path, disk = Path(f), files or LocalFiles()
-    with explained(path, "saving"), writing_in(path.parent, disk):
+    with writing_in(path.parent, disk, "saving", path):
         write_weights(path, tensors, metadata, disk)  # <- commit
         disk.sync_directory(path.parent)
 

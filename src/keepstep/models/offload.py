@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from keepstep.checkpoint.place.local import explained
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError
 from keepstep.files import Files, LocalFiles
 from keepstep.models.naming import set_module_tensor_to_device
@@ -79,7 +78,7 @@ class OffloadFolder:
             }
             for key, tensor in tensors.items()
         }
-        with explained(self.path, "offloading weights to"), writing_in(self.path, self._files):
+        with writing_in(self.path, self._files, "offloading weights to"):
             index = {**self.index(), **added}
             write_weights(self.path / name, kept, {FORMAT_KEY: "pt", **aliases}, self._files)
             unfinished = self.path / unfinished_name()

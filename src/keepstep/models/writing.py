@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from keepstep.disk_errors import disk_errors
 from keepstep.files import Files
 from keepstep.locks import DirectoryLock
 from keepstep.models.shards import dense
@@ -32,16 +33,28 @@ def unfinished_name() -> str:
 
 
 @contextlib.contextmanager
-def writing_in(directory: Path, files: Files) -> Iterator[None]:
-    """Hold a directory alone, without what writers that died have left there; it is made if need be."""
-    files.make_directory(directory)
-    lock = DirectoryLock(directory, wait=True)
-    try:
-        if lock.supported:
-            _sweep(directory, files)
-        yield
-    finally:
-        lock.release()
+def writing_in(directory: Path, files: Files, doing: str, path: Path | None = None) -> Iterator[None]:
+    """Hold a directory alone, without what writers that died have left there; it is made if need be.
+
+    Args:
+        directory: which.
+        files: how the disk is changed.
+        doing: what is under way, for messages, as "saving".
+        path: what is written; None: the directory.
+
+    Raises:
+        NoSpaceError, StoreReadOnlyError, StoreError: the disk refuses.
+    """
+    left, room = "What was there before is whole", "choose another place"
+    with disk_errors(path or directory, doing, left=left, room=room):
+        files.make_directory(directory)
+        lock = DirectoryLock(directory, wait=True)
+        try:
+            if lock.supported:
+                _sweep(directory, files)
+            yield
+        finally:
+            lock.release()
 
 
 def _sweep(directory: Path, files: Files) -> None:

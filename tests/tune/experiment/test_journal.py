@@ -129,7 +129,7 @@ def test_a_disk_that_refuses_leaves_nothing_of_what_was_added(
     journal.add(RECORDS[3])
     monkeypatch.setattr(os, "fdatasync", full)
     with pytest.raises(
-        NoSpaceError, match=r"no space for the next result in .*journal\.jsonl.*Trials are"
+        NoSpaceError, match=r"no space for adding results to .*journal\.jsonl.*Trials are"
     ) as said:
         journal.commit()
     assert "unfinished checkpoint" not in str(said.value)

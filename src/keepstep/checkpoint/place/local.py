@@ -16,7 +16,7 @@ import re
 import secrets
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from keepstep.checkpoint.format.known import KnownManifests
@@ -24,14 +24,11 @@ from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
 from keepstep.checkpoint.format.names import directories_within
 from keepstep.checkpoint.format.source import has_plain_parents
 from keepstep.checkpoint.place.deletion import foreign_names, is_ours
+from keepstep.disk_errors import disk_errors
 from keepstep.errors import (
     DamagedCheckpointError,
     DirectoryNotOursError,
-    KeepstepError,
-    NoSpaceError,
     StoreBusyError,
-    StoreError,
-    StoreReadOnlyError,
 )
 from keepstep.files import Files, SegmentFile
 from keepstep.locks import DirectoryLock
@@ -57,31 +54,18 @@ def replaced_path(directory: Path) -> Path:
     return directory.with_name(directory.name + _REPLACED)
 
 
-@contextlib.contextmanager
-def explained(directory: Path, doing: str = "saving") -> Iterator[None]:
+def explained(directory: Path, doing: str = "saving") -> contextlib.AbstractContextManager[None]:
     """Turn the operating system's refusals into keepstep's errors; `doing` says what was under way.
 
     Raises:
         NoSpaceError, StoreReadOnlyError, StoreError: with the directory and the way out.
     """
-    try:
-        yield
-    except KeepstepError:
-        raise
-    except OSError as error:
-        reason = f"{error.strerror or error}"
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise NoSpaceError(
-                f"no space to save {directory}: {reason}. The unfinished checkpoint was removed, older ones "
-                "are whole. Free some space, or keep fewer checkpoints (keep_last, byte_budget; of trials "
-                "num_to_keep)"
-            ) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise StoreReadOnlyError(
-                error.errno,
-                f"cannot write to {directory}: {reason}. Change its permissions or choose another directory",
-            ) from error
-        raise StoreError(f"{doing} {directory} failed: {reason}. Other checkpoints are whole") from error
+    return disk_errors(
+        directory,
+        doing,
+        left="Nothing unfinished is left, other checkpoints are whole",
+        room="keep fewer checkpoints (keep_last, byte_budget; of trials num_to_keep)",
+    )
 
 
 class CommittedFiles:

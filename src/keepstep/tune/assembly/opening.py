@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from keepstep.checkpoint.place.local import explained
 from keepstep.checkpoint.place.registry import is_address
+from keepstep.disk_errors import disk_errors
 from keepstep.errors import ExperimentBusyError, ExperimentNotFoundError, UsageError
 from keepstep.files import LocalFiles
 from keepstep.locks import DirectoryLock
@@ -112,7 +112,7 @@ def _taken(
 
 
 def _local(directory: Path) -> tuple[Log, Callable[[], None]]:
-    with explained(directory, "making"):
+    with disk_errors(directory, "making", left="No trial was started", room="choose another storage_path"):
         try:
             LocalFiles().make_directory(directory)
         except (FileExistsError, NotADirectoryError):

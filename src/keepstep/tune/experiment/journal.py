@@ -7,23 +7,15 @@ torn at the end is dropped when the journal is opened again: nobody has acted on
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import xxhash
 
-from keepstep.errors import (
-    ExperimentNotFoundError,
-    JournalError,
-    KeepstepError,
-    NoSpaceError,
-    StoreError,
-    StoreReadOnlyError,
-)
+from keepstep.disk_errors import disk_errors
+from keepstep.errors import ExperimentNotFoundError, JournalError, NoSpaceError, StoreError
 from keepstep.files import Files, LocalFiles
 from keepstep.tune.experiment.records import FORMAT, ExperimentMade, Record, parse_record, to_node
 
@@ -80,7 +72,7 @@ class LocalLog:
             ) from None
 
     def append(self, data: bytes) -> None:
-        with _explained(self.path, "appending to"):
+        with _disk_errors(self.path, "adding results to"):
             fd = self._open()
             size = os.fstat(fd).st_size
             rest = memoryview(data)
@@ -113,7 +105,7 @@ class LocalLog:
         return self._fd
 
     def cut(self, size: int) -> None:
-        with _explained(self.path, "opening"):
+        with _disk_errors(self.path, "opening"):
             os.ftruncate(self._open(), size)
             os.fsync(self._fd)
 
@@ -123,25 +115,13 @@ class LocalLog:
             os.close(fd)
 
 
-@contextlib.contextmanager
-def _explained(path: Path, doing: str) -> Iterator[None]:
-    """Turn the operating system's refusals into keepstep's errors."""
-    try:
-        yield
-    except KeepstepError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise NoSpaceError(
-                f"no space for the next result in {path}: {reason}. What it holds is whole. Free some space, "
-                "or keep fewer checkpoints (CheckpointConfig.num_to_keep, RunConfig.byte_budget)"
-            ) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise StoreReadOnlyError(
-                error.errno, f"cannot write to {path}: {reason}. Change its permissions, or those above it"
-            ) from error
-        raise StoreError(f"{doing} {path} failed: {reason}. What it held before is whole") from error
+def _disk_errors(path: Path, doing: str) -> contextlib.AbstractContextManager[None]:
+    return disk_errors(
+        path,
+        doing,
+        left="What it holds is whole",
+        room="keep fewer checkpoints (CheckpointConfig.num_to_keep, RunConfig.byte_budget)",
+    )
 
 
 class Told(NamedTuple):
