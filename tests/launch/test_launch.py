@@ -122,9 +122,9 @@ def script(workdir: Path, text: str) -> str:
     return "script.py"
 
 
-def launching(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+def launching(*arguments: str, cwd: Path, nohup: bool = False) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*PROGRAM, "launch", *arguments],
+        [*(["nohup"] if nohup else []), *PROGRAM, "launch", *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -234,8 +234,12 @@ def test_a_bug_is_shown_once_and_its_exit_code_handed_on(workdir: Path) -> None:
 )
 def test_signals_reach_the_ranks(workdir: Path, processes: int, number: signal.Signals) -> None:
     ranks = [str(rank) for rank in range(processes)]
-    process = launching("--cpu", "--num_processes", str(processes), script(workdir, WAIT), cwd=workdir)
+    said = ["--cpu", "--num_processes", str(processes), script(workdir, WAIT)]
+    process = launching(*said, cwd=workdir, nohup=True)
     wait_for(*(workdir / f"ready_{rank}" for rank in ranks), process=process)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)  # the terminal is closed, which nohup is to outlive
+        time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
     wait_for(*(workdir / f"usr1_{rank}" for rank in ranks), process=process)
     process.send_signal(number)

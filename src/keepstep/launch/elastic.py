@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from keepstep.launch.plan import LaunchPlan, Rendezvous
 from keepstep.launch.restarts import RankEnd, Restarts, exit_code_of, judge
-from keepstep.launch.single import ENDING, PASSED_ON
+from keepstep.launch.single import ENDING, PASSED_ON, outlives_its_terminal
 
 __all__ = ["run_group"]
 
@@ -151,6 +151,7 @@ class _Agent(LocalElasticAgent):
         self.told: list[tuple[int, str]] = []
         self._store_of_ranks: TCPStore | None = None
         self._starts = 0
+        self._outlives_its_terminal = outlives_its_terminal()
 
     def pids(self) -> list[int]:
         """The processes of this machine's ranks."""
@@ -172,6 +173,8 @@ class _Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         self._began_s = time.monotonic()
         workers: dict[int, Any] = super()._start_workers(worker_group)
+        if self._outlives_its_terminal:  # torch has just put a handler of its own there
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return workers
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:

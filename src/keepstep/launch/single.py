@@ -16,12 +16,17 @@ from keepstep.launch.leash import leashed
 from keepstep.launch.plan import LaunchPlan
 from keepstep.launch.restarts import RankEnd, exit_code_of, judge
 
-__all__ = ["ENDING", "PASSED_ON", "run_single"]
+__all__ = ["ENDING", "PASSED_ON", "outlives_its_terminal", "run_single"]
 
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Signals that end a launch: ranks get them, and are not started again."""
 PASSED_ON: Final = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that ranks get and that end nothing here, as schedulers send before they take a machine away."""
+
+
+def outlives_its_terminal() -> bool:
+    """Whether this process was started to ignore SIGHUP, as by nohup: then that ends nothing."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def run_single(plan: LaunchPlan, say: Callable[[str], None]) -> int:
@@ -88,7 +93,8 @@ def _passing_signals_to(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         if number in ENDING:
             ended_by.append(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (*ENDING, *PASSED_ON)}
+    taken = {*ENDING, *PASSED_ON} - ({signal.SIGHUP} if outlives_its_terminal() else set())
+    before = {number: signal.signal(number, pass_on) for number in taken}
     try:
         yield ended_by
     finally:
