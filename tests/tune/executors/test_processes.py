@@ -59,7 +59,11 @@ def gone(*pids: int, within_s: float = 3.0) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "error", "killed"),
-    [("SIGKILL", "killed by SIGKILL (out of memory?)", True), ("SIGSEGV", "crashed with SIGSEGV", False)],
+    [
+        ("SIGKILL", "killed by SIGKILL (out of memory?)", True),
+        ("SIGSEGV", "crashed with SIGSEGV", False),
+        ("40", "crashed with signal 40", False),  # a number without a name
+    ],
 )
 def test_a_process_that_dies_is_a_failure_that_says_how(
     drive: Drives, name: str, error: str, killed: bool

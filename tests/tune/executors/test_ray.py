@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 from tests.tune.executors import trials
-from tests.tune.executors.driving import Drive, Failed, Go, Reported
+from tests.tune.executors.driving import Drive, Ended, Failed, Go, Reported, Started
 
 from keepstep import tune
 from keepstep.tune.executors import actor
@@ -155,6 +157,27 @@ def test_a_machine_that_does_not_see_the_storage_says_so(
     assert isinstance(failed, Failed)
     assert f"{job.path} is not there on" in failed.error
     assert "s3://bucket/runs" in failed.error
+
+
+@pytest.mark.timeout(30)
+def test_output_that_can_not_be_written_ends_a_trial_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a trial printed last waits in a buffer; its disk may be full by then."""
+
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.chdir(tmp_path)
+    d = Drive(None, tmp_path)  # type: ignore[arg-type]
+    job = d.job("t", {"do": "return", "value": None}, path="s3://bucket/t", stdout=None, stderr=None)
+    told, over = TrialActor("127.0.0.1").begin(
+        job.run, dumps(trials.function, "it"), dumps(Errand(job), "the job")
+    )
+    assert over
+    assert [type(event_of(text)) for text in told] == [Started, Ended]
 
 
 CLUSTER = """

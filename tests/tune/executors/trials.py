@@ -151,7 +151,7 @@ def do_draw(config: dict[str, Any]) -> None:
 
 def do_kill_itself(config: dict[str, Any]) -> None:
     tune.report({"n": 1})
-    os.kill(os.getpid(), getattr(signal, config["signal"]))
+    os.kill(os.getpid(), getattr(signal, config["signal"], None) or int(config["signal"]))
 
 
 def do_os_exit(config: dict[str, Any]) -> None:

@@ -92,9 +92,10 @@ class TrialActor:
                 self._home.leave()
             else:
                 self._told.put(Failed(run=run, error=problem))
-        for directory in self._temporary:
-            shutil.rmtree(directory, ignore_errors=True)
-        self._told.put(None)
+        finally:
+            for directory in self._temporary:
+                shutil.rmtree(directory, ignore_errors=True)
+            self._told.put(None)  # whatever happened: the driver waits for it
 
     def _settle(self, errand: Errand) -> None:
         """Know where a new job runs: in its directory, or in one that stands in for a place in a bucket."""

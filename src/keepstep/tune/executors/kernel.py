@@ -11,7 +11,15 @@ import time
 from collections.abc import Collection
 from typing import Final
 
-__all__ = ["adopt_orphans", "children", "die_with_parent", "end_orphans", "kill_group", "why_not_to_fork"]
+__all__ = [
+    "adopt_orphans",
+    "children",
+    "die_with_parent",
+    "end_orphans",
+    "kill_group",
+    "signal_name",
+    "why_not_to_fork",
+]
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -37,6 +45,14 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def signal_name(number: int) -> str:
+    """A signal's name, if it has one."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def kill_group(leader: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import json
 import logging
 import os
@@ -146,7 +147,7 @@ class Home:
             return
         (job, names), self._outputs = self._outputs, None
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            _flush(stream)
         try:
             _upload(job, Path(self.directory), names)
         except (KeepstepError, OSError) as error:
@@ -165,14 +166,21 @@ def _upload(job: Job, directory: Path, names: list[str]) -> None:
             os.truncate(directory / name, 0)
 
 
+def _flush(stream: TextIO) -> None:
+    """Write what a stream holds back, if it can: trials close and replace them, and disks are full."""
+    with contextlib.suppress(Exception):
+        stream.flush()
+
+
 def _redirect(path: str, stream: TextIO, number: int) -> None:
     """Have what goes to a standard stream go to a file, line by line."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    stream.flush()
+    _flush(stream)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, number)
     os.close(file)
-    stream.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+    if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+        stream.reconfigure(line_buffering=True)
 
 
 def run_trial(connection: socket.socket, run: str, loaded: Loaded) -> None:
@@ -229,6 +237,5 @@ def _end() -> None:
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+        _flush(stream)
     os._exit(0)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from keepstep.tune.executors.course import Course
+from keepstep.tune.executors.kernel import signal_name
 from keepstep.tune.executors.process import Errand
 from keepstep.tune.executors.protocol import Event, Failed, Job, Next, Order
 from keepstep.tune.executors.resources import Grant
@@ -122,12 +123,10 @@ class Run(Course):
         if status >= 0:
             said = f"its process ended with exit status {status} before the trial was over"
             return Failed(run=run, error=said)
-        number = signal.Signals(-status)
-        hint = " (out of memory?)" if number is signal.SIGKILL else ""
-        outside = number in _FROM_OUTSIDE
-        return Failed(
-            run=run, error=f"{'killed by' if outside else 'crashed with'} {number.name}{hint}", killed=outside
-        )
+        outside = -status in _FROM_OUTSIDE
+        hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+        how = f"{'killed by' if outside else 'crashed with'} {signal_name(-status)}{hint}"
+        return Failed(run=run, error=how, killed=outside)
 
     def close(self) -> None:
         """Free what it holds here."""

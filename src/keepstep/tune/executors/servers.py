@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from keepstep.errors import UsageError
 from keepstep.tune.executors.environment import variables
-from keepstep.tune.executors.kernel import kill_group
+from keepstep.tune.executors.kernel import kill_group, signal_name
 from keepstep.tune.executors.server import BOOTSTRAP
 
 __all__ = ["Flavour", "Server"]
@@ -183,4 +182,4 @@ class Server:
         except subprocess.TimeoutExpired:
             kill_group(self._process.pid)
             code = self._process.wait()
-        return signal.Signals(-code).name if code < 0 else f"status {code}"
+        return signal_name(-code) if code < 0 else f"status {code}"
