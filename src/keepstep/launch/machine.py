@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
+from keepstep.control_groups import usable_cpus
 from keepstep.launch.environment import variables
 
 __all__ = ["ThisMachine"]
@@ -32,7 +32,7 @@ class ThisMachine:
 
     @property
     def cpus(self) -> int:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cpus()
 
     @property
     def variables(self) -> Mapping[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from keepstep.control_groups import memory_bytes
 from keepstep.errors import UsageError
 from keepstep.models.naming import dtype_of, named_module_tensors
 
@@ -172,6 +172,7 @@ def _free_memory() -> Memory:
 def _free_on_host() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # another system than Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return memory_bytes()
+    return min(free, memory_bytes())

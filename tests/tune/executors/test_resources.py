@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepstep.errors import UsageError
-from keepstep.tune.executors.machine import gpu_names, parse_gpu_list, usable_cpus
+from keepstep.tune.executors.machine import gpu_names, parse_gpu_list
 from keepstep.tune.executors.resources import Pool
 
 
@@ -57,23 +57,6 @@ def test_no_gpu_is_given_out_twice_whatever_comes_and_goes(wishes: list[tuple[fl
     for grant in held:
         pool.give_back(grant)
     assert pool.free == {"gpu": 3.0}
-
-
-def test_cpus_are_bounded_by_the_quota_of_the_control_group_and_of_those_above(tmp_path: Path) -> None:
-    own = tmp_path / "cgroup"
-    own.write_text("0::/outer/inner\n")
-    inner = tmp_path / "fs" / "outer" / "inner"
-    inner.mkdir(parents=True)
-    (inner / "cpu.max").write_text("max 100000\n")
-    free = usable_cpus(tmp_path / "fs", own)
-    assert free >= 1
-    (inner.parent / "cpu.max").write_text("150000 100000\n")
-    assert usable_cpus(tmp_path / "fs", own) == 1
-    old = tmp_path / "v1"
-    (old / "cpu").mkdir(parents=True)
-    (old / "cpu" / "cpu.cfs_quota_us").write_text("50000")
-    (old / "cpu" / "cpu.cfs_period_us").write_text("100000")
-    assert usable_cpus(old, own) == 1  # half a CPU is one
 
 
 def test_gpus_are_those_that_may_be_seen(tmp_path: Path) -> None:

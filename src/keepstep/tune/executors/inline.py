@@ -32,14 +32,14 @@ from keepstep.tune.executors.protocol import (
     Resources,
     Started,
 )
-from keepstep.tune.executors.resources import Grant, Pool
+from keepstep.tune.executors.resources import Grant, Pool, PooledExecutor
 from keepstep.tune.executors.worker import run_job
 from keepstep.tune.trainable.session import Session, TrialStopped, current, enter
 
 __all__ = ["InlineExecutor"]
 
 
-class InlineExecutor:
+class InlineExecutor(PooledExecutor):
     """An `Executor` that runs trials in threads of this process, which take turns.
 
     What trials print goes where the driver's output goes, so that a debugger works in them.
@@ -50,23 +50,13 @@ class InlineExecutor:
     """
 
     def __init__(self, trainable: Any, *, total: Resources | None = None) -> None:
+        super().__init__(Pool(machine_total(visible_gpus())[0] if total is None else total))
         self._trainable = trainable
-        self._pool = Pool(machine_total(visible_gpus())[0] if total is None else total)
         self._generators = Generators()
         self._runs: dict[str, _Run] = {}
         self._ready: deque[_Run] = deque()
         self._idle: list[_Thread] = []
         self._events: list[Event] = []
-
-    @property
-    def total(self) -> Resources:
-        return dict(self._pool.total)
-
-    def fits(self, resources: Resources) -> bool:
-        return self._pool.fits(resources)
-
-    def why_never(self, resources: Resources) -> str | None:
-        return self._pool.why_never(resources)
 
     def launch(self, job: Job) -> None:
         run = _Run(job, self._pool.take(job.resources))

@@ -17,7 +17,7 @@ from keepstep.tune.executors.kernel import kill_group
 from keepstep.tune.executors.machine import machine_total
 from keepstep.tune.executors.process import MODULES
 from keepstep.tune.executors.protocol import Event, Failed, Job, Next, Order, Resources, Stop
-from keepstep.tune.executors.resources import GPU, Grant, Pool
+from keepstep.tune.executors.resources import GPU, Grant, Pool, PooledExecutor
 from keepstep.tune.executors.running import Run
 from keepstep.tune.executors.servers import Flavour, Server
 from keepstep.tune.executors.shipping import ship
@@ -31,7 +31,7 @@ _IDLE_SERVERS: Final = 2
 _MODULES: Final = json.dumps([MODULES])[:-1].encode()
 
 
-class LocalExecutor:
+class LocalExecutor(PooledExecutor):
     """An `Executor` that runs each trial in a process of its own.
 
     Args:
@@ -49,23 +49,13 @@ class LocalExecutor:
                 'choose "inline", which runs trials in this process, or "ray"'
             )
         machine, gpus = machine_total(visible_gpus()) if total is None else (dict(total), ())
+        super().__init__(Pool(machine, gpus))
         self._trainable = trainable
-        self._pool = Pool(machine, gpus)
         self._shipped: int | None = ship(trainable, "The trainable")
         self._servers: dict[Flavour, Server] = {}
         self._runs: dict[str, Run] = {}
         self._events: list[Event] = []
         self._selector = selectors.DefaultSelector()
-
-    @property
-    def total(self) -> Resources:
-        return dict(self._pool.total)
-
-    def fits(self, resources: Resources) -> bool:
-        return self._pool.fits(resources)
-
-    def why_never(self, resources: Resources) -> str | None:
-        return self._pool.why_never(resources)
 
     def launch(self, job: Job) -> None:
         run = Run(job, self._pool.take(job.resources))

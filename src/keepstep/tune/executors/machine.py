@@ -1,4 +1,4 @@
-"""What this machine has: CPUs that may be used, GPUs, memory. Imports no torch."""
+"""What this machine has for trials. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-__all__ = ["gpu_names", "machine_total", "usable_cpus"]
+from keepstep.control_groups import memory_bytes, usable_cpus
+
+__all__ = ["gpu_names", "machine_total"]
 
 _GPU_DEVICES: Final = re.compile(r"nvidia\d+")
 _GPU_LINE: Final = re.compile(r"GPU (\d+):")
@@ -25,51 +27,10 @@ def machine_total(visible: str | None) -> tuple[dict[str, float], tuple[str, ...
         {"cpu": how many, "memory": bytes} and "gpu" if there are any; their names.
     """
     gpus = gpu_names(visible)
-    total: dict[str, float] = {"cpu": float(usable_cpus()), "memory": float(_memory_bytes())}
+    total: dict[str, float] = {"cpu": float(usable_cpus()), "memory": float(memory_bytes())}
     if gpus:
         total["gpu"] = float(len(gpus))
     return total, gpus
-
-
-def usable_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """How many CPUs this process may use: by its affinity, and by the quota of its control group."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [quota for place in _groups(root, own) if (quota := _quota(place)) is not None]
-    return max(1, min([count, *(int(quota) for quota in quotas)]))
-
-
-def _groups(root: Path, own: Path) -> list[Path]:
-    """The directories of this process's control group and those above it, of both versions."""
-    places = [root, root / "cpu"]
-    for line in _read(own).splitlines():
-        kinds, _, path = line.partition(":")[2].partition(":")
-        base = root if not kinds else root / kinds
-        if not kinds or "cpu" in kinds.split(","):
-            inner = base / path.strip().lstrip("/")
-            places += [inner, *(above for above in inner.parents if base in above.parents)]
-    return places
-
-
-def _quota(place: Path) -> float | None:
-    """CPUs that a control group grants; None: any number."""
-    said = _read(place / "cpu.max").split() or [
-        _read(place / "cpu.cfs_quota_us").strip(),
-        _read(place / "cpu.cfs_period_us").strip(),
-    ]
-    if len(said) != 2 or not said[0].isdecimal() or not said[1].isdecimal() or int(said[1]) == 0:
-        return None
-    return int(said[0]) / int(said[1])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gpu_names(visible: str | None, devices: Path = Path("/dev")) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from keepstep.tune.executors.protocol import (
     Started,
     Stop,
 )
-from keepstep.tune.executors.resources import Grant, Pool
+from keepstep.tune.executors.resources import Grant, Pool, PooledExecutor
 from keepstep.tune.executors.shipping import dumps
 from keepstep.tune.executors.wire import event_of
 
@@ -72,7 +72,7 @@ class _Run(Course):
         self.node_ip = ""
 
 
-class RayExecutor:
+class RayExecutor(PooledExecutor):
     """An `Executor` that runs each trial in an actor of a Ray cluster.
 
     Ray is used as it was initialized; if it was not: the cluster at `address`, that of RAY_ADDRESS, one that
@@ -90,6 +90,7 @@ class RayExecutor:
     """
 
     def __init__(self, trainable: Any, *, total: Resources | None = None, address: str | None = None) -> None:
+        super().__init__(Pool(total or {}))
         data = dumps(trainable, "The trainable")
         self._ours = not ray.is_initialized()
         if self._ours:
@@ -97,7 +98,6 @@ class RayExecutor:
         self._trainable = ray.put(data)
         self._kind: Any = ray.remote(_Actor)
         self._fixed = total is not None
-        self._pool = Pool(total or {})
         self._looked_s = -_LOOK_AGAIN_S
         self._largest: list[dict[str, float]] = []
         self._runs: dict[str, _Run] = {}
@@ -107,16 +107,16 @@ class RayExecutor:
     @property
     def total(self) -> Resources:
         self._look()
-        return dict(self._pool.total)
+        return super().total
 
     def fits(self, resources: Resources) -> bool:
         self._look()
         unstarted = sum(not run.started for run in set(self._runs.values()))
-        return unstarted < _MOST_UNSTARTED and self._pool.fits(resources)
+        return unstarted < _MOST_UNSTARTED and super().fits(resources)
 
     def why_never(self, resources: Resources) -> str | None:
         self._look()
-        problem = self._pool.why_never(resources)
+        problem = super().why_never(resources)
         if problem is not None or self._fixed or any(_holds(node, resources) for node in self._largest):
             return problem
         return (  # an actor runs on one machine

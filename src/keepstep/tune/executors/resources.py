@@ -11,7 +11,7 @@ from typing import Final
 
 from keepstep.errors import UsageError
 
-__all__ = ["Grant", "Pool"]
+__all__ = ["Grant", "Pool", "PooledExecutor"]
 
 _UNITS: Final = 10_000
 GPU: Final = "gpu"
@@ -128,6 +128,27 @@ class Pool:
         count, part = divmod(units, _UNITS)
         whole = [device for device, free in self._devices.items() if free == _UNITS][:count]
         return dict.fromkeys(whole, _UNITS) if len(whole) == count and not part else None
+
+
+class PooledExecutor:
+    """What an `Executor` says of its resources, by the pool from which its trials take them.
+
+    Args:
+        pool: what there is.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @property
+    def total(self) -> Mapping[str, float]:
+        return dict(self._pool.total)
+
+    def fits(self, resources: Mapping[str, float]) -> bool:
+        return self._pool.fits(resources)
+
+    def why_never(self, resources: Mapping[str, float]) -> str | None:
+        return self._pool.why_never(resources)
 
 
 def _units(amount: float) -> int:
