@@ -14,6 +14,7 @@ from keepstep.tune.driver.audience import Audience
 from keepstep.tune.driver.deciding import Decider, Verdict
 from keepstep.tune.driver.halting import Halt
 from keepstep.tune.driver.keeper import Keeper
+from keepstep.tune.driver.ledger import Ledger, now
 from keepstep.tune.driver.making import Maker
 from keepstep.tune.driver.options import Options
 from keepstep.tune.driver.runs import Run, job_of
@@ -32,17 +33,9 @@ from keepstep.tune.executors.protocol import (
     Started,
     Stop,
 )
-from keepstep.tune.experiment.history import ENDS_TRIALS, History
+from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import Journal
-from keepstep.tune.experiment.records import (
-    CheckpointSaved,
-    ExperimentEnded,
-    ResultReported,
-    TrialEnded,
-    TrialFailed,
-    TrialLaunched,
-    TrialStarted,
-)
+from keepstep.tune.experiment.records import ResultReported
 from keepstep.tune.experiment.trial import RUNNING, Trial
 from keepstep.tune.result import AUTOMATIC_FIELDS, DONE, SHOULD_CHECKPOINT
 
@@ -85,7 +78,17 @@ class Driver:
         self._history = history
         self._journal = journal
         self._decider = decider
-        self._starter = Starter(history, journal, decider, maker, executor, options, self._refuse)
+        self._ledger = Ledger(
+            history=history,
+            journal=journal,
+            decider=decider,
+            audience=audience,
+            showing=showing,
+            keeper=keeper,
+            halt=halt,
+            options=options,
+        )
+        self._starter = Starter(history, journal, decider, maker, executor, options, self._ledger.refused)
         self._executor = executor
         self._audience = audience
         self._showing = showing
@@ -114,8 +117,7 @@ class Driver:
             self._audience.turn_ends()
             self._showing.look()
         why = self._halt.reason or "all"
-        self._journal.add(ended := ExperimentEnded(time=_now(), why=why))
-        self._history.apply(ended)
+        self._ledger.all_over(why)
         self._settle()
         self._audience.turn_ends()
         self._showing.end()
@@ -152,21 +154,22 @@ class Driver:
         job = job_of(self._history, trial, self._options)
         run = Run(job=job, trial=trial, total_s=job.time_total_s)
         self._runs[run.id] = run
-        record = TrialLaunched(time=_now(), trial=trial.trial_id)
-        self._journal.add(record)
-        self._history.apply(record)
+        self._ledger.launched(trial)
         return run
 
     # -------------------------------------------------------------------------------------- news
 
     def _take(self, event: Event) -> None:
         run = self._runs.get(event.run)
-        if run is None:
-            return  # killed, or replaced by the next in its process
+        if run is None:  # killed, or replaced by the next in its process
+            if isinstance(event, Ended | Failed):
+                self._launch_replacement(event.run)
+            return
         run.heard_s = time.monotonic()
         match event:
             case Started():
-                self._started(run, event)
+                if not run.over:
+                    self._ledger.started(run.trial, event)
             case Reported():
                 self._reported(run, event)
             case Saved():
@@ -175,14 +178,6 @@ class Driver:
                 self._ended(run)
             case Failed():
                 self._failed(run, event)
-
-    def _started(self, run: Run, event: Started) -> None:
-        if not run.over:
-            record = TrialStarted(
-                time=_now(), trial=run.trial.trial_id, pid=event.pid, host=event.host, ip=event.node_ip
-            )
-            self._journal.add(record)
-            self._history.apply(record)
 
     def _reported(self, run: Run, event: Reported) -> None:
         run.total_s += event.time_this_iter_s
@@ -197,7 +192,7 @@ class Driver:
     def _reported_again(self, run: Run, event: Reported) -> None:
         """What the journal has already: a kill had taken the training behind it."""
         if event.checkpoint is not None:
-            self._note_checkpoint(run, event.iteration, event.checkpoint.name, event.checkpoint.bytes)
+            self._ledger.saved(run, event.iteration, event.checkpoint)
         last = run.trial.ends_at is not None and event.iteration >= run.trial.ends_at
         ends = run.trial.is_finished() or last or self._halt.reason is not None
         self._answer(run, self._ending(run, Stop(save=last)) if ends else Go())
@@ -205,7 +200,7 @@ class Driver:
     def _resulted(self, run: Run, event: Reported) -> None:
         trial = run.trial
         draft = ResultReported(
-            time=_now(),
+            time=now(),
             trial=trial.trial_id,
             iteration=event.iteration,
             metrics=event.metrics,
@@ -235,11 +230,11 @@ class Driver:
         self._history.decided(record, acted=True)
         saved = event.checkpoint is not None
         if saved:
-            self._keep(trial)
+            self._ledger.kept(trial)
         if verdict.problem is not None:
             run.over = True
             self._executor.kill(run.id)
-            self._fail(trial, verdict.problem, "", final=True)
+            self._ledger.refused(trial, verdict.problem)
             return
         self._carry_out(run, verdict, save=bool(result.get(SHOULD_CHECKPOINT)) and not saved, saved=saved)
 
@@ -248,12 +243,14 @@ class Driver:
         trial, is_class = run.trial, self._options.is_class
         for other in list(self._runs.values()):
             if other is not run and not other.over and other.trial.status != RUNNING:
-                self._end_others(other)
+                other.over = True
+                self._executor.kill(other.id)
+                self._ledger.ended_by_another(other.trial)
         exploited = any(act.do == "exploit" and act.trial == trial.trial_id for act in verdict.acts)
         if exploited:
             self._answer(run, self._ending(run, Stop()))
         elif trial.is_finished():
-            self._completed(trial)
+            self._ledger.completed(trial)
             self._answer(run, self._ending(run, Stop(save=trial.ends_at is not None)))
         elif trial.status != RUNNING or self._halt.reason is not None:
             self._answer(run, self._ending(run, Stop(save=is_class and not saved)))
@@ -265,28 +262,13 @@ class Driver:
         ends = verdict.decision == "STOP" or trial.is_finished()
         return ends and verdict.problem is None and self._options.save_at_end and not saved
 
-    def _completed(self, trial: Trial) -> None:
-        """A trial ended well; what it ends with may still be missing, and then it is told of later."""
-        if trial.ends_at is None:
-            self._audience.completed(trial)
-            self._showing.ended(trial)
-            self._keeper.finished(trial)
-
-    def _end_others(self, other: Run) -> None:
-        """A scheduler decided about a trial that did not report: its process is ended where it is."""
-        other.over = True
-        self._executor.kill(other.id)
-        if other.trial.is_finished():
-            self._audience.completed(other.trial)
-            self._keeper.finished(other.trial)
-
     def _ending(self, run: Run, order: Stop) -> Order:
         """The last order to a run; without a checkpoint to wait for, its process may take the next trial."""
         run.over, run.saving = True, order.save
         return order if order.save else self._replaced(run, order)
 
     def _replaced(self, run: Run, order: Stop) -> Order:
-        if not self._options.reuse or self._halt.reason is not None:
+        if not self._options.reuse or self._halt.reason is not None or run.silenced is not None:
             return order
         trial = self._starter.next_trial()
         if trial is None or trial.resources != run.trial.resources:
@@ -298,41 +280,26 @@ class Driver:
         self._audience.started(trial, restored=found.job.checkpoint is not None)
         return Next(job=found.job)
 
+    def _launch_replacement(self, gone: str) -> None:
+        """A process is gone before it was told which trial it goes on with: that gets one of its own."""
+        for run, order in self._answers:
+            if run.id == gone and isinstance(order, Next):
+                self._answers.remove((run, order))
+                self._settle()
+                self._executor.launch(order.job)
+                return
+
     def _saved(self, run: Run, event: Saved) -> None:
         run.saving = False
         if event.checkpoint is not None:
-            self._note_checkpoint(run, event.iteration, event.checkpoint.name, event.checkpoint.bytes)
+            self._ledger.saved(run, event.iteration, event.checkpoint)
         self._answer(run, self._replaced(run, Stop()) if run.over else Go())
-
-    def _note_checkpoint(self, run: Run, iteration: int, name: str, size: int) -> None:
-        record = CheckpointSaved(
-            time=_now(),
-            trial=run.trial.trial_id,
-            iteration=iteration,
-            total_s=run.total_s,
-            checkpoint=name,
-            bytes=size,
-        )
-        ended = run.trial.ends_at is None
-        self._journal.add(record)
-        self._history.apply(record)
-        self._keep(run.trial)
-        if not ended:
-            self._completed(run.trial)
-
-    def _keep(self, trial: Trial) -> None:
-        self._audience.checkpointed(trial, trial.checkpoints[-1])
-        self._keeper.added(trial)
 
     def _ended(self, run: Run) -> None:
         del self._runs[run.id]
         if run.over:
             return
-        trial, again = run.trial, run.trial.ends_at is not None
-        draft = TrialEnded(time=_now(), trial=trial.trial_id)
-        self._history.completed(draft, acted=True)
-        self._journal.add(replace(draft, acts=self._decider.completed(trial, again=again)))
-        self._completed(trial)
+        self._ledger.ended(run.trial)
 
     def _failed(self, run: Run, event: Failed) -> None:
         del self._runs[run.id]
@@ -344,25 +311,7 @@ class Driver:
         if run.silenced is not None:
             error = f"nothing was heard of it for {run.silenced:.0f} s, more than "
             error += "FailureConfig.max_silence_s; it was killed"
-        self._fail(run.trial, error, event.traceback)
-
-    def _refuse(self, trial: Trial, problem: str) -> None:
-        """A trial can never start."""
-        self._fail(trial, problem, "", final=True)
-
-    def _fail(self, trial: Trial, error: str, traceback: str, *, final: bool = False) -> None:
-        failures = self._options.failures
-        final = final or (failures.max_failures != -1 and trial.num_failures >= failures.max_failures)
-        final = final or self._halt.reason in ENDS_TRIALS
-        draft = TrialFailed(time=_now(), trial=trial.trial_id, error=error, traceback=traceback, final=final)
-        self._history.failed(draft, acted=True)
-        acts = self._decider.failed(trial) if final else ()
-        self._journal.add(replace(draft, acts=acts))
-        self._audience.failed(trial, final=final)
-        if final:
-            self._keeper.finished(trial)
-            if failures.fail_fast:
-                self._halt.because("failed")
+        self._ledger.failed(run.trial, error, event.traceback)
 
     # ---------------------------------------------------------------------------------- settling
 
@@ -371,7 +320,7 @@ class Driver:
 
     def _settle(self) -> None:
         """Write down what was decided; then do it."""
-        doomed = self._keeper.doomed(_now())
+        doomed = self._keeper.doomed(now())
         self._journal.commit()
         answers, self._answers = self._answers, []
         for run, order in answers:
@@ -385,17 +334,13 @@ class Driver:
         if message is not None:
             self._showing.say(message)
         silence = self._options.failures.max_silence_s
-        now = time.monotonic()
-        overdue = self._halt.overdue(now, self._options.grace_s)
+        at_s = time.monotonic()
+        overdue = self._halt.overdue(at_s, self._options.grace_s)
         for run in [run for run in self._runs.values() if not run.over]:
             if overdue:
                 self._showing.say(f"{run.trial} does not report in time to end well, and is killed")
                 run.over = True
                 self._executor.kill(run.id)
-            elif silence is not None and now - run.heard_s > silence:
-                run.silenced = now - run.heard_s
+            elif silence is not None and at_s - run.heard_s > silence:
+                run.silenced = at_s - run.heard_s
                 self._executor.kill(run.id)
-
-
-def _now() -> float:
-    return round(time.time(), 3)

@@ -75,7 +75,7 @@ class LocalExecutor(PooledExecutor):
 
     def order(self, run: str, order: Order) -> None:
         found = self._runs.get(run)
-        if found is None or found.job.run != run or found.last is not None:
+        if found is None or found.killed or found.job.run != run or found.last is not None:
             return
         if isinstance(order, Next):
             self._order_next(found, order)
