@@ -6,18 +6,20 @@ import gc
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.loops import AccelerateLoop, DcpLoop, KeepstepLoop, PlainLoop, Segment, TorchLoop
 from benchmarks.report import Bar, at_least, note, show_table, status
 from benchmarks.settings import Point, Settings
 
-__all__ = ["SamplesFor", "run"]
+__all__ = ["run", "samples_for"]
 
 _AUTO = "keepstep, auto"
-_FEW_SAMPLES, _MANY_SAMPLES = 1, 8
 _PROBES = 3
+_TRIES = 6
+_CLOSE = 0.08
+"""Of the samples of a step: so good a guess is taken."""
 _BARS = ((1.0, 0.95, 0.97), (0.4, 0.90, 0.93))
 """Seconds of a step, the throughput that is promised there, and what is aimed at."""
 
@@ -69,8 +71,7 @@ def run(settings: Settings) -> list[Bar]:
         AccelerateLoop(size, directory, fsync=False),
     ]
     try:
-        samples = _calibrate(plain, [*ours, *peers])
-        curve = [_at(point, samples(point.step_s), plain, ours, peers) for point in size.points]
+        curve = list(_curve(size.points, plain, ours, peers))
     finally:
         for loop in (*ours, *peers):
             loop.close()
@@ -78,26 +79,39 @@ def run(settings: Settings) -> list[Bar]:
     return _bars(curve)
 
 
-class SamplesFor:
-    """How many samples make a step of a given length: a straight line through two measured points."""
+def samples_for(step_s: float, took_s: Callable[[int], float], begin_with: int) -> int:
+    """How many samples make a step of a given length.
 
-    def __init__(self, few_s: float, many_s: float) -> None:
-        self._each_s = max((many_s - few_s) / (_MANY_SAMPLES - _FEW_SAMPLES), 1e-6)
-        self._fixed_s = few_s - self._each_s * _FEW_SAMPLES
+    Args:
+        step_s: the length.
+        took_s: takes a step of so many samples, and says how long it took.
+        begin_with: the first guess; it is corrected by what it took.
+    """
+    samples = begin_with
+    for _ in range(_TRIES):
+        better = max(1, round(samples * step_s / took_s(samples)))
+        if abs(better - samples) <= _CLOSE * samples:
+            return better
+        samples = better
+    return samples
 
-    def __call__(self, step_s: float) -> int:
-        return max(1, round((step_s - self._fixed_s) / self._each_s))
 
-
-def _calibrate(plain: PlainLoop, others: Sequence[PlainLoop]) -> SamplesFor:
+def _curve(
+    points: Sequence[Point], plain: PlainLoop, ours: Sequence[PlainLoop], peers: Sequence[PlainLoop]
+) -> Iterator[_Measured]:
+    """Each point is calibrated just before it is measured: a shared machine is faster now and slower then."""
     with status("every_step: warming up"):
-        for loop in (plain, *others):
-            loop.run(_FEW_SAMPLES, 1)
-        times = [
-            statistics.median(plain.run(samples, 1).step_s for _ in range(_PROBES))
-            for samples in (_FEW_SAMPLES, _MANY_SAMPLES)
-        ]
-    return SamplesFor(*times)
+        for loop in (plain, *ours, *peers):
+            loop.run(1, 1)
+    samples = 1
+    for point in points:
+        with status(f"every_step: how many samples take {point.step_s:g} s"):
+            samples = samples_for(point.step_s, lambda count: _probe(plain, count), samples)
+        yield _at(point, samples, plain, ours, peers)
+
+
+def _probe(plain: PlainLoop, samples: int) -> float:
+    return statistics.median(plain.run(samples, 1).step_s for _ in range(_PROBES))
 
 
 def _at(
@@ -144,6 +158,6 @@ def _bars(curve: Sequence[_Measured]) -> list[Bar]:
     for step_s, promised, aim in _BARS:
         for measured in curve:
             if measured.point.step_s == step_s:
-                name = f"every step saved, {step_s:g} s each: throughput (aim {aim:g})"
+                name = f"every step saved, {measured.title} each: throughput (aim {aim:g})"
                 bars.append(at_least(name, statistics.median(measured.ratios[_AUTO]), promised, "", digits=3))
     return bars

@@ -187,7 +187,7 @@ FULL = Size(
         points=(
             Point(step_s=0.1, steps=8, rounds=3, peer_rounds=2),
             Point(step_s=0.3, steps=4, rounds=3, peer_rounds=2),
-            Point(step_s=0.4, steps=4, rounds=5, peer_rounds=1),
+            Point(step_s=0.4, steps=4, rounds=9, peer_rounds=1),
             Point(step_s=1.0, steps=2, rounds=5, peer_rounds=1),
             Point(step_s=3.0, steps=1, rounds=2, peer_rounds=1),
         ),

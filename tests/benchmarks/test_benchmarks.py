@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from benchmarks import __main__ as program
 from benchmarks import blocked, cold, every_step, frozen, load, overhead, save, scale, small_tensors, tune
-from benchmarks.every_step import SamplesFor
+from benchmarks.every_step import samples_for
 from benchmarks.methods import fsync_all
 from benchmarks.report import Bar
 from benchmarks.settings import TINY, Point, Settings
@@ -41,7 +41,7 @@ def test_every_step(
 ) -> None:
     points = tuple(Point(step_s=step_s, steps=2, rounds=1, peer_rounds=1) for step_s in (0.4, 1.0))
     size = dataclasses.replace(TINY, every_step=dataclasses.replace(TINY.every_step, points=points))
-    monkeypatch.setattr(SamplesFor, "__call__", lambda self, step_s: 9)  # two micro-batches
+    monkeypatch.setattr(every_step, "samples_for", lambda *_: 9)  # two micro-batches
     bars = every_step.run(Settings(size=size, directory=tmp_path))
     assert [bar.target for bar in bars] == [">= 0.95", ">= 0.9"]
     assert all(0 < float(bar.measured) < 10 for bar in bars)
@@ -52,8 +52,11 @@ def test_every_step(
 
 
 def test_steps_of_a_wanted_length() -> None:
-    samples = SamplesFor(0.05, 0.4)  # 0.05 s each
-    assert [samples(step_s) for step_s in (0.01, 0.1, 3.0)] == [1, 2, 60]
+    def took_s(samples: int) -> float:
+        return 0.02 + 0.05 * samples
+
+    assert [samples_for(step_s, took_s, 1) for step_s in (0.01, 0.12, 0.52)] == [1, 2, 10]
+    assert 57 <= samples_for(3.0, took_s, 8) <= 60
 
 
 def test_blocked(settings: Settings) -> None:
