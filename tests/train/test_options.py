@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def test_a_changed_learning_rate_is_named(tmp_path: Path, caplog: pytest.LogCapt
     assert not caplog.records
     start(tmp_path, lr=0.5)
     assert "lr of SGD 0, group 0 is 0.1, not 0.5" in caplog.text
+
+
+def test_a_run_says_where_it_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "keepstep")
+    first = start(tmp_path, lr=0.1)
+    assert "holds no checkpoint of this run: it begins from the start" in caplog.text
+    first.save_state()
+    start(tmp_path, lr=0.1)
+    assert f"going on after {tmp_path / 'checkpoints' / 'checkpoint_0'}: step 0" in caplog.text
 
 
 def test_a_learning_rate_that_a_scheduler_moved_is_not(

@@ -6,6 +6,7 @@ import logging
 
 from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.store import Store
+from keepstep.checkpoint.version import Checkpoint
 from keepstep.world import World
 
 __all__ = ["Notices"]
@@ -48,6 +49,22 @@ class Notices:
                     store.address,
                     saved,
                 )
+
+    def resumed(self, store: Store, loaded: Checkpoint | None) -> None:
+        """Say where the run begins."""
+        if not self._is_main:
+            return
+        if loaded is None:
+            _log.info("%s holds no checkpoint of this run: it begins from the start", store.address)
+            return
+        said = loaded.manifest
+        _log.info(
+            "going on after %s: step %s, epoch %s, saved %s",
+            loaded.path,
+            said.step,
+            said.epoch,
+            said.created_at,
+        )
 
     def _look_for_other_runs(self, store: Store) -> None:
         """A forgotten resume() is a run that begins anew beside the one it was meant to go on with."""

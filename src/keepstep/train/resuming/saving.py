@@ -336,6 +336,7 @@ class Saver:
         with self._together("claiming the store"):
             store.claim()  # whoever still writes there is named now, not at the first checkpoint
         loaded = self._restore(self._newest_of(store))
+        self._notices.resumed(store, loaded)
         if loaded is None:
             tell_of_earlier(self._project.checkpoints)
         return loaded
