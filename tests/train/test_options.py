@@ -35,7 +35,7 @@ def test_a_changed_learning_rate_is_named(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_run_says_where_it_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "keepstep")
     first = start(tmp_path, lr=0.1)
-    assert "holds no checkpoint of this run: it begins from the start" in caplog.text
+    assert "holds no checkpoint yet: the run begins from the start" in caplog.text
     first.save_state()
     start(tmp_path, lr=0.1)
     assert f"going on after {tmp_path / 'checkpoints' / 'checkpoint_0'}: step 0" in caplog.text

@@ -55,7 +55,7 @@ class Notices:
         if not self._is_main:
             return
         if loaded is None:
-            _log.info("%s holds no checkpoint of this run: it begins from the start", store.address)
+            _log.info("%s holds no checkpoint yet: the run begins from the start", store.address)
             return
         said = loaded.manifest
         _log.info(
