@@ -1,4 +1,8 @@
-"""One S3 server a test process, started when the first test asks for it."""
+"""One server of each kind a test process, started when the first test asks for it.
+
+What a store in a bucket promises is tested on each kind: on S3 always, on Google Cloud Storage in part, and
+the rest, Azure with it, with `-m soak`.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,61 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import obstore
 import pytest
-from tests.buckets.server import Server
+from tests.buckets.azure import AzureServer
+from tests.buckets.gcs import GcsServer
+from tests.buckets.server import S3Server, Server
 
 from keepstep import Store
-from keepstep.checkpoint.place.objects import Objects
 
+KINDS: dict[str, type[Server]] = {"s3": S3Server, "gcs": GcsServer, "azure": AzureServer}
+ON_EACH_KIND = ("test_store", "test_mirror", "test_mirror_faults", "test_faults", "test_ranks")
+_QUICK = {"s3": ON_EACH_KIND, "gcs": ("test_store",), "azure": ()}
 _numbers = itertools.count()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    module = metafunc.module.__name__.rpartition(".")[2]
+    if module in ON_EACH_KIND and "server" in metafunc.fixturenames:
+        kinds = [
+            pytest.param(kind, marks=() if module in _QUICK[kind] else pytest.mark.soak) for kind in KINDS
+        ]
+        metafunc.parametrize("server", kinds, indirect=True)
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("weed") / "server")
-    server.start()
-    # A bucket is made by whoever owns it; this server makes one with its first object.
-    obstore.put(Objects.open("s3://tests/made", server.options())._store, "by-the-owner", bytes(1 << 20))
-    yield server
-    server.kill()
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """The server of a kind."""
+    started: dict[str, Server] = {}
+
+    def of_kind(kind: str) -> Server:
+        if kind not in started:
+            server = KINDS[kind](tmp_path_factory.mktemp(kind) / "server")
+            server.start()
+            server.make_bucket()
+            started[kind] = server
+        return started[kind]
+
+    yield of_kind
+    for server in started.values():
+        server.kill()
 
 
 @pytest.fixture
-def address() -> str:
+def server(request: pytest.FixtureRequest, servers: Callable[[str], Server]) -> Server:
+    return servers(getattr(request, "param", "s3"))
+
+
+@pytest.fixture
+def s3(servers: Callable[[str], Server]) -> Server:
+    """For what is so with S3 alone."""
+    return servers("s3")
+
+
+@pytest.fixture
+def address(server: Server) -> str:
     """A prefix of its own in one bucket."""
-    return f"s3://tests/run-{next(_numbers)}"
+    return f"{server.root}/run-{next(_numbers)}"
 
 
 @pytest.fixture

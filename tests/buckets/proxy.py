@@ -13,10 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
+from urllib.parse import unquote
 
 
 @dataclass(frozen=True)
 class Request:
+    """A request.
+
+    Attributes:
+        path: without escapes.
+        headers: by names in small letters.
+    """
+
     method: str
     path: str
     headers: dict[str, str]
@@ -24,7 +32,8 @@ class Request:
     @property
     def creates(self) -> bool:
         """Whether it is a create-only put."""
-        return self.method == "PUT" and self.headers.get("if-none-match") == "*"
+        if_none = self.headers.get("if-none-match") == "*"
+        return self.method == "PUT" and (if_none or self.headers.get("x-goog-if-generation-match") == "0")
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
+        request = Request(self.command, unquote(self.path), {k.lower(): v for k, v in self.headers.items()})
         answer = self.server.proxy.rule(request) or Answer()
         status, headers, data = 503, {}, b""
         if answer.applied:
-            status, headers, data = self.forward(request, body)
+            status, headers, data = self.forward(request.headers, body)
         time.sleep(answer.delay_s)
         if answer.status is not None:
             data = b"" if answer.status == 200 else b"<Error><Code>Refused</Code></Error>"
@@ -66,10 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815
 
-    def forward(self, request: Request, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def forward(self, said: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.proxy.port, timeout=30)
-        headers = {k: v for k, v in request.headers.items() if k != "connection"}
-        connection.request(request.method, request.path, body or None, headers)
+        headers = {k: v for k, v in said.items() if k != "connection"}
+        connection.request(self.command, self.path, body or None, headers)
         got = connection.getresponse()
         data = got.read()
         kept = {k.lower(): v for k, v in got.getheaders() if k.lower() != "transfer-encoding"}

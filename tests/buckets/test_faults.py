@@ -26,7 +26,7 @@ Open = Callable[..., Store]
 
 @pytest.fixture
 def proxy(server: Server) -> Iterator[Proxy]:
-    with Proxy(server.ports["s3"]) as proxy:
+    with Proxy(server.port) as proxy:
         yield proxy
 
 
@@ -68,7 +68,7 @@ def first(
     return rule
 
 
-@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_burst_of_refusals_is_sat_out(through: Open, proxy: Proxy, bucket_store: Open, status: int) -> None:
     store = through(max_retries=5, retry_timeout_s=30)
     proxy.rule = first(4, lambda request: request.method == "PUT", Answer(status=status, applied=False))
@@ -188,11 +188,13 @@ def test_a_bucket_that_does_not_answer_is_not_a_damaged_checkpoint(
 # ---------------------------------------------------------------------------------------- real kills
 
 
-def test_the_server_is_killed_in_the_middle_of_uploads_and_comes_back(tmp_path: Path) -> None:
-    server = Server(tmp_path / "server")
+def test_the_server_is_killed_in_the_middle_of_uploads_and_comes_back(server: Server, tmp_path: Path) -> None:
+    server = type(server)(tmp_path / "server")  # of the same kind
     server.start()
+    server.make_bucket()
     try:
-        store = Store("s3://tests/run", storage_options=server.options(max_retries=20, retry_timeout_s=60))
+        options = server.options(max_retries=20, retry_timeout_s=60)
+        store = Store(f"{server.root}/run", storage_options=options)
         store.save({"model": {"weight": torch.zeros(10)}}, step=0)
         large = {"model": {"weight": torch.arange(20_000_000.0)}}
         pending = store.save_in_background(large, step=1)

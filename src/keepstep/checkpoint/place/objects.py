@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotFoundError, NotSupportedError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotSupportedError
 from obstore.store import MemoryStore, ObjectStore, from_url
 
 from keepstep.checkpoint.place.profile import (
@@ -24,8 +24,9 @@ from keepstep.checkpoint.place.profile import (
     credentials_of_profile,
     has_credentials,
     secrets_in_environment,
+    settings_of_azure,
 )
-from keepstep.checkpoint.place.refusals import in_words, says_no_bucket
+from keepstep.checkpoint.place.refusals import in_words, in_words_at_opening, says_no_bucket
 from keepstep.errors import BucketError, UsageError
 
 __all__ = ["DEFAULTS", "Found", "Objects"]
@@ -41,13 +42,18 @@ DEFAULTS: Final[Mapping[str, float]] = {
 PART_BYTES: Final = 8 << 20
 _PARTS_AT_ONCE: Final = 4
 _UNANSWERED: Final = "error sending request"
-_SECRET = re.compile(r"secret|key|token|password|sas|credential", re.IGNORECASE)
+_SECRET = re.compile(r"secret|key|token|password|sas|credential|connection_string", re.IGNORECASE)
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"'<>]*")
 _AWS = ("s3://", "s3a://")
+_AZURE = ("az://", "azure://", "abfs://", "abfss://")
 _KEYS = {"access_key_id", "aws_access_key_id", "skip_signature", "aws_skip_signature", "credential_provider"}
+_ALLOW = re.compile(r"(aws_|azure_|google_)?allow_http")
 _users: set[int] = set()
 """Processes that made requests, ancestors by fork included."""
-_ENDPOINTS = ("endpoint", "aws_endpoint", "endpoint_url", "aws_endpoint_url")
+_ENDPOINTS = (
+    *("endpoint", "aws_endpoint", "endpoint_url", "aws_endpoint_url"),
+    *("azure_endpoint", "azure_storage_endpoint", "base_url", "google_base_url"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,16 +121,12 @@ class Objects:
             "backoff": {"max_backoff": timedelta(seconds=5)},
         }
         try:
-            if address.startswith(_AWS) and (profile or not (_KEYS & config.keys() or has_credentials())):
-                config = {**credentials_of_profile(profile), **config}
-            plain = any(str(config.get(name, "")).startswith("http://") for name in _ENDPOINTS)
-            client.setdefault("allow_http", plain or allows_http())
+            config = _with_account(address, config, profile)
+            client.setdefault("allow_http", _takes_plain_http(address, config))
             store = from_url(address, client_options=client, retry_config=retry, **config)  # type: ignore[call-overload]
         except (BaseError, TypeError, ValueError) as error:
             hidden = _hidden(str(error), [str(value) for value in config.values()])
-            raise UsageError(
-                f"{address} can't be opened: {hidden}. See docs/object-stores.md for addresses and options"
-            ) from None
+            raise UsageError(in_words_at_opening(address, hidden)) from None
         secrets = [str(value) for key, value in config.items() if _SECRET.search(key)]
         headers = dict(client.get("default_headers") or {})
         secrets += [str(client.get("proxy_url", "")), *map(str, headers.values())]
@@ -256,7 +258,7 @@ class Objects:
         self._check_fork()
         try:
             yield
-        except NotFoundError as error:
+        except FileNotFoundError as error:  # obstore's own NotFoundError is not what it raises
             if says_no_bucket(said := _hidden(str(error), self._secrets)):
                 raise BucketError(in_words(self.address, f"{doing} {key}", said)) from None
             raise FileNotFoundError(
@@ -280,6 +282,29 @@ class Objects:
                 "'forkserver', or fork before the first use"
             )
         _users.add(me)
+
+
+def _with_account(address: str, config: dict[str, Any], profile: str | None) -> dict[str, Any]:
+    """The settings, and what keepstep reads in obstore's stead of whose account it is."""
+    if address.startswith(_AWS) and (profile or not (_KEYS & config.keys() or has_credentials())):
+        return {**credentials_of_profile(profile), **config}
+    if address.startswith(_AZURE) and "@" not in address:
+        config = {**settings_of_azure(config), **config}
+        config.pop("connection_string", None)
+    return config
+
+
+def _takes_plain_http(address: str, config: dict[str, Any]) -> bool:
+    """Whether requests may go unencrypted: to a server that was named so, or if that is allowed outright.
+
+    Takes `allow_http` out of the settings: to obstore it is one of the client's.
+    """
+    said = [config.pop(name) for name in list(config) if _ALLOW.fullmatch(name)]
+    if said:
+        return str(said[-1]).lower() in ("1", "true")
+    plain = any(str(config.get(name, "")).startswith("http://") for name in _ENDPOINTS)
+    # A server of GCS may be named in the file of a service account, which obstore reads.
+    return plain or address.startswith("gs://") or allows_http()
 
 
 def _copied(part: memoryview) -> memoryview:

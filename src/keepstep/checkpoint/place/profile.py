@@ -1,6 +1,7 @@
-"""What the environment says of buckets: secrets to hide, and AWS profiles, which obstore does not read.
+"""What the environment says of buckets: secrets to hide, and what obstore does not read.
 
-obstore takes everything else from the environment by itself.
+That is profiles of AWS; for Azure connection strings, and the names of the command line `az`. obstore takes
+everything else from the environment by itself.
 """
 
 from __future__ import annotations
@@ -8,11 +9,20 @@ from __future__ import annotations
 import configparser
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from keepstep.errors import UsageError
 
-__all__ = ["allows_http", "credentials_of_profile", "has_credentials", "secrets_in_environment"]
+__all__ = [
+    "allows_http",
+    "credentials_of_profile",
+    "has_credentials",
+    "secrets_in_environment",
+    "settings_of_azure",
+]
 
 _TAKEN = {
     "aws_access_key_id": "access_key_id",
@@ -22,8 +32,18 @@ _TAKEN = {
     "endpoint_url": "endpoint",
 }
 
-_SECRET = re.compile(r"(AWS|AZURE|GOOGLE)_.*(SECRET|KEY|TOKEN|PASSWORD|SAS)")
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_SECRET = re.compile(r"(AWS|AZURE|GOOGLE)_.*(SECRET|KEY|TOKEN|PASSWORD|SAS|CONNECTION_STRING)")
+_ENDPOINTS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURE_ENDPOINT",
+    "GOOGLE_BASE_URL",
+)
+_ALLOWED = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
+_SAYS_WHICH_ACCOUNT = re.compile(r"(azure_)?(storage_)?(account_name|use_emulator)", re.IGNORECASE)
+_NAMES_OF_AZ = {"AZURE_STORAGE_ACCOUNT": "account_name", "AZURE_STORAGE_KEY": "account_key"}
 _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -34,7 +54,9 @@ _CREDENTIALS = (
 
 def secrets_in_environment() -> list[str]:
     """Values that no message may show."""
-    return [value for name, value in os.environ.items() if _SECRET.match(name)]
+    values = {name: value for name, value in os.environ.items() if _SECRET.match(name)}
+    told = _parts_of(values.get("AZURE_STORAGE_CONNECTION_STRING", ""))
+    return [*values.values(), *(told[name] for name in _SECRET_PARTS if name in told)]
 
 
 def has_credentials() -> bool:
@@ -45,7 +67,7 @@ def has_credentials() -> bool:
 def allows_http() -> bool:
     """Whether the environment names a server without encryption, or allows one."""
     plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
-    return plain or os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+    return plain or any(os.environ.get(name, "").lower() in ("1", "true") for name in _ALLOWED)
 
 
 def credentials_of_profile(profile: str | None) -> dict[str, str]:
@@ -82,3 +104,57 @@ def credentials_of_profile(profile: str | None) -> dict[str, str]:
             "AWS_PROFILE), or pass access_key_id and secret_access_key"
         )
     return found
+
+
+_SECRET_PARTS = ("accountkey", "sharedaccesssignature")
+
+
+def settings_of_azure(options: Mapping[str, Any]) -> dict[str, str]:
+    """What a connection string, or the environment in the names of `az`, says of the account.
+
+    Args:
+        options: what the caller said. If that names an account, nothing else is looked at.
+
+    Returns:
+        In obstore's names.
+
+    Raises:
+        UsageError: it is no connection string. The message shows nothing of it.
+    """
+    if any(_SAYS_WHICH_ACCOUNT.fullmatch(name) for name in options):
+        return {}
+    text = options.get("connection_string") or os.environ.get("AZURE_STORAGE_CONNECTION_STRING")
+    if text:
+        return _settings_in(str(text))
+    if any(_SAYS_WHICH_ACCOUNT.fullmatch(name) for name in os.environ):
+        return {}
+    return {ours: os.environ[theirs] for theirs, ours in _NAMES_OF_AZ.items() if os.environ.get(theirs)}
+
+
+def _parts_of(text: str) -> dict[str, str]:
+    """The parts of a connection string, by their names in small letters."""
+    parts = (part.partition("=") for part in text.split(";"))
+    return {name.strip().lower(): value.strip() for name, _, value in parts if value.strip()}
+
+
+def _settings_in(text: str) -> dict[str, str]:
+    parts = _parts_of(text)
+    if parts.get("usedevelopmentstorage", "").lower() == "true":
+        return {"use_emulator": "true"}
+    endpoint = parts.get("blobendpoint", "").rstrip("/")
+    account = parts.get("accountname") or (urlsplit(endpoint).hostname or "").partition(".")[0]
+    if not account:
+        raise UsageError(
+            "an Azure connection string (AZURE_STORAGE_CONNECTION_STRING, or connection_string in "
+            "storage_options) names no account: it needs AccountName=..., or BlobEndpoint=https://ACCOUNT..."
+        )
+    suffix = parts.get("endpointsuffix")
+    if not endpoint and suffix:
+        endpoint = f"{parts.get('defaultendpointsprotocol', 'https')}://{account}.blob.{suffix}"
+    said = {
+        "account_name": account,
+        "account_key": parts.get("accountkey", ""),
+        "sas_token": parts.get("sharedaccesssignature", "").removeprefix("?"),
+        "endpoint": endpoint,
+    }
+    return {name: value for name, value in said.items() if value}

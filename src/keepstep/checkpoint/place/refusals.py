@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["in_words", "says_no_bucket"]
+__all__ = ["in_words", "in_words_at_opening", "says_no_bucket"]
 
 _STATUS: Final = re.compile(r"status code: (\d{3})\b")
 _CODE: Final = re.compile(r"<Code>([^<]{1,100})</Code>|\"(?:code|reason)\": ?\"([^\"]{1,100})\"")
@@ -21,6 +21,15 @@ _NO_CREDENTIALS: Final = (
     "NoAuthenticationInformation",
     "CredentialsError",
 )
+_AZURE: Final = "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT and AZURE_STORAGE_KEY"
+_WHERE: Final = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SERVICE_ACCOUNT: the path of a file",
+    "az": _AZURE,
+    "azure": _AZURE,
+    "abfs": _AZURE,
+    "abfss": _AZURE,
+}
 _UNKNOWN_CREDENTIALS: Final = (
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
@@ -53,6 +62,19 @@ def in_words(address: str, doing: str, said: str) -> str:
     return f"{address}: could not {doing}: {what}. Older checkpoints are whole. {to_do}"
 
 
+def in_words_at_opening(address: str, said: str) -> str:
+    """The message where the client refuses what it was given, before any request.
+
+    Args:
+        address: what was asked for.
+        said: the client's text, without secrets.
+    """
+    what = said.rstrip(".")
+    if "Account must be specified" in said:
+        what = f"no account is named. Set {_AZURE}, or account_name in storage_options"
+    return f"{address} can't be opened: {what}. See docs/object-stores.md for addresses and options"
+
+
 def _judged(said: str, bucket: str) -> tuple[str, str]:
     """What happened, and what to do."""
     found = _STATUS.search(said)
@@ -67,8 +89,8 @@ def _judged(said: str, bucket: str) -> tuple[str, str]:
         return (
             f"no credentials for {bucket} were found, and this machine was asked for some in vain",
             (
-                "Set them in the environment (as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in a profile, "
-                "or in storage_options; see docs/object-stores.md"
+                f"Set them in the environment ({_WHERE.get(bucket.partition('://')[0], _WHERE['s3'])}) or in "
+                "storage_options; see docs/object-stores.md"
             ),
         )
     if status == "401" or any(sign in said for sign in _UNKNOWN_CREDENTIALS):
