@@ -18,7 +18,7 @@ from tests.buckets.server import S3Server, Server
 from keepstep import Store
 
 KINDS: dict[str, type[Server]] = {"s3": S3Server, "gcs": GcsServer, "azure": AzureServer}
-ON_EACH_KIND = ("test_store", "test_mirror", "test_mirror_faults", "test_faults", "test_ranks")
+ON_EACH_KIND = ("test_store", "test_mirror", "test_mirror_faults", "test_faults", "test_ranks", "test_dcp")
 _QUICK = {"s3": ON_EACH_KIND, "gcs": ("test_store",), "azure": ()}
 _numbers = itertools.count()
 

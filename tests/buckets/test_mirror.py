@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,17 +110,18 @@ def test_damage_in_the_mirror_is_passed_over(
 def test_the_newest_overtakes_but_never_what_is_tagged(
     mirrored: Open, bucket_store: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    may_go = threading.Event()
+    may_go, under_way = threading.Event(), threading.Event()
     reserve_for = BucketBackend.reserve_for
 
     def slow(self: BucketBackend, name: str, checkpoint_id: str) -> Any:
+        under_way.set()
         may_go.wait(20)
         return reserve_for(self, name, checkpoint_id)
 
     monkeypatch.setattr(BucketBackend, "reserve_for", slow)
     store = mirrored(mirror_pending=2, retention=Retention(keep_last=1), mirror_retention=Retention())
     store.save(state(0))
-    time.sleep(0.5)  # it is under way
+    assert under_way.wait(20)
     store.save(state(1), tags=["keep"])
     for number in range(2, 6):
         store.save(state(number))
