@@ -60,7 +60,7 @@ class Notices:
         said = loaded.manifest
         _log.info(
             "going on after %s: step %s, epoch %s, saved %s",
-            loaded.path,
+            loaded.place,
             said.step,
             said.epoch,
             said.created_at,
