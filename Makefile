@@ -39,7 +39,7 @@ lint: $(READY)  ## Style, types and layers alone
 
 soak: export OMP_NUM_THREADS := 1
 soak: $(READY)  ## The long tests: random states, kills and faults
-	$(RUN) -m pytest -n $(TEST_PROCESSES) -m soak --timeout 3600
+	$(RUN) -m pytest -n $(TEST_PROCESSES) -m soak --dist worksteal --timeout 3600
 
 bench: $(READY)  ## Speed and memory beside torch.save, Accelerate, DCP and Ray Tune
 	$(RUN) -m benchmarks
