@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.checkpoint.test_parse import write_manifest
 
 from keepstep import Checkpoint, Retention, Store
 from keepstep.errors import NoValidCheckpointError, StoreError, UsageError
@@ -197,3 +198,46 @@ def test_a_damaged_checkpoint_that_could_not_be_moved_is_named_where_it_is(
     with pytest.raises(NoValidCheckpointError) as caught:
         store.load_latest_into(state(9))
     assert f'Checkpoint.open("{tmp_path / "checkpoint_0"}")' in str(caught.value)
+
+
+def newer_format(path: Path) -> None:
+    """As a later version of keepstep would write it."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    write_manifest(path, {**manifest, "schema": 2})
+
+
+def test_what_a_newer_keepstep_wrote_is_not_damaged(tmp_path: Path) -> None:
+    filled(tmp_path, 3)
+    newer_format(tmp_path / "checkpoint_2")
+    store = Store(tmp_path, scrub_interval_s=0.01)
+    with pytest.raises(StoreError, match=r"upgrade keepstep. It may well be whole, so it was not set aside"):
+        store.load_latest_into(state(0))
+    assert (tmp_path / "checkpoint_2").is_dir()
+    assert [report.refused for report in store.verify()] == [False, False, True]
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_directory_that_lost_its_manifest_is_not_passed_over_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: int
+) -> None:
+    filled(tmp_path, 3)
+    (tmp_path / "checkpoint_9").mkdir()  # somebody's own
+    for number in range(3 - lost, 3):
+        (tmp_path / f"checkpoint_{number}" / "manifest.json").unlink()
+    for ask in (Store(tmp_path).latest, lambda: Store(tmp_path).load_latest_into(state(0))):
+        caplog.clear()
+        found = ask()
+        assert (found.step if found else -1) == 2 - lost
+        told = [r.getMessage() for r in caplog.records if "it was copied in part" in r.getMessage()]
+        assert len(told) == lost
+        assert str(tmp_path / "checkpoint_2") in told[-1]
+
+
+def test_a_checkpoint_loads_after_the_program_changed_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled(tmp_path, 1)
+    checkpoint = Checkpoint.open("checkpoint_0")
+    monkeypatch.chdir("/")
+    assert checkpoint.load()["model"].shape == (64,)

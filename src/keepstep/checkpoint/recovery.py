@@ -52,6 +52,10 @@ _UNSEEN = (
     "Nothing was set aside. Mount the same directory on every machine, or wait until all of them show it"
 )
 _GONE = ""
+_NO_MANIFEST = (
+    "passing over %s: it has a state.json and no manifest.json, so it was copied in part, or has lost that "
+    "file. If it is whole elsewhere, stop the run and copy the directory again; else remove it"
+)
 
 
 def newest_whole(root: catalog.Root) -> Checkpoint | None:
@@ -63,12 +67,28 @@ def newest_whole(root: catalog.Root) -> Checkpoint | None:
     for entry in reversed(catalog.scan(root)):
         damage = catalog.damage_of(entry)
         if damage is None and entry.manifest is not None:
+            _tell_of_lost_manifests(root, entry.number)
             return Checkpoint(entry.path, entry.manifest)
         if not place_exists(entry.path):
             gone = True
             continue
         log.warning("passing over the damaged checkpoint %s: %s", entry.path, damage)
-    return newest_whole(root) if gone else None  # who deletes an older one has saved a newer one
+    if gone:  # who deletes an older one has saved a newer one
+        return newest_whole(root)
+    _tell_of_lost_manifests(root)
+    return None
+
+
+def _tell_of_lost_manifests(root: catalog.Root, newer_than: int = -1) -> None:
+    """Warn of what was a checkpoint, or was to become one by copying, and has no manifest.
+
+    Args:
+        root: of the store.
+        newer_than: number of the checkpoint that is taken; -1: none is.
+    """
+    for number, place in catalog.backend_of(root).checkpoints():
+        if number > newer_than and isinstance(place, Path) and catalog.has_lost_manifest(place):
+            log.warning(_NO_MANIFEST, place)
 
 
 def restore_newest(
@@ -104,6 +124,7 @@ def restore_newest(
             picks = meeting.exchange(str(entries[-1].number if entries else -1).encode())
             number = int(picks[0])  # rank 0's word: a file system may show it to some before others
             if number < 0:
+                checkpoint = None
                 break
             passed.add(number)
             entry = _entry(entries, number) or _entry(catalog.scan(root), number)
@@ -114,7 +135,7 @@ def restore_newest(
             if 0 < len(gone) < world.size and not found and meeting.broadcast(_seen(root, number)):
                 raise StoreError(_UNSEEN.format(name=checkpoint_name(number), root=root, ranks=gone))
         if checkpoint is not None and not found and not gone:
-            return checkpoint
+            break
         if not found:
             continue  # dropped meanwhile by the process that writes; it has a newer one
         damaged[checkpoint_name(number)] = found
@@ -123,9 +144,11 @@ def restore_newest(
         if set_aside(entry.path, found) and number not in replaced:
             replaced.add(number)
             passed.discard(number)
-    if damaged:
+    if world.rank == 0:
+        _tell_of_lost_manifests(root, number)
+    if checkpoint is None and damaged:
         raise _all_damaged(root, damaged)
-    return None
+    return checkpoint
 
 
 def _all_damaged(root: catalog.Root, damaged: Mapping[str, str]) -> NoValidCheckpointError:

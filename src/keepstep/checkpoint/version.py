@@ -53,7 +53,7 @@ class Checkpoint:
         """
         if is_address(path):
             return cls._in_bucket(os.fspath(path).rstrip("/"), storage_options)
-        directory = Path(path)
+        directory = Path(path).absolute()  # a program may change its own before it loads
         if not directory.exists() and replaced_path(directory).exists():
             directory = replaced_path(directory)
             log.warning("%s is missing: a save was cut off while replacing it; using %s", path, directory)

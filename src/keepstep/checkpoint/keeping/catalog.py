@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from keepstep.checkpoint.crew import in_threads
 from keepstep.checkpoint.format.known import KnownManifests
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, STATE_NAME, Manifest
 from keepstep.checkpoint.format.parse import check_files, read_manifest
 from keepstep.checkpoint.format.source import Place, source_of
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, Backend, checkpoint_name
@@ -34,6 +34,7 @@ __all__ = [
     "damage_of",
     "disk_bytes",
     "find",
+    "has_lost_manifest",
     "is_checkpoint",
     "names_set_aside",
     "next_number",
@@ -75,6 +76,11 @@ class Entry:
 def is_checkpoint(directory: Path) -> bool:
     """Whether a directory has a manifest (which says nothing about its health)."""
     return (directory / MANIFEST_NAME).is_file()
+
+
+def has_lost_manifest(directory: Path) -> bool:
+    """Whether a directory has what keepstep writes beside a manifest, and none."""
+    return (directory / STATE_NAME).is_file() and not is_checkpoint(directory)
 
 
 def scan(root: Root, known: KnownManifests | None = None) -> list[Entry]:

@@ -6,6 +6,7 @@ import errno
 
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.keeping.catalog import Root, backend_of
+from keepstep.errors import SchemaVersionError
 
 __all__ = ["is_refusal", "set_aside"]
 
@@ -21,10 +22,14 @@ _REFUSALS = {
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether a system that refuses to read is behind an error: that says nothing about the bytes."""
+    """Whether what is behind an error says nothing about the bytes.
+
+    The system refuses to read them, or a newer keepstep wrote them.
+    """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _REFUSALS:
+        refused = isinstance(cause, OSError) and cause.errno in _REFUSALS
+        if refused or isinstance(cause, SchemaVersionError):
             return True
         cause = cause.__cause__
     return False
