@@ -39,6 +39,7 @@ def test_everything_is_one_family() -> None:
         (errors.DirectoryNotOursError, FileExistsError),
         (errors.StoreReadOnlyError, PermissionError),
         (errors.NoSpaceError, OSError),
+        (errors.NoThreadError, RuntimeError),
         (errors.CheckpointNotFoundError, FileNotFoundError),
         (errors.UsageError, ValueError),
         (errors.MismatchError, ValueError),

@@ -15,6 +15,7 @@ Each message says what happened, the value, what is allowed and what to do next.
     │   ├── CheckpointBusyError    a checkpoint that is to be deleted is being read
     │   ├── StoreReadOnlyError     no permission to write (also a PermissionError)
     │   ├── NoSpaceError           the disk is full (also an OSError with ENOSPC)
+    │   ├── NoThreadError          the system starts no more threads (also a RuntimeError)
     │   ├── BucketError            an object store can't be reached, or refuses
     │   └── CheckpointNotFoundError  no checkpoint of that name (also a FileNotFoundError)
     ├── DamagedCheckpointError     bytes on disk are not what was committed
@@ -82,6 +83,7 @@ __all__ = [
     "NoBatchFitsError",
     "NoResultError",
     "NoSpaceError",
+    "NoThreadError",
     "NoValidCheckpointError",
     "NotPreparedError",
     "NotTensorError",
@@ -176,6 +178,10 @@ class StoreReadOnlyError(StoreError, PermissionError):
 
 class BucketError(StoreError):
     """An object store can't be reached, times out, or refuses; what is there is whole."""
+
+
+class NoThreadError(StoreError, RuntimeError):
+    """The system starts no more threads, without which nothing is saved or loaded."""
 
 
 class NoSpaceError(StoreError, OSError):

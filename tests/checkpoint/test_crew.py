@@ -17,6 +17,7 @@ import torch
 from keepstep.checkpoint.crew import Crew, in_threads
 from keepstep.checkpoint.format.source import _LocalFile
 from keepstep.checkpoint.store import Store
+from keepstep.errors import NoThreadError
 from keepstep.outcome import Latch
 
 
@@ -87,7 +88,7 @@ def test_a_thread_that_could_not_be_started_is_started_for_the_next_work(
     crew = Crew(1, "test")
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError, match="new thread"):
+        with pytest.raises(NoThreadError, match=r"new thread, which .* Raise the limit"):
             crew.submit(niceness)
     done = crew.submit(lambda: 1)
     crew.close()
@@ -101,6 +102,7 @@ import time
 from keepstep.checkpoint.crew import Crew, in_threads
 from keepstep.checkpoint.format.source import _LocalFile
 from keepstep.checkpoint.store import Store
+from keepstep.errors import NoThreadError
 from keepstep.outcome import Latch
 crew = Crew(1, "test")
 crew.submit(lambda: (time.sleep(0.3), crew.submit(lambda: (print("done", flush=True), crew.close()))))

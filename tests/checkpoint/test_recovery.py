@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -241,3 +242,27 @@ def test_a_checkpoint_loads_after_the_program_changed_its_directory(
     checkpoint = Checkpoint.open("checkpoint_0")
     monkeypatch.chdir("/")
     assert checkpoint.load()["model"].shape == (64,)
+
+
+@pytest.mark.parametrize("shut", ["checkpoint_2", "."])
+def test_what_may_not_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shut: str
+) -> None:
+    filled(tmp_path, 3)
+    real = {name: getattr(os, name) for name in ("open", "stat", "lstat", "scandir")}
+
+    def guarded(name: str) -> Callable[..., Any]:
+        def ask(path: Any, *args: Any, **options: Any) -> Any:
+            inside = name == "scandir" or str(path) != str(tmp_path / shut)
+            if str(path).startswith(str(tmp_path / shut)) and inside:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real[name](path, *args, **options)
+
+        return ask
+
+    for name in real:
+        monkeypatch.setattr(os, name, guarded(name))
+    with pytest.raises(StoreError, match=r"Permission denied\).*not set aside|can't be listed: Permission"):
+        Store(tmp_path).load_latest_into(state(0))
+    monkeypatch.undo()
+    assert [checkpoint.step for checkpoint in Store(tmp_path).list()] == [0, 1, 2]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from keepstep.errors import NoThreadError
 from keepstep.outcome import LOOK_UP_S, Outcome, wait_for_all
 
 __all__ = ["Crew", "in_threads"]
@@ -53,7 +54,7 @@ class Crew:
         """Hand in work; it is begun in the order in which it came.
 
         Raises:
-            RuntimeError: the system gives no more threads; the work was not handed in.
+            NoThreadError: the system gives no more threads; the work was not handed in.
         """
         with self._starting:
             if len(self._threads) < self._count and not self._closed:
@@ -68,9 +69,12 @@ class Crew:
         self._threads.append(thread)  # first: Ctrl-C may come just after it has started
         try:
             thread.start()
-        except RuntimeError:  # it has not: nobody would do what is handed in next
+        except RuntimeError as error:  # it has not: nobody would do what is handed in next
             self._threads.remove(thread)
-            raise
+            raise NoThreadError(
+                f"{error}, which saving and loading need. Raise the limit on threads and processes "
+                "(ulimit -u, the pids of a container) or on memory, or start fewer of them"
+            ) from error
 
     def close(self) -> None:
         """Let the threads end once all that was handed in is done. Safe to call twice."""

@@ -217,7 +217,13 @@ class LocalSource:
         return self._directory.is_dir()
 
     def has_manifest(self) -> bool:
-        return os.path.lexists(self._directory / MANIFEST_NAME)
+        try:
+            os.lstat(self._directory / MANIFEST_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # it may well have one: the system does not let us look
+            return True
+        return True
 
     def read_small(self, name: str, limit_bytes: int) -> bytes:
         directory = self._directory

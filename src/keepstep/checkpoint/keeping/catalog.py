@@ -80,7 +80,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 def has_lost_manifest(directory: Path) -> bool:
     """Whether a directory has what keepstep writes beside a manifest, and none."""
-    return (directory / STATE_NAME).is_file() and not is_checkpoint(directory)
+    return os.path.isfile(directory / STATE_NAME) and not source_of(directory).has_manifest()
 
 
 def scan(root: Root, known: KnownManifests | None = None) -> list[Entry]:

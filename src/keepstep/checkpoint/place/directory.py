@@ -22,7 +22,7 @@ from keepstep.checkpoint.place.claimant import parse_claim, this_process
 from keepstep.checkpoint.place.deletion import delete_checkpoint, empty_trash
 from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace, explained, sweep
-from keepstep.errors import CheckpointNotFoundError, StoreBusyError
+from keepstep.errors import CheckpointNotFoundError, StoreBusyError, StoreError
 from keepstep.files import Files, free_bytes
 from keepstep.locks import StoreLock
 
@@ -191,6 +191,11 @@ def _names_by_number(root: Path) -> dict[int, str]:
         return {}
     except NotADirectoryError:
         raise CheckpointNotFoundError(f"{root} is a file; give a directory that holds checkpoints") from None
+    except OSError as error:
+        raise StoreError(
+            f"{root} can't be listed: {error.strerror or error}. Give this process what it lacks "
+            "(permission, say) and start it again"
+        ) from error
     names = dict(found)
     return names if len(names) == len(found) else _one_of_each(root, found)
 
