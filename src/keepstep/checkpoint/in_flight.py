@@ -113,6 +113,7 @@ class Saves:
                     place=save.workspace.final,
                     staged=staged,
                     seal=save.seal,
+                    spoiled=lambda: save.is_spoiled,
                     blocked_s=time.perf_counter() - began,
                 )
             except BaseException:  # Ctrl-C, perhaps just after the work was handed in: it may be committing

@@ -37,11 +37,13 @@ class PendingSave:
         place: Place,
         staged: Latch,
         seal: Callable[[], None],
+        spoiled: Callable[[], bool],
         blocked_s: float,
     ) -> None:
         self._outcome = outcome
         self._staged = staged
         self._seal = seal
+        self._spoiled = spoiled
         self.place = place
         self.blocked_s = blocked_s
         self.seen = False
@@ -74,6 +76,12 @@ class PendingSave:
         if not self.inherited:
             self._staged.wait()
             self._seal()
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether tensors were written to while they were copied, so that it fails; waits for the copy."""
+        self.wait_staged()
+        return not self.inherited and self._spoiled()
 
     def _come_by(self, timeout_s: float | None) -> None:
         """Whoever ordered it writes to nothing while it is here; wait for the copy if need be."""

@@ -137,8 +137,8 @@ class _Flattener:
                 f"({error}); redistribute it to Shard or Replicate placements first"
             ) from error
         assert part is not None
-        address = self.add_tensor(part[0], path, counted=False)  # torch counts writes to the whole only
-        self.leaves[-1] = self.leaves[-1]._replace(shard=(part[1], tuple(tensor.shape)))
+        address = self.add_tensor(part[0], path, counted=not tensor.is_inference())
+        self.leaves[-1] = self.leaves[-1]._replace(shard=(part[1], tuple(tensor.shape)), whole=tensor)
         return address
 
     def encode_numpy(self, value: np.ndarray[Any, Any] | np.generic, path: tuple[Any, ...]) -> Any:

@@ -104,6 +104,7 @@ class Leaf(NamedTuple):
         frozen: whether it is a module's parameter that no gradient reaches.
         counted: whether torch counts what is written to it (not so for memory of NumPy's).
         shard: for a part of a distributed tensor: where it begins, and the shape of the whole.
+        whole: the distributed tensor that it is a part of: what is written through that, torch counts there.
     """
 
     address: str
@@ -113,6 +114,7 @@ class Leaf(NamedTuple):
     frozen: bool = False
     counted: bool = True
     shard: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    whole: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from keepstep.checkpoint.saving.under_way import UnderWay
 from keepstep.checkpoint.saving.writer import WRITER_THREADS, SegmentWriter
 from keepstep.errors import RanksDifferError, StateChangedError, UsageError
 from keepstep.outcome import Latch
-from keepstep.tree import DTYPES, Flat, Leaf, flatten
+from keepstep.tree import DTYPES, Flat, Leaf, flatten, shard_of
 
 __all__ = [
     "Content",
@@ -45,22 +45,32 @@ __all__ = [
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
 class Held:
-    """A live tensor that must not be written to until it is staged, and torch's count of writes to it."""
+    """A live tensor that must not be written to until it is staged, and torch's count of writes to it.
 
-    index: int
-    tensor: torch.Tensor
-    version: int
+    What is written through a distributed tensor is counted there, what is written to its local part here.
+    """
+
+    __slots__ = ("_count", "_counted", "index")
+
+    def __init__(self, index: int, leaf: Leaf) -> None:
+        self.index = index
+        self._counted = (leaf.tensor,) if leaf.whole is None else (leaf.tensor, leaf.whole)
+        self._count = self._writes()
+
+    def _writes(self) -> int:
+        return sum(tensor._version for tensor in self._counted)
 
     @property
     def was_written_to(self) -> bool:
         """Whether torch has counted a write since."""
-        return self.tensor._version != self.version
+        return self._writes() != self._count
 
 
 def _memory(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    part = shard_of(tensor)
+    held = tensor if part is None else part[0]
+    return held.device, held.untyped_storage().data_ptr()
 
 
 class Save:
@@ -162,10 +172,15 @@ class Save:
             if moves:
                 source.take_copy()
             else:
-                self._held.append(Held(index, leaf.tensor, leaf.tensor._version))
+                self._held.append(Held(index, leaf))
         self._streams.follow()
         self._writer.step_back()
         return True
+
+    @property
+    def is_spoiled(self) -> bool:
+        """Whether it is known that what was held was written to, so that `finish` is going to refuse."""
+        return bool(self._written_to)
 
     def stage(self) -> None:
         """Copy the state out; writing goes on behind. Call `finish` afterwards."""

@@ -38,6 +38,7 @@ from keepstep.train.ranks.alike import check_saving_alike
 from keepstep.train.resuming.hooked import StateHooks
 from keepstep.train.resuming.importing import Importer, tell_of_earlier
 from keepstep.train.resuming.notices import Notices
+from keepstep.train.resuming.slips import Slips
 from keepstep.train.resuming.state import Captured, TrainState
 from keepstep.train.resuming.told import Told
 from keepstep.train.settings.config import CheckpointPolicy, ProjectConfiguration
@@ -95,9 +96,8 @@ class Saver:
         self._pacer = Pacer(policy, waited_s=lambda: state.gate.waited_s, clock=clock)
         self._pending: PendingSave | None = None
         self._decision = Decision(state.world, policy)
-        # Ranks copy at once: that one of them wrote to its tensors meanwhile would fail the save of all.
-        many = state.world.size > 1 and policy.staging == "auto"
-        self._staging: Staging = "awaited" if many else policy.staging
+        self._staging: Staging = policy.staging
+        self._slips = Slips(state.world, policy)
         self._about = _About()
         self._complaints = Complaints()
         self._notices = Notices(state.world)
@@ -155,9 +155,12 @@ class Saver:
             return None
         self._compare(store)
         self._told.tell(state.step, metrics)
+        slipped = self._slips.found(self._pending, state.step, lost=self._lost is not None)
+        if slipped:  # on some rank: all make it again, now
+            self._ask_finished()
+            busy = False
         due = self._decision.take(self._pacer, state.step, busy=busy)
-        # Ranks learn at different steps that a checkpoint was lost: it is made again when the next is due.
-        if due is not Due.YES and (self._lost is None or self._world.size > 1):
+        if due is not Due.YES and not slipped and (self._lost is None or self._world.size > 1):
             self._pacer.leave(busy=busy)
             if not state.optimizers:
                 raise NotPreparedError(
@@ -220,6 +223,7 @@ class Saver:
         except (StoreError, BackgroundSaveError) as error:
             self._failed(error, about)
         state.gate.pending = self._pending
+        self._slips.begun(state.step)
         self._about = about
 
     def _environment(self) -> dict[str, Any]:
