@@ -173,7 +173,7 @@ class _Slow(LocalFiles):
 def _a_write_to_a_shard_while_it_is_copied_is_not_committed(
     root: Path, world: Ranks, mesh: DeviceMesh
 ) -> None:
-    """Torch counts no write to the memory below a distributed tensor: it has to be copied before."""
+    """Torch does not count what operations on many tensors write to shards: they are copied before."""
     store = Store(root / "overlapped", world=world, files=_Slow())
     live = distribute_tensor(torch.zeros(1 << 20), mesh, [Shard(0)])
     pending = store.save_in_background({"w": live}, staging="overlapped")

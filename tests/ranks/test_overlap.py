@@ -78,7 +78,8 @@ def _writes_are_found_out(root: Path, rank: int) -> None:
     for name, write in WRITES.items():
         w = distribute_tensor(torch.rand(8, 4) + 1, mesh, [Shard(0)])
         with Held() as held:
-            pending = store.save_in_background({"w": w, "b": torch.ones(2)}, step=1, staging="overlapped")
+            state = {"w": w, "b": torch.ones(2)}
+            pending = store.save_in_background(state, step=1, staging="overlapped", steady=[w])
             assert not held.at_once
             if rank == 1:
                 write(w)
@@ -101,7 +102,8 @@ def _a_step_of_fsdp_is_no_write(root: Path) -> None:
     optimizer.step()
     with Held() as held:
         state = {"model": model, "optimizer": optimizer}
-        pending = store.save_in_background(state, step=1, staging="overlapped")
+        steady = [*model.parameters(), *(value for of in optimizer.state.values() for value in of.values())]
+        pending = store.save_in_background(state, step=1, staging="overlapped", steady=steady)
         optimizer.zero_grad()
         for _ in range(2):
             model(torch.ones(3, 6)).sum().backward()

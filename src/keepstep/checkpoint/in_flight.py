@@ -90,6 +90,7 @@ class Saves:
         *,
         staging: Staging,
         changing: Iterable[torch.Tensor],
+        steady: Iterable[torch.Tensor],
     ) -> PendingSave:
         """Begin a save that goes on in the background. See `Store.save_in_background`."""
         if staging not in get_args(Staging):
@@ -101,7 +102,7 @@ class Saves:
             crew = Crew(1, "keepstep-commit")
             staged = Latch()
             try:
-                if _may_copy_behind(save, staging) and save.hold(changing):
+                if _may_copy_behind(save, staging) and save.hold(changing, steady):
                     crew.step_back()
                     outcome = crew.submit(lambda: self._stage_and_finish(save, staged))
                 else:

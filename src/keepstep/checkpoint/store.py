@@ -61,9 +61,8 @@ class Store:
             as in `load_latest_into`. None: don't.
         scrub_bytes_per_s: how fast it reads at most; None: 50 MB/s.
         files: how the disk is changed; tests pass one that fails on purpose.
-        world: the ranks that save and load together, `keepstep.world.Ranks()`; None for one process. With
-            many ranks every call that saves or loads is made by all of them, and the directory or bucket is
-            one that they all see. Rank 0 holds the lock, commits and prunes.
+        world: the ranks that save and load together, `keepstep.world.Ranks()`; None for one process. Each call
+            that saves or loads is made by all ranks, in a place that all see. Rank 0 locks, commits and prunes.
     """
 
     def __init__(
@@ -198,6 +197,7 @@ class Store:
         per_rank: Any = None,
         staging: Staging = "awaited",
         changing: Iterable[torch.Tensor] = (),
+        steady: Iterable[torch.Tensor] = (),
     ) -> PendingSave:
         """Copy the state; hashing, writing and the commit go on in the background.
 
@@ -213,20 +213,20 @@ class Store:
             pinned: never prune it.
             environment: more to write down beside versions, host and command line.
             per_rank: what is this rank's own.
-            staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made
-                in the background as well, and the state must not change until `PendingSave.wait_staged` has
-                returned. Tensors that torch saw this thread write to before are found out: nothing is
-                committed, which waits until what the thread did meanwhile is over, and the error names them.
-                "auto": the one that costs less for a state of this size; treat it as "overlapped".
+            staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made in
+                the background too, and the state must not change until `PendingSave.wait_staged` has returned.
+                Tensors that torch saw this thread write to before are found out: nothing is committed, and the
+                error names them. "auto": whichever costs less for this size; treat it as "overlapped".
             changing: tensors that may change at once all the same, such as buffers that a forward updates;
-                they are copied before this returns. So is all memory of NumPy's. If that comes to more than
-                128 MiB, everything is copied before this returns.
+                they are copied before this returns. So are all memory of NumPy's, and DTensors that are not
+                `steady`. If that comes to more than 128 MiB, everything is copied before this returns.
+            steady: DTensors that only what waits for the copy writes to: torch counts not all writes to them.
         """
         description = describe(
             step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
         )
         return self._saves.save_in_background(
-            state, description, per_rank, staging=staging, changing=changing
+            state, description, per_rank, staging=staging, changing=changing, steady=steady
         )
 
     @property
@@ -245,8 +245,7 @@ class Store:
     def claim(self) -> None:
         """Become the one process that writes here, and clear what dead ones left.
 
-        The first save does so by itself; a run that claims its store at the start learns at once that
-        another one is still writing.
+        The first save does so by itself; claimed at the start, a run learns at once that another still writes.
 
         Raises:
             StoreBusyError, StoreReadOnlyError, StoreError: another process writes; or nobody can write here.

@@ -24,6 +24,7 @@ __all__ = [
     "codecs_by_type",
     "has_codec",
     "is_stateful",
+    "local_part",
     "register_codec",
     "shard_of",
     "type_name",
@@ -91,6 +92,15 @@ def shard_of(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]] | Non
     local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
     at = tuple(chunk.offsets)
     return local.detach(), at if len(at) == tensor.dim() else (0,) * tensor.dim()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory that this rank holds of a tensor: all of it, but for distributed ones."""
+    if not hasattr(tensor, "__create_chunk_list__"):
+        return tensor
+    with torch.no_grad():
+        local: torch.Tensor = tensor.to_local()  # type: ignore[operator]
+    return local
 
 
 class Leaf(NamedTuple):

@@ -31,7 +31,7 @@ from keepstep.checkpoint.saving.under_way import UnderWay
 from keepstep.checkpoint.saving.writer import WRITER_THREADS, SegmentWriter
 from keepstep.errors import RanksDifferError, StateChangedError, UsageError
 from keepstep.outcome import Latch
-from keepstep.tree import DTYPES, Flat, Leaf, flatten, shard_of
+from keepstep.tree import DTYPES, Flat, Leaf, flatten, local_part
 
 __all__ = [
     "Content",
@@ -68,8 +68,7 @@ class Held:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    part = shard_of(tensor)
-    held = tensor if part is None else part[0]
+    held = local_part(tensor)
     return held.device, held.untyped_storage().data_ptr()
 
 
@@ -152,11 +151,12 @@ class Save:
         """Whether part of the state lies on an accelerator."""
         return any(leaf.tensor.device.type != "cpu" for leaf in self._flat.leaves)
 
-    def hold(self, changing: Iterable[torch.Tensor]) -> bool:
+    def hold(self, changing: Iterable[torch.Tensor], steady: Iterable[torch.Tensor] = ()) -> bool:
         """Copy what may change before everything is staged, and take note of the rest's versions.
 
         Args:
             changing: tensors that the next forward and backward write to, such as buffers.
+            steady: distributed tensors that they don't write to; others are taken for changing.
 
         Returns:
             False if that is too much to be held in memory beside the blocks; then nothing was copied, and
@@ -164,6 +164,8 @@ class Save:
         """
         memories = {_memory(tensor) for tensor in changing}
         memories |= {_memory(leaf.tensor) for leaf in self._flat.leaves if not leaf.counted}
+        shards = {_memory(leaf.tensor) for leaf in self._flat.leaves if leaf.whole is not None}
+        memories |= shards - set(map(_memory, steady)) if shards else set()
         pairs = list(zip(self._flat.leaves, self._sources, strict=True))
         moving = [not leaf.counted or _memory(leaf.tensor) in memories for leaf, _ in pairs]
         if sum(source.bytes for (_, source), moves in zip(pairs, moving, strict=True) if moves) > _HELD_BYTES:

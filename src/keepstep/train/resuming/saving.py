@@ -218,6 +218,7 @@ class Saver:
                 tags=about.tags,
                 staging=self._staging,
                 changing=state.changing(),
+                steady=state.steady(),
                 environment=self._environment(),
             )
         except (StoreError, BackgroundSaveError) as error:

@@ -34,7 +34,6 @@ from keepstep.train.resuming.options import options_of, warn_of_replaced
 from keepstep.train.resuming.rank_state import Buffers, Generators, Gradients, numbered
 from keepstep.train.resuming.shared_state import SharedState
 from keepstep.train.step import AccumulationWindow, PreparedOptimizer, PreparedScheduler
-from keepstep.tree import shard_of
 from keepstep.world import World
 
 __all__ = ["Captured", "TrainState"]
@@ -157,25 +156,24 @@ class TrainState:
             )
 
     def changing(self) -> list[torch.Tensor]:
-        """What may change between two optimizer steps: buffers, by a forward; gradients; learning rates.
-
-        And shards of modules that no optimizer steps, as of an average of the weights: what operations on many
-        tensors at once (`torch._foreach_lerp_`) write to shards is not counted.
-        """
+        """What may change between two optimizer steps: buffers, by a forward; gradients; learning rates."""
         parameters = [p for optimizer in self.optimizers for p in optimizer.parameters()]
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        stepped = set(map(id, parameters))
         return [
-            *(
-                parameter
-                for module in self._modules
-                if stepped.isdisjoint(map(id, module.parameters()))
-                for parameter in module.parameters()
-                if shard_of(parameter) is not None
-            ),
             *(buffer for module in self._modules for buffer in module.buffers()),
             *(parameter.grad for parameter in parameters if parameter.grad is not None),
             *(value for group in groups for value in group.values() if isinstance(value, torch.Tensor)),
+        ]
+
+    def steady(self) -> list[torch.Tensor]:
+        """Shards that only optimizers write to, which wait: theirs, and frozen ones of the same models."""
+        stepped = {id(p) for prepared in self.optimizers for p in prepared.parameters()}
+        states = [state for prepared in self.optimizers for state in prepared.optimizer.state.values()]
+        values = [value for state in states if isinstance(state, dict) for value in state.values()]
+        held = [list(model.parameters()) for model in self.models]
+        return [
+            *(p for parameters in held if not stepped.isdisjoint(map(id, parameters)) for p in parameters),
+            *(value for value in values if isinstance(value, torch.Tensor)),
         ]
 
     @property
