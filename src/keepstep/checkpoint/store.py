@@ -61,8 +61,8 @@ class Store:
             as in `load_latest_into`. None: don't.
         scrub_bytes_per_s: how fast it reads at most; None: 50 MB/s.
         files: how the disk is changed; tests pass one that fails on purpose.
-        world: the ranks that save and load together, `keepstep.world.Ranks()`; None for one process. Each call
-            that saves or loads is made by all ranks, in a place that all see. Rank 0 locks, commits and prunes.
+        world: the ranks that save and load together, `keepstep.world.Ranks()`; None for one process. All
+            make each call that saves or loads, in a place that all see. Rank 0 locks, commits and prunes.
     """
 
     def __init__(
@@ -213,10 +213,10 @@ class Store:
             pinned: never prune it.
             environment: more to write down beside versions, host and command line.
             per_rank: what is this rank's own.
-            staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made in
-                the background too, and the state must not change until `PendingSave.wait_staged` has returned.
-                Tensors that torch saw this thread write to before are found out: nothing is committed, and the
-                error names them. "auto": whichever costs less for this size; treat it as "overlapped".
+            staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made
+                behind, too, and the state must not change until `PendingSave.wait_staged` has returned. Tensors
+                that torch saw this thread write to before are found out: nothing is committed, and the error
+                names them. "auto": whichever costs less for this size; treat it as "overlapped".
             changing: tensors that may change at once all the same, such as buffers that a forward updates;
                 they are copied before this returns. So are all memory of NumPy's, and DTensors that are not
                 `steady`. If that comes to more than 128 MiB, everything is copied before this returns.
@@ -245,7 +245,7 @@ class Store:
     def claim(self) -> None:
         """Become the one process that writes here, and clear what dead ones left.
 
-        The first save does so by itself; claimed at the start, a run learns at once that another still writes.
+        The first save does so by itself; claimed at the start, it is known at once that another writes.
 
         Raises:
             StoreBusyError, StoreReadOnlyError, StoreError: another process writes; or nobody can write here.
