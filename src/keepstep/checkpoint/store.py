@@ -214,7 +214,7 @@ class Store:
             environment: more to write down beside versions, host and command line.
             per_rank: what is this rank's own.
             staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made
-                behind, too, and the state must not change until `PendingSave.wait_staged` has returned. Tensors
+                behind; the state must not change until `PendingSave.wait_staged` has returned. Tensors
                 that torch saw this thread write to before are found out: nothing is committed, and the error
                 names them. "auto": whichever costs less for this size; treat it as "overlapped".
             changing: tensors that may change at once all the same, such as buffers that a forward updates;
@@ -245,7 +245,7 @@ class Store:
     def claim(self) -> None:
         """Become the one process that writes here, and clear what dead ones left.
 
-        The first save does so by itself; claimed at the start, it is known at once that another writes.
+        The first save does so by itself; claimed at the start, another writer is known at once.
 
         Raises:
             StoreBusyError, StoreReadOnlyError, StoreError: another process writes; or nobody can write here.
