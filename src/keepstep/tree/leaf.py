@@ -99,7 +99,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     if not hasattr(tensor, "__create_chunk_list__"):
         return tensor
     with torch.no_grad():
-        local: torch.Tensor = tensor.to_local()  # type: ignore[operator]
+        local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return local
 
 
