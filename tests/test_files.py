@@ -6,6 +6,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -258,11 +259,45 @@ def test_a_store_lock_keeps_other_processes_out(tmp_path: Path) -> None:
             assert pool.apply(_try_lock, (str(tmp_path / "other" / method),)) == ""
 
 
+def _locked_elsewhere(path: Path) -> str:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return str(pool.apply(_try_lock, (str(path),)))
+
+
+def test_a_store_lock_stays_when_the_process_reads_the_file(tmp_path: Path) -> None:
+    """A backup of the directory, made by the run itself, opens and closes everything in it."""
+    (tmp_path / "run").mkdir()
+    assert StoreLock.acquire(tmp_path / "run" / "lock", b"the parent") is None
+    shutil.copytree(tmp_path / "run", tmp_path / "backup")
+    assert _locked_elsewhere(tmp_path / "run" / "lock") == "the parent"
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert StoreLock.acquire(tmp_path / "moved" / "lock", b"the parent") is None, "under its new name as well"
+
+
+def test_a_store_lock_does_not_outlive_its_process_in_a_forked_worker(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        StoreLock.acquire(tmp_path / "lock", b"the parent")
+        worker = os.fork()
+        if worker == 0:
+            os.read(read, 1)
+        os._exit(0)
+    os.waitpid(parent, 0)
+    try:
+        assert _locked_elsewhere(tmp_path / "lock") == ""
+    finally:
+        os.write(write, b"x")
+        os.close(read)
+        os.close(write)
+
+
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr("keepstep.locks.fcntl.lockf", refuse)
+    monkeypatch.setattr("keepstep.locks.fcntl.fcntl", refuse)
     assert StoreLock.acquire(tmp_path / "lock", b"me") is None
     monkeypatch.setattr("keepstep.locks.fcntl.flock", refuse)
     lock = DirectoryLock(tmp_path)

@@ -5,11 +5,14 @@ A file system without locks refuses none: what they guard is guarded by names th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import struct
 import threading
 from pathlib import Path
+from typing import Final
 
 from keepstep.files import NOT_SUPPORTED, PAGE_BYTES
 
@@ -17,15 +20,17 @@ __all__ = ["DirectoryLock", "StoreLock"]
 
 
 class StoreLock:
-    """One writing process a store: an advisory record lock on a small file.
+    """One writing process a store: an advisory lock on a small file.
 
-    A record lock (not flock) is used since children don't inherit it: a killed run's data-loader
-    workers may outlive it for seconds, and must not keep the next attempt out. It goes with the
-    process, however that ends. Within a process every store of one path shares the lock.
+    It goes with the process, however that ends. Within one every store of a directory shares the lock.
+    It belongs to what was opened here (an OFD lock), so that it stays when the process opens and closes the
+    file elsewhere, as a backup of the directory does; a record lock, which would be gone then, only where
+    the system has no other. Children let go of it: a killed run's data-loader workers may outlive it for
+    seconds, and must not keep the next attempt out.
     """
 
-    _held: dict[Path, tuple[int, int]] = {}  # noqa: RUF012  (path -> pid, fd; one registry a process)
-    _guard = threading.Lock()
+    _held: dict[tuple[int, int], int] = {}  # noqa: RUF012  (device and inode -> fd; one registry a process)
+    _guard = threading.RLock()
 
     @classmethod
     def acquire(cls, path: Path, owner: bytes) -> bytes | None:
@@ -34,13 +39,12 @@ class StoreLock:
         Returns:
             None if this process holds it now, else what the holder wrote about itself.
         """
-        path = path.resolve()
         with cls._guard:
             if cls._holds(path):
                 return None
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_alone(fd)
             except OSError as error:
                 holder = os.pread(fd, PAGE_BYTES, 0)
                 os.close(fd)
@@ -51,27 +55,48 @@ class StoreLock:
                 raise
             os.ftruncate(fd, 0)
             os.pwrite(fd, owner, 0)
-            cls._held[path] = (os.getpid(), fd)
+            found = os.fstat(fd)
+            cls._held[found.st_dev, found.st_ino] = fd
             return None
 
     @classmethod
     def _holds(cls, path: Path) -> bool:
         """Whether this process holds it; not so any more if the file was moved away or deleted."""
-        pid, fd = cls._held.get(path, (0, -1))
-        if pid != os.getpid():  # after a fork the copied registry says nothing about the child
-            return False
         try:
-            return os.path.samestat(os.fstat(fd), os.stat(path))
+            found = os.stat(path)
         except FileNotFoundError:
             return False
+        return (found.st_dev, found.st_ino) in cls._held
 
     @classmethod
     def start_anew_after_fork(cls) -> None:
-        """Another thread of the parent may have been inside; its lock would never be released here."""
-        cls._guard = threading.Lock()
+        """What is held is the parent's. Another thread of it may have been inside and never leaves here."""
+        cls._guard = threading.RLock()
+        held, cls._held = cls._held, {}
+        for fd in held.values():
+            os.close(fd)
 
 
 os.register_at_fork(after_in_child=StoreLock.start_anew_after_fork)
+
+_WHOLE_FILE: Final = struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64 bits
+
+
+def _lock_alone(fd: int) -> None:
+    """Lock a file for who has it open as `fd`.
+
+    Raises:
+        OSError: somebody else has locked it, or it can't be locked.
+    """
+    if hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("P") == 8:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+        else:
+            return
+    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class DirectoryLock:
@@ -85,6 +110,7 @@ class DirectoryLock:
 
     def __init__(self, path: Path, *, shared: bool = False, wait: bool = False) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._pid = os.getpid()
         self.supported = True
         try:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -106,4 +132,7 @@ class DirectoryLock:
         """Let go; safe to call twice."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
+            if self._pid == os.getpid():  # closing it is not enough: children that were forked have it open
+                with contextlib.suppress(OSError):
+                    fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
