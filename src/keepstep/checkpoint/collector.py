@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Iterator
 
 __all__ = ["collector_paused"]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the handler of a signal may save as well
 _pauses = 0
 _was_enabled = False
 
@@ -31,6 +32,18 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _pauses -= 1
+            _pauses = max(0, _pauses - 1)
             if _pauses == 0 and _was_enabled:
                 gc.enable()
+
+
+def _start_anew_after_fork() -> None:
+    """Threads that paused it in the parent are not here to let it go on."""
+    global _lock, _pauses  # noqa: PLW0603
+    _lock = threading.RLock()
+    if _pauses and _was_enabled:
+        gc.enable()
+    _pauses = 0
+
+
+os.register_at_fork(after_in_child=_start_anew_after_fork)
