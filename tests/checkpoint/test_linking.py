@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from tests.checkpoint.equality import assert_same
 from tests.checkpoint.faults import FaultyFiles
 
 from keepstep.checkpoint.keeping.retention import Retention
+from keepstep.checkpoint.saving import staging
+from keepstep.checkpoint.saving.staging import dense_bytes
 from keepstep.checkpoint.store import Store
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.files import LocalFiles
@@ -227,3 +230,24 @@ def test_nothing_is_linked_to_damage_that_was_found(tmp_path: Path) -> None:
         file.write(b"rot")
     assert not any(report.sound for report in store.verify())
     assert_same(store.save({"w": w}).load(), {"w": w})
+
+
+def test_dense_copies_of_what_rests_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not lie densely is made dense to be compared; all of a frozen base may be too much."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        made = dense_bytes(tensor)
+        alive.append(weakref.ref(made))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return made
+
+    store, state = Store(tmp_path), {"base": [torch.rand(512, 1024 + n).t() for n in range(12)]}
+    first = store.save(state)
+    monkeypatch.setattr(staging, "dense_bytes", counted)
+    second = store.save(state)
+    assert linked(first, second) == {"base.safetensors"}
+    assert len(alive) >= 12
+    assert most <= 4

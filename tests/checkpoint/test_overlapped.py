@@ -207,6 +207,17 @@ def test_memory_that_was_given_back_before_the_save_is_not_read(tmp_path: Path) 
     assert len(store.list()) == 1
 
 
+@pytest.mark.parametrize("view", ["transposed", "conjugated", "expanded", "said to change"])
+def test_memory_that_was_given_back_is_not_read_however_it_is_looked_at(tmp_path: Path, view: str) -> None:
+    w = torch.ones(300, 300, dtype=torch.complex64)
+    seen = {"transposed": w.t(), "conjugated": w.conj(), "expanded": w[:1].expand(400, 300)}.get(view, w)
+    w.untyped_storage().resize_(0)
+    changing = [seen] if view == "said to change" else []
+    with pytest.raises((UsageError, BackgroundSaveError), match="bytes of memory and has 0"):
+        Store(tmp_path).save_in_background({"w": seen}, staging="overlapped", changing=changing).wait()
+    assert Store(tmp_path).list() == []
+
+
 def test_what_is_said_to_change_is_copied_at_once(tmp_path: Path, held: Held) -> None:
     model = torch.nn.BatchNorm1d(3)
     state = {"model": model, "gradient": torch.ones(2), "memory": np.arange(4)}

@@ -142,13 +142,14 @@ class TensorBytes:
 
     def matches(self, expected: str, known: KnownDigests) -> bool:
         """Whether the bytes have this digest."""
-        if self._streams is None and self._dense is None and self._tensor is not None:
-            _check_memory(self._tensor)
-            return known.matches(self._tensor, self._host_view(), expected)
-        return digest_of(self._host_view()) == expected
+        tensor, data = self._tensor, self._host_view()
+        if self._streams is None and self._dense is None and tensor is not None and _is_dense(tensor):
+            return known.matches(tensor, data, expected)
+        return digest_of(data) == expected
 
     def _host_view(self) -> memoryview:
-        dense = self._dense_bytes()
+        """The bytes, to be looked at. A dense copy is not kept: all those of a state may be too much."""
+        dense = self._dense if self._dense is not None else self._make_dense()
         if self._streams is None:
             view: memoryview = dense.numpy().data
             return view
@@ -161,13 +162,14 @@ class TensorBytes:
         if dense is None:
             with self._making_dense:
                 if self._dense is None:
-                    assert self._tensor is not None, "staged after it was released"
-                    with (
-                        contextlib.nullcontext() if self._streams is None else self._streams.on(self._tensor)
-                    ):
-                        self._dense = dense_bytes(self._tensor)
+                    self._dense = self._make_dense()
                 dense = self._dense
         return dense
+
+    def _make_dense(self) -> torch.Tensor:
+        assert self._tensor is not None, "staged after it was released"
+        with contextlib.nullcontext() if self._streams is None else self._streams.on(self._tensor):
+            return dense_bytes(self._tensor)
 
     def take_copy(self) -> None:
         """Copy the tensor now: it may change before it is staged."""
@@ -190,9 +192,11 @@ def _check_memory(tensor: torch.Tensor) -> None:
     Raises:
         UsageError: it has less memory than elements.
     """
-    memory = tensor.untyped_storage()
-    needed_bytes = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize if tensor.numel() else 0
-    if memory.nbytes() < needed_bytes and tensor.is_contiguous():
+    memory, elements = tensor.untyped_storage(), tensor.numel()
+    if not tensor.is_contiguous() and elements:
+        elements = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    needed_bytes = (tensor.storage_offset() + elements) * tensor.itemsize if elements else 0
+    if memory.nbytes() < needed_bytes:
         raise UsageError(
             f"a tensor of shape {list(tensor.shape)} needs {needed_bytes} bytes of memory and has "
             f"{memory.nbytes()}: its storage was resized. Save it before its memory is given back"
@@ -200,7 +204,12 @@ def _check_memory(tensor: torch.Tensor) -> None:
 
 
 def dense_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's elements, dense and row-major, as a flat tensor of bytes on its device."""
+    """A tensor's elements, dense and row-major, as a flat tensor of bytes on its device.
+
+    Raises:
+        UsageError: it has less memory than elements.
+    """
+    _check_memory(tensor)
     plain = tensor if not (tensor.is_conj() or tensor.is_neg()) else tensor.resolve_conj().resolve_neg()
     return plain.detach().contiguous().reshape(-1).view(torch.uint8)
 
