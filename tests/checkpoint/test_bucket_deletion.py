@@ -110,3 +110,17 @@ def test_what_a_manifest_that_can_not_be_read_may_name_stays(store: MemoryStore,
     assert backend._objects.size("checkpoint_0/own.bin") is None
     BucketBackend(Objects(store, "memory://run")).claim()
     assert backend._objects.size("checkpoint_0/base.bin") == len(BASE)
+
+
+def test_nothing_is_remembered_of_what_was_deleted(store: MemoryStore) -> None:
+    """A run may commit, and delete, a million checkpoints."""
+    backend = BucketBackend(Objects(store, "memory://run"))
+    backend.claim()
+    commit(backend, linking(backend, "none"))
+    for _ in range(3):
+        commit(backend, linking(backend, "none"))
+        for _, place in backend.checkpoints():
+            read_manifest(place)
+        backend.delete(backend.checkpoints()[0][1])
+    backend.checkpoints()
+    assert len(backend._manifests) == 1

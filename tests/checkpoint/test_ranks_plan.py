@@ -219,3 +219,10 @@ def test_time_grows_linearly(work: object, size: int) -> None:
     """Eight times the work in at most thirty times the time (the square would be 64), at best of three."""
     assert callable(work)
     assert min(work(8 * size) for _ in range(3)) < 30 * min(work(size) for _ in range(3))
+
+
+def test_two_ranks_never_write_one_file() -> None:
+    files = {"rank-00001.safetensors": FileEntry(bytes=1, digest="")}
+    reports = [Report(files=files, tensors={}, chunks=[]), Report(files=files, tensors={}, chunks=[])]
+    with pytest.raises(RanksDifferError, match=r"two ranks wrote rank-00001\.safetensors"):
+        merge(reports)

@@ -72,7 +72,10 @@ class BucketBackend:
     # ------------------------------------------------------------------------------------ looking
 
     def _listing(self) -> Listing:
-        return Listing({found.key: found for found in self._objects.list()})
+        found = {found.key: found for found in self._objects.list()}
+        for key, tag in [kept for kept in list(self._manifests) if kept[0] not in found]:
+            self._manifests.pop((key, tag), None)  # a run may commit, and delete, a million
+        return Listing(found)
 
     def _source(self, prefix: str, listing: Listing | None = None) -> BucketSource:
         return BucketSource(self._objects, prefix, listing, self._manifests)

@@ -14,6 +14,8 @@ from keepstep.errors import RanksDifferError
 
 __all__ = ["Report", "merge"]
 
+_RENAME = "rename the root key of the state that looks like a name of the ranks' own (rank-00001)"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
@@ -113,6 +115,8 @@ def merge(
     tensors: dict[str, TensorEntry] = {}
     chunks: dict[tuple[str, str, tuple[int, ...]], list[Chunk]] = defaultdict(list)
     for report in reports:
+        if twice := sorted(files.keys() & report.files):
+            raise RanksDifferError(f"two ranks wrote {twice[0]}: what is in it can't be told; {_RENAME}")
         files.update(report.files)
         tensors.update(report.tensors)
         for address, dtype, whole, chunk in report.chunks:
