@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from keepstep import Store
+from keepstep import Retention, Store
 from keepstep.checkpoint.pending import report_unseen_failures
-from keepstep.checkpoint.saving.staging import BLOCK_BYTES
+from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
 from keepstep.errors import BackgroundSaveError, StoreBusyError, StoreError
 from keepstep.files import PAGE_BYTES, LocalFiles, SegmentFile
 
@@ -317,3 +318,75 @@ def test_a_fork_does_not_wait_for_its_parents_save(tmp_path: Path) -> None:
         gate.opened.set()
     assert not pending.inherited
     assert pending.wait().name == "checkpoint_0"
+
+
+def test_a_checkpoint_is_deletable_though_a_child_was_forked_while_it_was_saved(tmp_path: Path) -> None:
+    """Workers that load data may live as long as the run."""
+    gate = Gate()
+    store = Store(tmp_path, files=gate, retention=Retention(keep_last=1))
+    pending = store.save_in_background({"x": torch.ones(3)}, step=1)
+    assert gate.reached.wait(PATIENCE_S)
+    read, write = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        os.read(read, 1)
+        os._exit(0)
+    gate.opened.set()
+    try:
+        pending.wait()
+        store.save({"x": torch.ones(3)}, step=2)
+        assert steps(store) == [2]
+    finally:
+        os.write(write, b"x")
+        os.waitpid(worker, 0)
+        os.close(read)
+        os.close(write)
+
+
+@pytest.mark.timeout(30)
+def test_the_handler_of_a_signal_saves_while_a_state_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less memory than the state: what is copied has to be written before more is."""
+    store = Store(tmp_path, memory_budget_bytes=2 * BLOCK_BYTES)
+    copy_into, copied = TensorBytes.copy_into, []
+
+    def slow_copy(*args: Any) -> None:
+        copied.append(threading.current_thread())
+        if len(copied) == 6 or (copied[-1] is threading.main_thread() and len(copied) < 6):
+            time.sleep(0.1)  # others take what memory there is
+            os.kill(os.getpid(), signal.SIGUSR1)
+        copy_into(*args)
+
+    def save_at_once(*_: object) -> None:
+        store.save({"w": torch.ones(1 << 20)}, step=2)
+
+    monkeypatch.setattr(TensorBytes, "copy_into", slow_copy)
+    before = signal.signal(signal.SIGUSR1, save_at_once)
+    try:
+        store.save_in_background({"w": torch.arange(10 * BLOCK_BYTES // 4)}, step=1).wait()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert sorted(steps(store), key=str) == [1, 2]
+    assert all(report.sound for report in store.verify())
+
+
+@pytest.mark.timeout(30)
+def test_the_handler_of_a_signal_saves_while_the_store_is_claimed(tmp_path: Path) -> None:
+    class Signalling(LocalFiles):
+        def make_directory(self, path: Path) -> None:
+            super().make_directory(path)
+            if path.name == ".keepstep" and not store.list():
+                signal.raise_signal(signal.SIGUSR1)
+
+    def save_at_once(*_: object) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        store.save({"w": torch.ones(3)}, step=2)
+
+    store = Store(tmp_path, files=Signalling())
+    before = signal.signal(signal.SIGUSR1, save_at_once)
+    try:
+        store.save({"w": torch.ones(3)}, step=1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert steps(store) == [2, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import traceback
 from pathlib import Path
@@ -23,7 +25,7 @@ from keepstep.checkpoint.saving.ranks import Shard as Piece
 from keepstep.checkpoint.saving.ranks import plan_ranks
 from keepstep.checkpoint.saving.reports import Report, merge
 from keepstep.errors import MismatchError, RankError, RanksDifferError, StoreError, UsageError
-from keepstep.files import LocalFiles
+from keepstep.files import LocalFiles, SegmentFile
 from keepstep.world import Ranks
 
 
@@ -43,6 +45,7 @@ def edges(root: str, rank: int, size: int) -> None:
         _parts_go_into_memory_that_is_not_dense,
         _a_write_to_a_shard_while_it_is_copied_is_not_committed,
         _room_is_made_for_what_all_ranks_write,
+        _a_handler_that_saves_in_the_middle_of_a_save_is_refused,
     ):
         world.barrier()
         try:
@@ -190,6 +193,30 @@ def _room_is_made_for_what_all_ranks_write(root: Path, world: Ranks, mesh: Devic
     )
     whole = world.size * (24 << 20)
     assert world.rank or whole <= asked[0] < whole + (1 << 20)
+
+
+class _Signalling(LocalFiles):
+    """Sends this process a signal while a save is under way."""
+
+    def create_segment(self, path: Path, size_bytes: int, *, durable: bool = True) -> SegmentFile:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+        return super().create_segment(path, size_bytes, durable=durable)
+
+
+def _a_handler_that_saves_in_the_middle_of_a_save_is_refused(
+    root: Path, world: Ranks, mesh: DeviceMesh
+) -> None:
+    """It would wait for ever for a meeting that only it can end."""
+    store, state = Store(root / "handler", world=world, files=_Signalling()), {"w": torch.ones(5 << 20)}
+    before = signal.signal(signal.SIGUSR1, lambda *_: store.save(state) and None)
+    try:
+        with pytest.raises((UsageError, RankError), match="handler of a signal"):
+            store.save(state)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        assert store.save(state).name == "checkpoint_0"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.timeout(200)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -37,6 +37,11 @@ AWAITED_UP_TO_BYTES: Final = 256 << 20
 AWAITED_UP_TO_BYTES_ON_DEVICES: Final = 16 << 20
 """The same where an accelerator trains and the host's cores are idle."""
 
+_AMID: Final = (
+    "a save was called in the middle of another one, by the handler of a signal: ranks can't meet for it, as "
+    "they meet already. Let the handler take note of the signal, and save when the loop comes by"
+)
+
 Staging = Literal["auto", "awaited", "overlapped"]
 """Whether the training waits until a state is copied, or goes on; see `Store.save_in_background`."""
 
@@ -57,6 +62,7 @@ class Saves:
         self._rules = rules
         self.lineage = lineage
         self._one_save = threading.RLock()
+        self._in_turn = False
         self._in_flight: PendingSave | None = None
 
     @property
@@ -74,8 +80,7 @@ class Saves:
 
     def save(self, state: Any, description: Description, own: Any) -> Checkpoint:
         """Save; durable and committed on return. See `Store.save`."""
-        with self._one_save:
-            self.wait()
+        with self._turn():
             save = self._begin(state, description, own)
             try:
                 return self._committed(save.workspace.final, save.write())
@@ -95,8 +100,7 @@ class Saves:
         """Begin a save that goes on in the background. See `Store.save_in_background`."""
         if staging not in get_args(Staging):
             raise UsageError(f'staging is {staging!r}; allowed: "auto", "awaited" or "overlapped"')
-        with self._one_save:
-            self.wait()
+        with self._turn():
             began = time.perf_counter()
             save = self._begin(state, description, own)
             crew = Crew(1, "keepstep-commit")
@@ -127,6 +131,19 @@ class Saves:
             finally:
                 crew.close()
             return self._in_flight
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """After the save in flight, and after those that other threads make."""
+        with self._one_save:
+            self.wait()
+            if self._in_turn and self._rules.world.size > 1:
+                raise UsageError(_AMID)
+            before, self._in_turn = self._in_turn, True
+            try:
+                yield
+            finally:
+                self._in_turn = before
 
     @property
     def busy(self) -> bool:

@@ -36,8 +36,8 @@ class _Places:
     """Where this process is saving: two stores of one path, or two threads, take different numbers."""
 
     def __init__(self) -> None:
-        self.claiming = threading.Lock()
-        self._guard = threading.Lock()
+        self.claiming = threading.RLock()  # of one thread twice: the handler of a signal may save as well
+        self._guard = threading.RLock()
         self._taken: set[Path] = set()
 
     def take(self, backend: LocalBackend) -> Path:

@@ -357,7 +357,7 @@ def segment_writer(
         twins=planner.twins(),
         known=planner.known,
         pool=pool,
-        crew=Crew(WRITER_THREADS, "keepstep-write"),
+        crew=Crew(WRITER_THREADS + 1, "keepstep-write"),  # while a state is staged, two copy and two write
     )
     return writer, sources, streams
 

@@ -121,7 +121,7 @@ class SegmentWriter:
         twins: segments of an earlier checkpoint that may be the same, by the name of the new one.
         known: digests of memory that has not been written to.
         pool: blocks to copy into.
-        crew: of WRITER_THREADS; closed by `drain` and `abort`.
+        crew: of WRITER_THREADS and one; closed by `drain` and `abort`.
     """
 
     def __init__(
@@ -175,30 +175,44 @@ class SegmentWriter:
     def stage(self) -> None:
         """Copy everything; hashing and writing go on behind. The tensors may change afterwards.
 
-        Two threads copy, this one and one of the crew: one alone does not get all that memory can give.
+        Two threads of the crew copy: one alone does not get all that memory can give. This one only waits:
+        the handler of a signal may run on it meanwhile, for as long as it likes, and may save as well.
         """
         line = _Line(self._hand_over)
-        helping: list[Outcome[None]] = []
+        copying: list[Outcome[None]] = []
         try:
-            for index in self._to_be_written():
-                if self._enter(index) and (not helping or helping[-1].done()):
-                    helping.append(self._crew.submit(lambda: self._guarded(self._copy_blocks, line)))
-            self._guarded(self._copy_blocks, line)
-            for outcome in helping:
-                outcome.result()
-        except Aborted:
-            self._running += helping  # drain() raises what really happened
+            self._copy_all(line, copying)
         except BaseException:
             self._stop_threads()
-            wait_for_all(helping)  # what it still hands on comes before the end of the crew
+            wait_for_all(copying)  # what they still hand on comes before the end of the crew
             self.abort()
             raise
         finally:
-            wait_for_all(helping)
             for block in line.left():
                 self._pool.release(block)
+        errors = [error for outcome in copying if (error := outcome.error()) is not None]
+        for error in errors:
+            if not isinstance(error, Aborted):
+                self.abort()
+                raise error
+        if errors:
+            self._running += copying  # what was copied could not be written: drain() raises what happened
         for source in self._sources:
             source.release()
+
+    def _copy_all(self, line: _Line, copying: list[Outcome[None]]) -> None:
+        def copy() -> None:
+            copying.append(self._crew.submit(lambda: self._guarded(self._copy_blocks, line)))
+
+        for index in self._to_be_written():
+            if self._enter(index) and (not copying or copying[-1].done()):
+                copy()
+        if len(self._jobs) > 1:
+            copy()
+        wait_for_all(copying)
+        if self._jobs and not self._aborted.is_open:  # the first one ended just before the last came
+            copy()
+            wait_for_all(copying)
 
     def drain(self) -> None:
         """Wait until all that was staged is durable."""
