@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tests.checkpoint.equality import assert_same
 
 from keepstep.checkpoint import in_flight
+from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.format.manifest import digest_of
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests, WriteTracker
@@ -127,6 +129,33 @@ def test_ctrl_c_just_after_the_work_was_handed_in_harms_no_commit(
     (committed,) = store.list()
     assert committed.verify().sound
     assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_0"]
+    assert_same(store.save(state).load(), state)
+
+
+def test_ctrl_c_just_after_a_writer_was_started_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is closed then, and the number of an open file may be another one's a moment later."""
+    store, state = Store(tmp_path), {"w": torch.arange(1000.0)}
+    real_submit, real_write, writing = Crew.submit, os.pwrite, threading.Event()
+
+    def submit(crew: Crew, work: Any) -> Any:
+        real_submit(crew, work)
+        writing.wait(10)
+        raise KeyboardInterrupt
+
+    def slowly(*args: Any) -> int:
+        if threading.current_thread().name.startswith(_OF_A_SAVE):
+            writing.set()
+            time.sleep(0.3)
+        return real_write(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Crew, "submit", submit)
+        patched.setattr(os, "pwrite", slowly)
+        with pytest.raises(KeyboardInterrupt):
+            store.save(state)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith(_OF_A_SAVE)]
     assert_same(store.save(state).load(), state)
 
 

@@ -223,7 +223,7 @@ class SegmentWriter:
         """Stop as soon as possible, wait for the threads, close the files without any promise."""
         self._stop_threads()
         self._crew.close()
-        wait_for_all(self._running)
+        self._crew.wait()
         for segment in self._segments:
             if segment.file is not None:
                 segment.file.abandon()
