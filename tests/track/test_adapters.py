@@ -16,6 +16,9 @@ from tests.track.runs import STEPS, attempt, killed, training
 
 from keepstep import Accelerator
 from keepstep.errors import UsageError
+from keepstep.track.adapters.csv import CSVTracker
+from keepstep.track.adapters.jsonl import JSONLTracker
+from keepstep.track.position import Position
 
 INTERRUPTED = [{"saves": {2}, "dies_at": 5}, {"saves": {4}, "dies_at": 7}]
 
@@ -67,6 +70,22 @@ def test_a_torn_line_of_a_table_is_dropped_at_resume(tmp_path: Path) -> None:
     attempt(tmp_path, log_with=["csv", "jsonl"])
     assert [row["_step"] for row in csv_rows(tmp_path)] == [str(s) for s in [*range(1, STEPS + 1), STEPS]]
     assert [row["_step"] for row in jsonl_rows(tmp_path)] == [*range(1, STEPS + 1), STEPS]
+
+
+def test_text_of_every_kind_is_there_again_at_resume(tmp_path: Path) -> None:
+    """Ends of lines that are none in JSON, text without bytes, and a line that a full disk has spoilt."""
+    text = "a\u2028b\x85c\nd\udcff"
+    trackers = [CSVTracker("t", tmp_path), JSONLTracker("t", tmp_path)]
+    for tracker in trackers:
+        tracker.begin("run", continued=True)
+        tracker.start()
+        for step in range(3):
+            tracker.log({"text": text, "files": [{"of": 1}]}, step=step)
+    with trackers[1].path.open("ab") as file:
+        file.write(b'{"_row": 3, "te\n')
+    for tracker, kept in zip(trackers, (text.replace("\udcff", "\\udcff"), text), strict=True):
+        tracker.rewind(Position(rows=2, last_step=1))
+        assert [(row["_row"], row["text"]) for row in tracker.read()] == [(0, kept), (1, kept)]
 
 
 def test_the_table_of_another_run_is_set_aside(tmp_path: Path) -> None:

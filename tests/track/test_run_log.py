@@ -249,6 +249,22 @@ def test_values_come_back_as_plain_ones(tmp_path: Path) -> None:
     assert [first.step, second.step] == [0, 1]
 
 
+def test_text_that_has_no_bytes_and_lists_of_dicts_are_kept(tmp_path: Path) -> None:
+    half = "\udcff"  # what Python makes of a byte that is no UTF-8, as in a file's name
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    config = {"data": [{"path": Path("a"), "weight": np.float32(0.5)}, {"path": half}], "kinds": (1, [2])}
+    accelerator.init_trackers("run", {**config, "odd": [{"of": {1}}]})
+    accelerator.log({"name": half, half: 1, "parts": [{"x": 1, "y": math.inf}]})
+    log = read_log(tmp_path)
+    assert log.config == {
+        "data": [{"path": "a", "weight": 0.5}, {"path": half}],
+        "kinds": [1, [2]],
+        "odd": [{}],
+    }
+    assert log.rows[0].values == {"name": half, half: 1, "parts": [{"x": 1, "y": math.inf}]}
+    assert lines(tmp_path)[1]["left_out"] == ["odd/0/of (builtins.set)"]
+
+
 def test_what_a_log_cannot_hold_is_left_out_and_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keepstep.track.values import split_config, to_json
+from keepstep.track.values import json_line, split_config, to_json
 
 __all__ = ["LOG_NAME", "RunLog"]
 
@@ -110,7 +110,7 @@ class RunLog:
 
     def _append(self, kind: str, run: str, attempt: int, **more: Any) -> None:
         line = {"kind": kind, "run": run, "attempt": attempt, "time": round(time.time(), 3), **more}
-        data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        data = json_line(line)
         try:
             if self._fd < 0:
                 self._fd = _open(self.path)

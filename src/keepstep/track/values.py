@@ -10,7 +10,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from keepstep.errors import UsageError
 
@@ -19,6 +19,7 @@ __all__ = [
     "checked_step",
     "from_json",
     "joined",
+    "json_line",
     "plain_config",
     "split_config",
     "texts",
@@ -26,6 +27,7 @@ __all__ = [
     "with_numbers",
 ]
 
+_MISSING: Final = object()
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -102,12 +104,16 @@ def to_json(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
     return value is None or isinstance(value, bool | int | float | str)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -120,6 +126,14 @@ def from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [from_json(item) for item in value]
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def json_line(value: Mapping[str, Any]) -> bytes:
+    """A line of JSON, in UTF-8."""
+    try:
+        return f"{json.dumps(value, ensure_ascii=False, allow_nan=False)}\n".encode()
+    except UnicodeEncodeError:  # half of a character, as in names of files that are no UTF-8
+        return f"{json.dumps(value, allow_nan=False)}\n".encode()
 
 
 def split_config(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -147,15 +161,24 @@ def plain_config(values: Mapping[Any, Any], *, tracker: str) -> dict[str, Any]:
 def _plain(values: Mapping[Any, Any], above: str, refused: list[str]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, value in values.items():
-        where = f"{above}{name}"
-        value = os.fspath(value) if isinstance(value, os.PathLike) else _number_of(value)
-        if isinstance(value, Mapping):
-            plain[str(name)] = _plain(value, f"{where}/", refused)
-        elif _is_plain(value):
-            plain[str(name)] = list(value) if isinstance(value, tuple) else value
-        else:
-            refused.append(f"{where} ({type(value).__module__}.{type(value).__qualname__})")
+        found = _plain_value(value, f"{above}{name}", refused)
+        if found is not _MISSING:
+            plain[str(name)] = found
     return plain
+
+
+def _plain_value(value: Any, where: str, refused: list[str]) -> Any:
+    """One value of a configuration; `_MISSING` if it, or an item of a list, is no plain one."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else _number_of(value)
+    if isinstance(value, Mapping):
+        return _plain(value, f"{where}/", refused)
+    if isinstance(value, list | tuple):
+        items = [_plain_value(item, f"{where}/{place}", refused) for place, item in enumerate(value)]
+        return _MISSING if any(item is _MISSING for item in items) else items
+    if _is_plain(value):
+        return value
+    refused.append(f"{where} ({type(value).__module__}.{type(value).__qualname__})")
+    return _MISSING
 
 
 def joined(values: Mapping[str, Any], *, between: str = "/") -> dict[str, Any]:

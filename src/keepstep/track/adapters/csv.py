@@ -30,19 +30,24 @@ class CSVTracker(RowsTracker):
         line = io.StringIO(newline="")
         csv.DictWriter(line, self._columns).writerow(row)
         with self.path.open("ab") as file:
-            file.write(line.getvalue().encode())
+            file.write(_encoded(line))
 
     def read(self) -> list[dict[str, Any]]:
         # Without a line that was torn: what follows the last line break.
-        whole = self.path.read_bytes().rpartition(b"\n")[0].decode()
+        whole = self.path.read_bytes().rpartition(b"\n")[0].decode(errors="replace")
         rows = csv.DictReader(io.StringIO(whole, newline=""))
-        return [{**row, "_row": int(row["_row"])} for row in rows if row["_row"].isdecimal()]
+        return [{**row, "_row": int(row["_row"])} for row in rows if (row.get("_row") or "").isdecimal()]
 
-    def text_of(self, rows: list[dict[str, Any]]) -> str:
+    def content_of(self, rows: list[dict[str, Any]]) -> bytes:
         self._columns = tuple(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, self._columns)
         if self._columns:
             table.writeheader()
         table.writerows(rows)
-        return text.getvalue()
+        return _encoded(text)
+
+
+def _encoded(text: io.StringIO) -> bytes:
+    """In UTF-8; half of a character, as in names of files that are none, by its escape."""
+    return text.getvalue().encode(errors="backslashreplace")

@@ -71,7 +71,7 @@ class RowsTracker(GeneralTracker, ABC):
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         plain = to_json(plain_config(values, tracker=self.name))[0]
-        self._write(self.path.with_name("config.json"), json.dumps(plain, indent=1) + "\n")
+        self._write(self.path.with_name("config.json"), json.dumps(plain, indent=1).encode() + b"\n")
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         plain = joined(to_json(values)[0])
@@ -87,15 +87,15 @@ class RowsTracker(GeneralTracker, ABC):
         """All whole rows, each with `_row` as an integer."""
 
     @abstractmethod
-    def text_of(self, rows: list[dict[str, Any]]) -> str:
+    def content_of(self, rows: list[dict[str, Any]]) -> bytes:
         """A whole file of these rows."""
 
     def _replace(self, rows: list[dict[str, Any]]) -> None:
         """Write the file anew; whoever reads it sees the old one or the new one."""
-        self._write(self.path, self.text_of(rows))
+        self._write(self.path, self.content_of(rows))
 
-    def _write(self, path: Path, text: str) -> None:
+    def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.tmp")
-        self._files.write_file(unfinished, text.encode())
+        self._files.write_file(unfinished, content)
         self._files.rename(unfinished, path)
