@@ -191,6 +191,14 @@ def test_two_processes_on_the_cpu_are_really_started(workdir: Path) -> None:
     assert "Starting 2 processes on the CPU" in done.stderr
 
 
+def test_the_output_of_one_process_is_kept_where_that_is_asked_for(workdir: Path) -> None:
+    done = run("launch", "--cpu", "--log_dir", "logs", script(workdir, TELL), cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[rank 0] a line of rank 0\n"
+    (kept,) = workdir.glob("logs/**/stdout.log")
+    assert kept.read_text() == "a line of rank 0\n"
+
+
 def test_a_killed_rank_makes_all_start_again_and_the_script_goes_on_by_itself(workdir: Path) -> None:
     done = subprocess.run(
         [*PROGRAM, "launch", "--cpu", "--num_processes", "2", script(workdir, RESUME)],
@@ -348,6 +356,9 @@ def test_two_machines_meet_and_a_rank_killed_on_one_starts_both_again(workdir: P
         (["--no_python", "--num_processes", "1", "no-such-program"], "no-such-program cannot be started"),
         (["--tee", "9", "script.py"], "--tee is '9'"),
         (["--rdzv_conf", "timeout", "script.py"], "--rdzv_conf is 'timeout'"),
+        (["--gpu_ids", "0;1", "script.py"], "--gpu_ids is '0;1'"),
+        (["--fsdp_offload_params", "true", "script.py"], "fsdp_offload_params has no effect .*--use_fsdp"),
+        (["--dynamo_mode", "default", "script.py"], "dynamo_mode has no effect without --dynamo_backend"),
     ],
 )
 def test_mistakes_start_nothing(workdir: Path, arguments: list[str], words: str) -> None:

@@ -112,6 +112,11 @@ def test_what_keepstep_has_not_is_kept_to_be_refused(tmp_path: Path) -> None:
     [
         ({"fp16": True}, {"mixed_precision": "fp16"}),
         ({"dynamo_backend": "EAGER"}, {"dynamo_config": {"dynamo_backend": "EAGER"}}),
+        ({"dynamo_backend": False}, {"dynamo_config": {"dynamo_backend": "no"}}),
+        (
+            {"fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": ["A", "B"]}},
+            {"fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "A,B"}},
+        ),
         ({"num_processes": -1}, {"num_processes": None}),
         ({"distributed_type": False}, {"distributed_type": "NO"}),
         ({"gpu_ids": [0, 1]}, {"gpu_ids": "0,1"}),
@@ -149,6 +154,13 @@ def test_mistakes_are_named_with_the_file(tmp_path: Path, text: str, words: str)
     with pytest.raises(UsageError, match=words) as caught:
         read_settings(path)
     assert str(path) in str(caught.value)
+
+
+def test_what_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"\xb8\xff")
+    for place in (tmp_path, tmp_path / "c.yaml"):
+        with pytest.raises(UsageError, match=f"{place} cannot be read"):
+            read_settings(place)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from keepstep import __version__
+from keepstep.cli.phrasing import printable
 from keepstep.errors import UsageError
 from keepstep.launch.environment import default_config_file, variables
 from keepstep.launch.machine import ThisMachine
@@ -43,8 +44,8 @@ def command(config_file: Path | None) -> None:
         click.echo(f"- Configuration: none ({path} is not there)")
         return
     click.echo(f"- Configuration: {path}")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        click.echo(f"    {line}")
+    for line in path.read_text(encoding="utf-8", errors="backslashreplace").splitlines():
+        click.echo(f"    {printable(line)}")
 
 
 def _facts() -> Iterator[tuple[str, str]]:

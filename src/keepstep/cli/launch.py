@@ -15,6 +15,7 @@ from keepstep.launch.plan import Manner, Script, override, plan_launch
 from keepstep.launch.restarts import DEFAULT_LIMIT, Restarts
 from keepstep.launch.runner import run_plan
 from keepstep.launch.settings import Settings, read_settings
+from keepstep.launch.values import as_gpu_ids
 
 __all__ = ["command", "launch_options", "settings_for"]
 
@@ -80,7 +81,7 @@ _WATCHING = (
     click.option(
         "--tee", metavar="0-3", help="Output into files, too, with prefix: 1 stdout, 2 stderr, 3 both."
     ),
-    click.option("--log_dir", metavar="DIR", help="Directory of those files."),
+    click.option("--log_dir", metavar="DIR", help="Directory of those files; alone it means --tee 3."),
 )
 _ELSEWHERE = (
     click.option("--main_training_function", metavar="NAME", help="No effect but on TPUs."),
@@ -114,7 +115,7 @@ def settings_for(config_file: Path | None, options: Mapping[str, Any]) -> tuple[
     settings = Settings() if path is None else read_settings(path)
     if settings.fsdp_config and settings.distributed_type is None:
         options["use_fsdp"] = True
-    given = {
+    given: dict[str, Any] = {
         "distributed_type": _kind(options),
         "use_cpu": options["cpu"] or None,
         "debug": options["debug"] or None,
@@ -128,7 +129,24 @@ def settings_for(config_file: Path | None, options: Mapping[str, Any]) -> tuple[
             )
         },
     }
-    return override(settings, given), _manner(options)
+    if given["gpu_ids"] is not None:
+        given["gpu_ids"] = as_gpu_ids("--gpu_ids", given["gpu_ids"])
+    told = override(settings, given)
+    _check_sections(told, given)
+    return told, _manner(options)
+
+
+def _check_sections(settings: Settings, given: Mapping[str, Any]) -> None:
+    """Options of what is off would have no effect."""
+    off = {
+        "fsdp_": ("--use_fsdp", settings.distributed_type != "FSDP"),
+        "dynamo_": ("--dynamo_backend", settings.dynamo_config.get("dynamo_backend", "no").lower() == "no"),
+    }
+    for prefix, (switch, is_off) in off.items():
+        names = [name for name, value in given.items() if name.startswith(prefix) and value is not None]
+        idle = [f"--{name}" for name in names if f"--{name}" != switch]
+        if is_off and idle:
+            raise UsageError(f"{', '.join(idle)} has no effect without {switch}. Add that, or leave it out.")
 
 
 def _kind(options: Mapping[str, Any]) -> str | None:
@@ -156,7 +174,7 @@ def _manner(options: Mapping[str, Any]) -> Manner:
         monitor_interval_s=options["monitor_interval"],
         rdzv_conf=_pairs(options["rdzv_conf"]),
         role=options["role"],
-        tee=options["tee"],
+        tee="3" if options["tee"] is None and options["log_dir"] is not None else options["tee"],
         log_dir=options["log_dir"],
         wants_gpus=options["multi_gpu"],
     )

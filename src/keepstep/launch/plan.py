@@ -190,10 +190,15 @@ def plan_launch(settings: Settings, script: Script, manner: Manner, machine: Mac
         machines=settings.num_machines,
         machine_rank=settings.machine_rank,
         device=device,
-        rendezvous=_rendezvous(settings, manner, machine) if total > 1 else None,
+        rendezvous=_rendezvous(settings, manner, machine) if total > 1 or _copies(manner) else None,
         manner=manner,
         notes=tuple(notes),
     )
+
+
+def _copies(manner: Manner) -> bool:
+    """Whether output is copied, which torch's agent does, for a single process too."""
+    return manner.tee not in (None, "0")
 
 
 def _check_machines(settings: Settings) -> None:

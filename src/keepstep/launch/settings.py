@@ -7,7 +7,6 @@ do is kept and named when something is launched, never passed over.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Final, get_args
 import yaml
 
 from keepstep.errors import UsageError
-from keepstep.launch.values import MixedPrecision, as_bool, as_int, as_port, one_of
+from keepstep.launch.values import MixedPrecision, as_bool, as_gpu_ids, as_int, as_port, one_of
 
 __all__ = ["Settings", "read_settings", "settings_of", "write_settings"]
 
@@ -89,14 +88,13 @@ def read_settings(path: Path) -> Settings:
     """
     try:
         text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
         raise UsageError(
             f"There is no configuration file {path}. Write one with `keepstep config --config_file {path}`, "
             "or leave out --config_file to use the default one, or none."
         ) from None
-    try:
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"The configuration file {path} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise UsageError(f"The configuration file {path} holds no names and values. See `keepstep config`.")
@@ -172,13 +170,6 @@ def _text(name: str, value: Any) -> str:
     return "NO" if value is False else str(value)  # YAML takes a bare NO for false
 
 
-def _gpu_ids(name: str, value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value).replace(" ", "")
-    if text != "all" and not re.fullmatch(r"[\w:-]+(,[\w:-]+)*", text):
-        raise UsageError(f'{name} is {value!r}; expected numbers with commas, as "0,1", or "all".')
-    return text
-
-
 def _section(name: str, value: Any) -> dict[str, str]:
     """A section's options as texts, with the prefix that Accelerate's names have."""
     if not isinstance(value, Mapping):
@@ -187,10 +178,14 @@ def _section(name: str, value: Any) -> dict[str, str]:
     strange = sorted(str(key) for key in value if not str(key).startswith(prefix))
     if strange:
         raise UsageError(f"{name} has keys that do not begin with {prefix}: {', '.join(strange)}.")
-    return {str(key): _option(item) for key, item in value.items() if item is not None}
+    return {str(key): _option(str(key), item) for key, item in value.items() if item is not None}
 
 
-def _option(value: Any) -> str:
+def _option(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if value is False and name == "dynamo_backend":
+        return "no"  # which YAML takes for false
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -211,7 +206,7 @@ _READ: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "main_process_port": as_port,
     "mixed_precision": lambda name, value: one_of(name, _text(name, value).lower(), _PRECISIONS),
     "use_cpu": as_bool,
-    "gpu_ids": _gpu_ids,
+    "gpu_ids": as_gpu_ids,
     "main_training_function": _text,
     "debug": as_bool,
     "rdzv_backend": _text,

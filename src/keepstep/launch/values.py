@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from keepstep.errors import UsageError
 
-__all__ = ["MixedPrecision", "as_bool", "as_int", "as_port", "one_of"]
+__all__ = ["MixedPrecision", "as_bool", "as_gpu_ids", "as_int", "as_port", "one_of"]
 
 MixedPrecision = Literal["no", "fp16", "bf16", "fp8"]
 
@@ -52,6 +53,18 @@ def as_bool(name: str, value: Any) -> bool:
     if text not in _TRUE + _FALSE:
         raise UsageError(f"{name} is {value!r}; expected true or false.")
     return text in _TRUE
+
+
+def as_gpu_ids(name: str, value: Any) -> str:
+    """GPUs as CUDA_VISIBLE_DEVICES takes them, or "all".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value).replace(" ", "")
+    if text != "all" and not re.fullmatch(r"[\w:-]+(,[\w:-]+)*", text):
+        raise UsageError(f'{name} is {value!r}; expected numbers with commas, as "0,1", or "all".')
+    return text
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
