@@ -218,3 +218,5 @@ def test_checkpoints_of_names_that_a_script_chose_are_listed(tmp_path: Path) -> 
         "best",
     ]
     assert "epoch_1" in ls(tmp_path / "out" / "epoch_1")
+    done = CliRunner().invoke(main, ["show", str(tmp_path / "out"), "0"])
+    assert (done.exit_code, "there is no checkpoint '0'" in done.stderr) == (2, True), "they have no numbers"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from keepstep import Accelerator, skip_first_batches
 from keepstep.errors import UsageError
 from keepstep.models.moving import send_to_device
+from keepstep.train.data.dealing import deal
 from keepstep.train.placement import MoveTo
 
 
@@ -150,6 +151,7 @@ def test_batches_move_as_a_whole() -> None:
         "list": [torch.ones(2), "text"],
         "pair": Pair(torch.ones(1), (3, torch.zeros(1))),
         "ordered": OrderedDict(a=torch.ones(1)),
+        "default": defaultdict(list, a=torch.ones(2, 1)),
         "object": Movable(),
     }
     moved = MoveTo(torch.device("meta"))(batch)
@@ -159,5 +161,9 @@ def test_batches_move_as_a_whole() -> None:
     assert moved["pair"].right[1].is_meta
     assert isinstance(moved["ordered"], OrderedDict)
     assert moved["ordered"]["a"].is_meta
+    assert type(moved["default"]) is defaultdict
+    assert moved["default"].default_factory is list
+    (first, second), real = deal([batch["default"]], 2, split=False, even=True)
+    assert (first["a"].shape, type(second), real) == ((1, 1), defaultdict, 0)
     assert moved["object"].place == "meta"
     assert send_to_device(None, torch.device("meta")) is None

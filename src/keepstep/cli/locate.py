@@ -206,8 +206,8 @@ def choose(found: Found, names: Sequence[str]) -> list[Entry]:
 def _numbered(found: Found, name: str) -> Entry | None:
     """The checkpoint of this number, however many zeros its name has."""
     match = _NUMBERED.match(f"checkpoint_{name.removeprefix('checkpoint_').rstrip('/')}")
-    number = int(match[1]) if match else None
-    return next((entry for entry in found.entries if entry.number == number), None)
+    numbered = (entry for entry in found.entries if _NUMBERED.match(entry.name))
+    return next((entry for entry in numbered if match and entry.number == int(match[1])), None)
 
 
 def health_of(entries: Sequence[Entry]) -> list[tuple[Entry, str | None]]:

@@ -343,8 +343,8 @@ def _remarks(listing: _Listing, left_out: Sequence[str]) -> Iterator[str]:
         return
     if len(listing.rows) < len(listing.checked):
         yield f"{len(listing.rows):,} of {len(listing.checked):,} shown; --last 0 shows all"
-    shown = {entry.number for entry, _ in listing.rows}
-    if listing.metrics and (best := _best(listing, listing.metrics[0])) and best.number not in shown:
+    shown = {entry.path for entry, _ in listing.rows}
+    if listing.metrics and (best := _best(listing, listing.metrics[0])) and best.path not in shown:
         name = listing.metrics[0].name
         value: Mapping[str, Any] = best.manifest.metrics if best.manifest else {}
         yield f"best {name}: {compact(value[name])} in {best.name}"

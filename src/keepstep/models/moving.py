@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from keepstep.world.nested import like
+
 __all__ = ["send_to_device"]
 
 
@@ -34,18 +36,16 @@ def _sent(value: Any, device: torch.device, non_blocking: bool, skip_keys: Seque
         items = [_sent(item, device, non_blocking, skip_keys) for item in value]
         if all(map(is_, items, value)):
             return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return like(value, items)
     # Batch classes are often mappings that know how to move themselves.
     if hasattr(value, "to"):
         return _move_object(value, device, non_blocking)
     if isinstance(value, Mapping):
-        moved = {
-            key: item if key in skip_keys else _sent(item, device, non_blocking, skip_keys)
+        moved = [
+            item if key in skip_keys else _sent(item, device, non_blocking, skip_keys)
             for key, item in value.items()
-        }
-        if all(moved[key] is value[key] for key in moved):
-            return value
-        return moved if type(value) is dict else type(value)(moved)  # type: ignore[call-arg]
+        ]
+        return value if all(map(is_, moved, value.values())) else like(value, moved)
     return value
 
 

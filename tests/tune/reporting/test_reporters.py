@@ -14,7 +14,9 @@ import termios
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import IPython
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -29,6 +31,7 @@ from keepstep.tune.reporting.choosing import make_reporter
 from keepstep.tune.reporting.echo import Echo
 from keepstep.tune.reporting.lines import LinesReporter, SilentReporter
 from keepstep.tune.reporting.watch import Watch
+from keepstep.tune.reporting.words import duration
 
 
 def overview(trials: list[Trial], **said: object) -> Overview:
@@ -345,6 +348,14 @@ def test_a_notebook_shows_one_table_that_changes(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- choosing
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(9.94, "9.9 s"), (9.96, "10 s"), (59.7, "1 min 0 s"), (239.6, "4 min 0 s"), (3599.7, "1 h 0 min")],
+)
+def test_no_minute_has_sixty_seconds(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
 def test_who_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = ProgressReporter()
     assert make_reporter(0, mine) is mine
@@ -352,8 +363,43 @@ def test_who_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not make_reporter(0).should_report([], done=True)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert isinstance(make_reporter(1), LinesReporter)
-    monkeypatch.setitem(sys.modules, "ipykernel", io)
+    monkeypatch.setitem(sys.modules, "ipykernel", io)  # as by a library that only works with notebooks
+    assert isinstance(make_reporter(1), LinesReporter)
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     assert isinstance(make_reporter(1), JupyterNotebookReporter)
+
+
+FULL = """
+import sys
+from keepstep import tune
+
+def train(config):
+    for step in range(3):
+        tune.report({"step": step})
+
+config = tune.RunConfig(name="it…", storage_path=sys.argv[1], executor="inline", verbose=1)
+(result,) = tune.Tuner(train, run_config=config).fit()
+print(result.metrics["step"], file=sys.stderr)
+"""
+
+
+def test_an_experiment_goes_on_though_nobody_can_be_shown_how(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, tmp_path], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert "progress can't be shown any more, and the experiment goes on: [Errno 28]" in done.stderr
+    assert "\n2\n" in done.stderr
+    told = subprocess.run(
+        [*command, tmp_path / "2"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        check=False,
+    )
+    assert told.stdout.startswith("[it\\u2026] train_")
 
 
 def test_through_a_pipe_rich_is_not_imported() -> None:

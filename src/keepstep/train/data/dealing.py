@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from keepstep.world.nested import like
+
 __all__ = ["NOTHING", "CannotCutError", "deal", "rows_of"]
 
 
@@ -129,11 +131,11 @@ def _changed(value: Any, rows: int, change: Callable[[Any], Any]) -> Any:
     if _is_array(value):
         return change(value) if value.ndim else value
     if isinstance(value, Mapping):
-        return _rebuilt(value, {key: _changed(item, rows, change) for key, item in value.items()})
+        return like(value, [_changed(item, rows, change) for item in value.values()])
     if isinstance(value, list | tuple):
         if type(value) is list and len(value) == rows and not _holds_arrays(value):
             return change(value)  # one text or number to a sample
-        return _rebuilt(value, [_changed(item, rows, change) for item in value])
+        return like(value, [_changed(item, rows, change) for item in value])
     return value
 
 
@@ -159,14 +161,14 @@ def _together(values: list[Any], sizes: list[int]) -> Any:
     if isinstance(first, Mapping):
         if any(set(value) != set(first) for value in values):
             raise CannotCutError("batches of one step have different keys")
-        return _rebuilt(first, {key: _together([value[key] for value in values], sizes) for key in first})
+        return like(first, [_together([value[key] for value in values], sizes) for key in first])
     if isinstance(first, list | tuple):
         alike = all(len(value) == size for value, size in zip(values, sizes, strict=True))
         if type(first) is list and alike and not _holds_arrays(first):
             return [item for value in values for item in value]
         if any(len(value) != len(first) for value in values):
             raise CannotCutError("batches of one step have different lengths")
-        return _rebuilt(first, [_together(list(items), sizes) for items in zip(*values, strict=True)])
+        return like(first, [_together(list(items), sizes) for items in zip(*values, strict=True)])
     return first
 
 
@@ -176,9 +178,3 @@ def _concatenated(values: list[Any]) -> Any:
     if isinstance(values[0], torch.Tensor):
         return torch.cat(values)
     return np.concatenate(values)
-
-
-def _rebuilt(like: Any, items: Any) -> Any:
-    if isinstance(like, tuple) and hasattr(like, "_fields"):
-        return type(like)(*items)
-    return items if type(like) in (dict, list) else type(like)(items)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -95,9 +96,14 @@ class Showing:
         """Show it, if it is time; `done`: for the last time."""
         for message in self._decider.messages():
             self.say(message)
-        if self._reporter is not None and self._reporter.should_report(self._history.all, done):
+        if self._reporter is None or not self._reporter.should_report(self._history.all, done):
+            return
+        try:
             self._reporter.report(self._overview(), done)
-            self._messages.clear()
+        except (OSError, UnicodeError) as error:
+            self._reporter = None
+            _log.warning("progress can't be shown any more, and the experiment goes on: %s", error)
+        self._messages.clear()
 
     def _overview(self) -> Overview:
         used: Counter[str] = Counter()
@@ -121,4 +127,5 @@ class Showing:
     def close(self) -> None:
         """Give the terminal back."""
         if self._reporter is not None:
-            self._reporter.close()
+            with contextlib.suppress(OSError, UnicodeError):
+                self._reporter.close()

@@ -26,7 +26,7 @@ def make_reporter(verbose: int, given: ProgressReporter | None = None) -> Progre
     if verbose <= 0:
         return SilentReporter()
     chosen: ProgressReporter
-    if "ipykernel" in sys.modules:
+    if _in_notebook():
         chosen = import_module("keepstep.tune.reporting.notebook").JupyterNotebookReporter(overwrite=False)
         return chosen
     if sys.stdout is not None and sys.stdout.isatty():
@@ -34,3 +34,9 @@ def make_reporter(verbose: int, given: ProgressReporter | None = None) -> Progre
         chosen = live if live.is_usable else LinesReporter()
         return chosen
     return LinesReporter()
+
+
+def _in_notebook() -> bool:
+    """Whether a notebook's kernel runs this; its package may be imported elsewhere, too."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
 from keepstep.tune.experiment.trial import Trial
+from keepstep.tune.reporting.standard import write_out
 from keepstep.tune.reporting.words import bytes_in_words
 
 __all__ = ["Echo"]
@@ -44,7 +45,7 @@ class Echo:
     def __init__(
         self, write: Callable[[str], object] | None = None, *, bytes_a_turn: int = _BYTES_A_TURN
     ) -> None:
-        self._write = write
+        self._write = write if write is not None else write_out
         self._most = bytes_a_turn
         self._followed: dict[str, list[_Followed]] = {}
 
@@ -90,7 +91,8 @@ class Echo:
 
     def _out(self, text: str) -> None:
         if text:
-            (self._write if self._write is not None else sys.stdout.write)(text)
+            with contextlib.suppress(OSError):  # it is in the trial's files as well
+                self._write(text)
 
 
 def _size(path: Path) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from keepstep.tune.experiment.trial import ERROR, PAUSED, PENDING, RUNNING, TERMINATED, Trial
 from keepstep.tune.reporting.base import Overview, ProgressReporter
+from keepstep.tune.reporting.standard import write_out
 from keepstep.tune.reporting.watch import Standing, Watch
 from keepstep.tune.reporting.words import cut, duration, in_one_line, parameters, resources, value
 
@@ -70,7 +70,7 @@ class LinesReporter(ProgressReporter):
     """
 
     def __init__(self, write: Callable[[str], object] | None = None, *, status_every_s: float = 30.0) -> None:
-        self._write = write
+        self._write = write if write is not None else write_out
         self._status_every_s = status_every_s
         self._watch: Watch | None = None
         self._look_at = 0.0
@@ -98,7 +98,7 @@ class LinesReporter(ProgressReporter):
         if done and standing.best is not None:
             lines.append(f"best: {standing.best}: {parameters(standing.best)} in {standing.best.path}")
         if lines:
-            self._out("".join(f"[{overview.name}] {line}\n" for line in lines))
+            self._write("".join(f"[{overview.name}] {line}\n" for line in lines))
         taken = time.monotonic() - began
         self._look_at = began + max(_LOOK_EVERY_S, _SHARE * taken)
 
@@ -125,9 +125,3 @@ class LinesReporter(ProgressReporter):
         if kind == "again":
             return f"{trial} failed (failure {trial.num_failures}) and is tried again: {error}"
         return f"{trial} {ERROR}: {error} (see {trial.path}/error.txt)"
-
-    def _out(self, text: str) -> None:
-        write = self._write if self._write is not None else sys.stdout.write
-        write(text)
-        if self._write is None:
-            sys.stdout.flush()

@@ -16,8 +16,11 @@ _HOUR_S: Final = 3600
 
 def duration(seconds: float) -> str:
     """In at most two units: "42 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    seconds = round(seconds)
     if seconds < _MINUTE_S:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds} s"
     if seconds < _HOUR_S:
         return f"{seconds // _MINUTE_S:.0f} min {seconds % _MINUTE_S:.0f} s"
     return f"{seconds // _HOUR_S:.0f} h {seconds % _HOUR_S // _MINUTE_S:.0f} min"
