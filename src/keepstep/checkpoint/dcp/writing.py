@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import secrets
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +27,6 @@ from keepstep.checkpoint.dcp.pieces import (
     value_of,
 )
 from keepstep.checkpoint.dcp.spots import Spot, is_place
-from keepstep.checkpoint.format.manifest import TensorEntry
 from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.saving.layout import Layout, tensor_entries
@@ -79,6 +79,10 @@ class _Save:
     def __init__(self, spot: Spot, files: Files, held: Sequence[Sequence[Shard]]) -> None:
         self._spot = spot
         self._over = False
+        self._pid = os.getpid()
+        if (stale := _under_way.get(threading.get_ident())) is not None:
+            stale.discard()  # it failed on another rank, of which DCP tells nobody
+        _under_way[threading.get_ident()] = self
         self.key = tuple(map(tuple, held))
         self.memory = take(spot, len(held))
         try:
@@ -100,20 +104,24 @@ class _Save:
         assert self.memory.ranks.plan is not None, "it was decided"
         return self.memory.ranks.plan
 
-    def committed(self, tensors: Mapping[str, TensorEntry]) -> None:
-        """The checkpoint is there, with these tensors; the next one goes on from it."""
-        self.memory.ranks.learn(self.key, tensors)
+    def committed(self, resting: Mapping[str, str]) -> None:
+        """The checkpoint is there, and the next one goes on from it; see `RankPlanner.learn`."""
+        self.memory.ranks.learn(self.key, resting)
         self.memory.last = self.invitation
         self._over = True
         give_back(self._spot, self.memory)
 
     def discard(self) -> None:
         """Remove what was written; what was known before is true still."""
-        if not self._over:
+        if not self._over and os.getpid() == self._pid:  # a fork's parent sees to it
             self._over = True
             if hasattr(self, "workspace"):
                 self.workspace.discard()
             give_back(self._spot, self.memory)
+
+
+_under_way: weakref.WeakValueDictionary[int, _Save] = weakref.WeakValueDictionary()
+"""The last save that each thread has begun, if it may not be over: a thread does one after the other."""
 
 
 class StorageWriter(storage.StorageWriter):
@@ -258,11 +266,11 @@ class StorageWriter(storage.StorageWriter):
         assert save is not None, "finish() without prepare_global_plan()"
         try:
             with save.workspace.explained():
-                tensors = self._commit(save, metadata, results)
+                resting = self._commit(save, metadata, results)
         except BaseException:
             self._discard()
             raise
-        save.committed(tensors)
+        save.committed(resting)
         self._let_go()
 
     # ------------------------------------------------------------------------------------- inside
@@ -297,7 +305,7 @@ class StorageWriter(storage.StorageWriter):
         writer, name = self._written(orders, layout, [*leaves, *flat.leaves], memory.ranks.share)
         entries, files = tensor_entries([*infos, *own], layout, writer.digests), writer.file_entries()
         memory.wrote(orders.invitation, name, files, entries)
-        return Report.of(entries, files, shards, nodes), layout.bytes
+        return Report.of(entries, files, shards, nodes, memory.ranks.share.resting(entries)), layout.bytes
 
     def _written(
         self, orders: _Orders, layout: Layout, leaves: Sequence[Leaf], share: Planner
@@ -318,7 +326,8 @@ class StorageWriter(storage.StorageWriter):
 
     def _commit(
         self, save: _Save, metadata: Metadata, results: list[list[storage.WriteResult]]
-    ) -> dict[str, TensorEntry]:
+    ) -> dict[str, str]:
+        """Publish it; what the ranks found to be as before."""
         reports = [Report.load(result.storage_data) for of_rank in results for result in of_rank]
         paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
         nodes = {fqn: node for report in reports for fqn, node in report.tree.items()}
@@ -336,4 +345,4 @@ class StorageWriter(storage.StorageWriter):
             world_size=len(results),
         )
         publish(save.workspace, content, self._description, Lineage(run=secrets.token_hex(8)))
-        return tensors
+        return {file: flags for report in reports for file, flags in report.resting.items()}

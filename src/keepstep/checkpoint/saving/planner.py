@@ -10,7 +10,16 @@ from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
 from keepstep.checkpoint.saving.linking import Previous, Twin, find_twins
 from keepstep.checkpoint.saving.tracking import KnownDigests
 
-__all__ = ["Planner"]
+__all__ = ["Planner", "resting_by_index"]
+
+
+def resting_by_index(layout: Layout, resting: Mapping[str, str]) -> dict[int, bool]:
+    """What `Planner.resting` tells of the files of a layout, by the number of the tensor."""
+    return {
+        placed.index: flag == "1"
+        for segment in layout.segments
+        for placed, flag in zip(segment.placements, resting.get(segment.file, ""), strict=False)
+    }
 
 
 class Planner:
@@ -69,16 +78,34 @@ class Planner:
         self, checkpoint: str, files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]
     ) -> None:
         """Learn from the last plan, which is the checkpoint of this name now."""
-        before = self._previous
+        resting = self.resting(tensors)
         self.remember(checkpoint, files, tensors)
-        if before is None or self._layout is None:
+        if not resting or self._layout is None:
             return
-        unchanged = {}
-        for index, info in enumerate(self._tensors):
-            earlier, now = before.tensors.get(info.address), tensors[info.address]
-            unchanged[index] = earlier is not None and earlier.digest == now.digest
-        if self._grouping.observe(self._layout, self._tensors, unchanged):
+        if self._grouping.observe(self._layout, self._tensors, resting_by_index(self._layout, resting)):
             self._layout = None
+
+    def resting(self, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
+        """Which tensors of the last plan are as in the checkpoint before.
+
+        Args:
+            tensors: as they were written, by the addresses that they have in plans.
+
+        Returns:
+            For each file a "1" or "0" a tensor, in its order there; nothing if there was none before.
+        """
+        before = self._previous
+        if before is None or self._layout is None:
+            return {}
+        found = {}
+        for segment in self._layout.segments:
+            addresses = [self._tensors[placed.index].address for placed in segment.placements]
+            earlier = [before.tensors.get(address) for address in addresses]
+            found[segment.file] = "".join(
+                "1" if entry is not None and entry.digest == tensors[address].digest else "0"
+                for entry, address in zip(earlier, addresses, strict=True)
+            )
+        return found
 
     def adopt(
         self, checkpoint: str, files: Mapping[str, FileEntry], tensors: Mapping[str, TensorEntry]

@@ -1,6 +1,6 @@
 """What the ranks' next save takes over from the last one: who writes what, and what need not be written.
 
-Each rank remembers what it wrote itself, which is all that it may link to. Rank 0 sees what all wrote, and
+Each rank remembers what it wrote itself, which is all that it may link to, and tells what of it rests. Rank 0
 decides by it which tensors share a file.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from keepstep.checkpoint.format.manifest import Chunk, Manifest, TensorEntry
 from keepstep.checkpoint.saving.grouping import Grouping
 from keepstep.checkpoint.saving.layout import TensorInfo, find_aliases
-from keepstep.checkpoint.saving.planner import Planner
+from keepstep.checkpoint.saving.planner import Planner, resting_by_index
 from keepstep.checkpoint.saving.ranks import Plan, Shard, Share, by_piece, plan_ranks
 
 __all__ = ["RankPlanner"]
@@ -38,7 +38,6 @@ class RankPlanner:
     _key: tuple[Any, ...] | None
     _frozen: Sequence[bool]
     _grouping: Grouping
-    _digests: Mapping[str, str | None]
     _adopted: Mapping[str, str]
 
     def __init__(self, size: int) -> None:
@@ -66,7 +65,6 @@ class RankPlanner:
         }
         self.share.remember(checkpoint, manifest.files, pieces)
         self._grouping.adopt(pieces)
-        self._digests = {address: entry.digest for address, entry in pieces.items()}
         self._adopted = {address: str(entry.file) for address, entry in pieces.items()}
 
     def forget(self) -> None:
@@ -76,7 +74,6 @@ class RankPlanner:
         self._key = None
         self._frozen = ()
         self._grouping = Grouping()
-        self._digests = {}
         self._adopted = {}
 
     # ------------------------------------------------------------------------------------- rank 0
@@ -120,23 +117,18 @@ class RankPlanner:
                     return True
         return False
 
-    def learn(self, key: tuple[Any, ...], tensors: Mapping[str, TensorEntry]) -> None:
+    def learn(self, key: tuple[Any, ...], resting: Mapping[str, str]) -> None:
         """A checkpoint was made by the last plan.
 
         Args:
             key: what all ranks held; by now all have their files.
-            tensors: its index.
+            resting: what each rank found to be as before, see `Planner.resting`.
         """
-        before = self._digests
-        self._digests = {address: part.digest for address, _, part in by_piece(tensors)}
         self._key = key
-        if self.plan is None or not before:
+        if self.plan is None or not resting:
             return
-        same = {
-            index: before.get(info.address) == self._digests.get(info.address)
-            for index, info in enumerate(self.plan.tensors)
-        }
-        if self._grouping.observe(self.plan.layout, self.plan.tensors, same):
+        layout = self.plan.layout
+        if self._grouping.observe(layout, self.plan.tensors, resting_by_index(layout, resting)):
             self._key = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from keepstep.checkpoint.format.manifest import Chunk, FileEntry, TensorEntry
@@ -26,12 +26,14 @@ class Report:
         tensors: index entries of whole tensors, by address.
         chunks: of sharded tensors: address, dtype, shape of the whole, and the chunk.
         tree: the rank's own state (see `keepstep.tree`), None if it has none.
+        resting: what is as in the checkpoint before, see `Planner.resting`.
     """
 
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
     chunks: Sequence[tuple[str, str, tuple[int, ...], Chunk]]
     tree: Any = None
+    resting: Mapping[str, str] = field(default_factory=dict)
 
     def dump(self) -> bytes:
         """The report as JSON."""
@@ -43,8 +45,12 @@ class Report:
             address: {key: value for key, value in entry._asdict().items() if value is not None}
             for address, entry in self.tensors.items()
         }
-        chunks = [(address, dtype, whole, asdict(chunk)) for address, dtype, whole, chunk in self.chunks]
-        return json.dumps({"files": files, "tensors": tensors, "chunks": chunks, "tree": self.tree}).encode()
+        chunks = [
+            (address, dtype, whole, c.at, c.shape, c.file, c.offset, c.bytes, c.digest)
+            for address, dtype, whole, c in self.chunks
+        ]
+        said = {"files": files, "tensors": tensors, "chunks": chunks, "tree": self.tree}
+        return json.dumps({**said, "resting": self.resting}).encode()
 
     @classmethod
     def of(
@@ -53,6 +59,7 @@ class Report:
         files: Mapping[str, FileEntry],
         shards: Iterable[Shard],
         tree: Any = None,
+        resting: Mapping[str, str] | None = None,
     ) -> Report:
         """Tell chunks of larger tensors from whole ones.
 
@@ -61,6 +68,7 @@ class Report:
             files: that were written.
             shards: the pieces of shards that the rank holds.
             tree: the rank's own state.
+            resting: what is as in the checkpoint before.
         """
         tensors, chunks = dict(entries), []
         for shard in shards:
@@ -75,7 +83,7 @@ class Report:
                     digest=entry.digest or "",
                 )
                 chunks.append((shard.address, shard.dtype, shard.whole, chunk))
-        return cls(files=files, tensors=tensors, chunks=chunks, tree=tree)
+        return cls(files=files, tensors=tensors, chunks=chunks, tree=tree, resting=resting or {})
 
     @classmethod
     def load(cls, data: bytes) -> Report:
@@ -88,10 +96,16 @@ class Report:
             },
             tensors={address: TensorEntry(**_tuples(entry)) for address, entry in node["tensors"].items()},
             chunks=[
-                (address, dtype, tuple(whole), Chunk(**_tuples(chunk)))
-                for address, dtype, whole, chunk in node["chunks"]
+                (
+                    *(address, dtype, tuple(whole)),
+                    Chunk(
+                        at=tuple(at), shape=tuple(shape), file=file, offset=offset, bytes=size, digest=digest
+                    ),
+                )
+                for address, dtype, whole, at, shape, file, offset, size, digest in node["chunks"]
             ],
             tree=node["tree"],
+            resting=node["resting"],
         )
 
 

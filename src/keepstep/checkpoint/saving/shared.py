@@ -197,7 +197,8 @@ class SharedSave(Save):
     def _commit(self) -> Manifest:
         files = self._writer.file_entries()
         entries = tensor_entries(self._infos, self._layout, self._writer.digests)
-        report = Report.of(entries, files, self._pieces, self._own.tree)
+        resting = self._planner.resting(entries)
+        report = Report.of(entries, files, self._pieces, self._own.tree, resting)
         reports = self._meeting.collect(report.dump())
         if self._world.rank == 0:
             manifest = self._publish([Report.load(data) for data in reports])
@@ -228,7 +229,8 @@ class SharedSave(Save):
             world_size=self._world.size,
         )
         manifest = publish(self.workspace, content, self._description, self._lineage)
-        self._ranks.learn(self._key, tensors)
+        resting = {file: flags for report in reports for file, flags in report.resting.items()}
+        self._ranks.learn(self._key, resting)
         return manifest
 
     # ------------------------------------------------------------------------------------ failure
