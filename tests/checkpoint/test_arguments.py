@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from keepstep import Store
-from keepstep.errors import StoreError, UsageError
+from keepstep.checkpoint.saving.environment import without_secrets
+from keepstep.errors import BucketError, StoreError, UsageError
 
 STATE = {"w": torch.ones(3)}
 
@@ -55,3 +56,41 @@ def test_wrong_arguments_of_calls_are_named(tmp_path: Path) -> None:
     assert store.list() == []
     with pytest.raises(UsageError, match="only is 3; expected an address or several"):
         store.save(STATE).load(only=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout_s": "60"}, "storage_options timeout_s is '60'; expected more than 0 seconds"),
+        ({"retry_timeout_s": -1}, "storage_options retry_timeout_s is -1; expected more than 0 seconds"),
+        ({"max_retries": 1.5}, "storage_options max_retries is 1.5; expected a whole number of at least 0"),
+        (["key"], "storage_options is a list; expected names with values"),
+    ],
+)
+def test_a_wrong_option_of_a_bucket_is_named(options: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Store("s3://bucket/run", storage_options=options)
+
+
+def test_a_login_in_an_endpoint_is_in_no_error() -> None:
+    reached = {"access_key_id": "someone", "secret_access_key": "their-secret", "region": "us-east-1"}
+    limits = {"max_retries": 0, "retry_timeout_s": 1, "connect_timeout_s": 1}
+    store = Store(
+        "s3://bucket/run",
+        storage_options={"endpoint": "http://me:my-password@127.0.0.1:9", **reached, **limits},
+    )
+    with pytest.raises(BucketError, match=r"http://\*\*\*@127.0.0.1:9") as caught:
+        store.list()
+    assert "my-password" not in str(caught.value)
+
+
+def test_secrets_of_a_command_line_are_in_no_manifest() -> None:
+    given = (
+        "train.py --aws-secret-access-key S1 --hf_token=S2 --password S3 --verbose aws.secret_key=S4 -lr 0.1 "
+        "--token S5 --max-tokens 512 --pad-token <pad> --tokenizer=gpt2 --key q --url s3://me:S6@host/run"
+    )
+    assert " ".join(without_secrets(given.split(" "))) == (
+        "train.py --aws-secret-access-key *** --hf_token=*** --password *** --verbose aws.secret_key=*** "
+        "-lr 0.1 --token *** --max-tokens 512 --pad-token <pad> --tokenizer=gpt2 --key q --url "
+        "s3://***@host/run"
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import time
@@ -44,6 +45,7 @@ _PARTS_AT_ONCE: Final = 4
 _UNANSWERED: Final = "error sending request"
 _SECRET = re.compile(r"secret|key|token|password|sas|credential|connection_string", re.IGNORECASE)
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"'<>]*")
+_USER = re.compile(r"(?<=://)[^/\s@:]*:[^/\s@]*@")
 _AWS = ("s3://", "s3a://")
 _AZURE = ("az://", "azure://", "abfs://", "abfss://")
 _KEYS = {"access_key_id", "aws_access_key_id", "skip_signature", "aws_skip_signature", "credential_provider"}
@@ -107,7 +109,7 @@ class Objects:
         Raises:
             UsageError: obstore does not know an option, or the address.
         """
-        limits = {name: options.get(name, default) for name, default in DEFAULTS.items()}
+        limits = _limits(options)
         config = {key: value for key, value in options.items() if key not in DEFAULTS}
         profile = config.pop("profile", None)
         client = {
@@ -134,7 +136,7 @@ class Objects:
             store,
             address,
             [*secrets, *secrets_in_environment()],
-            max_retries=int(limits["max_retries"]),
+            max_retries=limits["max_retries"],
             retry_timeout_s=limits["retry_timeout_s"],
         )
 
@@ -311,10 +313,22 @@ def _copied(part: memoryview) -> memoryview:
     return memoryview(bytes(part))
 
 
+def _limits(options: Mapping[str, Any]) -> dict[str, Any]:
+    limits = {name: options.get(name, default) for name, default in DEFAULTS.items()}
+    for name, value in limits.items():
+        whole = name == "max_retries"
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not (value >= 0 if whole else 0 < value < math.inf):
+            allowed = "a whole number of at least 0" if whole else "more than 0 seconds"
+            raise UsageError(f"storage_options {name} is {value!r}; expected {allowed}")
+    return limits
+
+
 def _hidden(text: str, secrets: Iterable[str]) -> str:
     """An error's first line without secrets and without what follows a `?`."""
     for secret in secrets:
         if len(secret) > 3:
             text = text.replace(secret, "***")
+    text = _USER.sub("***@", text)
     lines = _QUERY.sub("?***", text).split("\n\n")[0].replace("\n", " ").strip()
     return lines if len(lines) <= 1000 else f"{lines[:1000]}..."

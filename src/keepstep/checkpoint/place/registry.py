@@ -66,6 +66,11 @@ def open_objects(address: str, options: Mapping[str, Any] | None = None) -> Obje
             f"the address of a bucket is {parts.scheme}://bucket/prefix and nothing more: no credentials, no "
             "'?' and no '#'. Credentials come from the environment, a profile, or storage_options"
         )
+    if options is not None and not isinstance(options, Mapping):  # it may hold a secret, and is not shown
+        raise UsageError(
+            f"storage_options is a {type(options).__name__}; expected names with values, as "
+            '{"endpoint": "https://minio.example.com"}'
+        )
     try:
         adapter = import_module(_ADAPTER)
     except ModuleNotFoundError as error:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import platform
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "without_secrets"]
+
+_SECRET_WORDS: Final = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
+_TOKENS_OF: Final = {"", "access", "api", "auth", "bearer", "hf", "hub", "refresh", "session", "wandb"}
+_KEYS_OF: Final = {"access", "account", "api", "private", "secret"}
+_LOGIN: Final = re.compile(r"(?<=://)[^/\s@:]*:[^/\s@]*@")
 
 _GIT_TIMEOUT_S = 5.0
 
@@ -22,7 +28,8 @@ def describe_environment() -> Mapping[str, Any]:
 
     Returns:
         JSON values: `python`, `torch`, `numpy`, `keepstep` (versions or None), `platform`, `host`,
-        `command` (argv), `git` ({"commit", "dirty"} of the working directory, or None).
+        `command` (argv, without what looks like a secret), `git` ({"commit", "dirty"} of the working
+        directory, or None).
     """
     return {
         "python": platform.python_version(),
@@ -32,9 +39,39 @@ def describe_environment() -> Mapping[str, Any]:
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "world_size": 1,
-        "command": list(sys.argv),
+        "command": without_secrets(sys.argv),
         "git": _git(),
     }
+
+
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """A command line whose secrets are `***`: values of options that are named like one, logins in addresses.
+
+    Args:
+        command: as `sys.argv`; options as `--hf-token x`, `--password=x` or `aws.secret_key=x`.
+    """
+    shown: list[str] = []
+    follows = False
+    for word in command:
+        name, equals, value = word.partition("=")
+        named = _is_secret(name)
+        if follows and not word.startswith("--"):
+            shown.append("***")
+        else:
+            shown.append(f"{name}=***" if named and value else _LOGIN.sub("***@", word))
+        follows = named and not equals and name.startswith("-")
+    return shown
+
+
+def _is_secret(option: str) -> bool:
+    """`--aws-secret-access-key`, `--token` and `--hf_token` are; `--max-tokens` and `--pad-token` aren't."""
+    words = [word for word in re.split(r"[^a-z0-9]+", option.lower()) if word]
+    before, last = (words[-2] if len(words) > 1 else ""), (words[-1] if words else "")
+    return (
+        bool(_SECRET_WORDS & set(words))
+        or (last == "token" and before in _TOKENS_OF)
+        or (last == "key" and before in _KEYS_OF)
+    )
 
 
 def _version(package: str) -> str | None:
