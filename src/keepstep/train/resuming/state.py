@@ -15,7 +15,7 @@ doesn't fit while nothing is changed yet; `apply` puts it into effect once every
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,16 +165,17 @@ class TrainState:
             *(value for group in groups for value in group.values() if isinstance(value, torch.Tensor)),
         ]
 
-    def steady(self) -> list[torch.Tensor]:
+    def steady(self) -> Iterator[torch.Tensor]:
         """Shards that only optimizers write to, which wait: theirs, and frozen ones of the same models."""
         stepped = {id(p) for prepared in self.optimizers for p in prepared.parameters()}
-        states = [state for prepared in self.optimizers for state in prepared.optimizer.state.values()]
-        values = [value for state in states if isinstance(state, dict) for value in state.values()]
-        held = [list(model.parameters()) for model in self.models]
-        return [
-            *(p for parameters in held if not stepped.isdisjoint(map(id, parameters)) for p in parameters),
-            *(value for value in values if isinstance(value, torch.Tensor)),
-        ]
+        for model in self.models:
+            parameters = list(model.parameters())
+            if not stepped.isdisjoint(map(id, parameters)):
+                yield from parameters
+        for prepared in self.optimizers:
+            for state in prepared.optimizer.state.values():
+                if isinstance(state, dict):
+                    yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     @property
     def _modules(self) -> list[torch.nn.Module]:
