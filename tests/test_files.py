@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import keepstep.files
 from keepstep.checkpoint.saving.staging import Block
 from keepstep.files import PAGE_BYTES, LocalFiles
 from keepstep.locks import DirectoryLock, StoreLock
@@ -155,8 +156,11 @@ def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_full_disk_is_met_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = takes_direct(tmp_path)
-    refuse, _ = _refusing("posix_fallocate", errno.ENOSPC)
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+
+    def refuse(fd: int, size_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(keepstep.files, "_allocate", refuse)
     before = open_files()
     with pytest.raises(OSError, match="No space") if direct else contextlib.nullcontext():
         LocalFiles().create_segment(tmp_path / "s", 5000).abandon()
