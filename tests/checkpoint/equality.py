@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from keepstep.dense import flat_bytes
+
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return flat_bytes(dense).numpy().tobytes()
 
 
 def difference(left: Any, right: Any, place: str = "state") -> str | None:

@@ -251,3 +251,20 @@ def test_dense_copies_of_what_rests_are_not_kept(tmp_path: Path, monkeypatch: py
     assert linked(first, second) == {"base.safetensors"}
     assert len(alive) >= 12
     assert most <= 4
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+def test_one_element_of_any_stride_is_compared_and_loaded(tmp_path: Path, save: Any) -> None:
+    """Torch calls it contiguous."""
+
+    def state(value: float) -> dict[str, torch.Tensor]:
+        odd = torch.full((2,), value, dtype=torch.complex64).real[::2]
+        assert (odd.stride(), odd.is_contiguous()) == ((4,), True)
+        return {"odd": odd, "scalar": odd[0], "base": torch.full((MIB,), value)}
+
+    store, saved = Store(tmp_path), {"m": state(2.0)}
+    first, second = save(store, saved), save(store, saved)
+    assert linked(first, second) == {"m.safetensors"}
+    live = {"m": state(-1.0)}
+    store.load_latest_into(live)
+    assert_same(live, saved)

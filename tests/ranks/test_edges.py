@@ -46,6 +46,7 @@ def edges(root: str, rank: int, size: int) -> None:
         _a_write_to_a_shard_while_it_is_copied_is_not_committed,
         _room_is_made_for_what_all_ranks_write,
         _a_handler_that_saves_in_the_middle_of_a_save_is_refused,
+        _one_element_of_any_stride_travels,
     ):
         world.barrier()
         try:
@@ -217,6 +218,14 @@ def _a_handler_that_saves_in_the_middle_of_a_save_is_refused(
         assert store.save(state).name == "checkpoint_0"
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def _one_element_of_any_stride_travels(root: Path, world: Ranks, mesh: DeviceMesh) -> None:
+    odd = torch.full((2,), float(world.rank))[::2]
+    assert odd.stride() == (2,)
+    assert world.gather(odd).tolist() == [float(rank) for rank in range(world.size)]
+    assert world.reduce(odd, "sum").tolist() == [sum(range(world.size))]
+    assert world.broadcast_tensors(odd, world.size - 1).tolist() == [world.size - 1]
 
 
 @pytest.mark.timeout(200)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from keepstep.dense import flat_bytes
 from keepstep.errors import KeepstepError, RestoreError, UnsupportedTypeError
 from keepstep.tree.leaf import ALL_DTYPES, FACTORIES, MAX_DEPTH, codecs_by_name
 
@@ -111,7 +112,7 @@ def _decode_ndarray(u: _Unflattener, node: dict[str, Any]) -> np.ndarray[Any, An
     tensor = u.tensor_at(node["$ndarray"])
     if not tensor.is_contiguous():  # arrays are written dense; making one dense could take any memory
         raise ValueError("an array refers to a tensor with gaps")
-    data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    data = flat_bytes(tensor).numpy() if tensor.numel() else np.empty(0, np.uint8)
     return data.view(dtype).reshape(node["shape"])
 
 

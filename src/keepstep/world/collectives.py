@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from keepstep.dense import flat_bytes
 from keepstep.errors import UsageError
 from keepstep.world.nested import checked_reduction, described, place_of, replaced, tensors_of
 from keepstep.world.one import OneRank
@@ -139,8 +140,8 @@ class Collectives:
         whole = rows.new_empty((self._size * rows.shape[0], *rows.shape[1:]))
         if not rows.numel():
             return whole
-        sent = rows.reshape(-1).view(torch.uint8)
-        received = list(whole.reshape(-1).view(torch.uint8).view(self._size, -1))
+        sent = flat_bytes(rows)
+        received = list(flat_bytes(whole).view(self._size, -1))
 
         if rows.device.type == "cpu":
             options = distributed_c10d.AllgatherOptions()  # type: ignore[attr-defined]
@@ -171,7 +172,7 @@ class Collectives:
         dense = _dense(tensor)
         if not dense.numel():
             return
-        sent = dense.reshape(-1).view(torch.uint8)
+        sent = flat_bytes(dense)
         if tensor.device.type == "cpu":
             options = distributed_c10d.BroadcastOptions()
             options.rootRank = source
@@ -201,7 +202,7 @@ def _needs_packing(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return flat_bytes(tensor.cpu()).numpy().tobytes() if tensor.numel() else b""
 
 
 def _from_bytes(data: bytes, shaped_as: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from keepstep.checkpoint.format.boxes import Box, meeting, run_in
 from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
 from keepstep.checkpoint.format.manifest import ITEMSIZES, Chunk, TensorEntry, stored_parts
 from keepstep.checkpoint.format.source import OpenFile, Place, Source
+from keepstep.dense import flat_bytes
 from keepstep.errors import DamagedCheckpointError, DigestError, FileSizeError
 from keepstep.outcome import Latch
 
@@ -247,5 +248,5 @@ def _run_threads(work: Callable[[], None], count: int, stop: Callable[[], None])
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The memory of a dense CPU tensor as a writable byte array."""
-    array: np.ndarray[Any, np.dtype[np.uint8]] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    array: np.ndarray[Any, np.dtype[np.uint8]] = flat_bytes(tensor).numpy()
     return array

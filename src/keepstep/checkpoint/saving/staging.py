@@ -17,6 +17,7 @@ import torch
 from keepstep.checkpoint.format.hashing import Aborted
 from keepstep.checkpoint.format.manifest import digest_of
 from keepstep.checkpoint.saving.tracking import KnownDigests
+from keepstep.dense import flat_bytes
 from keepstep.errors import UsageError
 from keepstep.outcome import LOOK_UP_S, Bell, Latch
 from keepstep.pages import huge_pages
@@ -211,7 +212,7 @@ def dense_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """
     _check_memory(tensor)
     plain = tensor if not (tensor.is_conj() or tensor.is_neg()) else tensor.resolve_conj().resolve_neg()
-    return plain.detach().contiguous().reshape(-1).view(torch.uint8)
+    return flat_bytes(plain.contiguous())
 
 
 class SideStreams:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from keepstep.dense import flat_bytes
 from keepstep.errors import UnsupportedTypeError
 from keepstep.tree import DTYPES, flatten, unflatten
 
@@ -33,7 +34,7 @@ def to_bytes(value: Any) -> bytes:
             )
         dense = leaf.tensor.cpu().contiguous()
         tensors.append([leaf.address, str(dense.dtype).removeprefix("torch."), list(dense.shape)])
-        parts.append(dense.reshape(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b"")
+        parts.append(flat_bytes(dense).numpy().tobytes() if dense.numel() else b"")
     head = json.dumps({"tree": flat.tree, "tensors": tensors}).encode()
     return b"".join([_LENGTH.pack(len(head)), head, *parts])
 
