@@ -30,8 +30,8 @@ def test_a_wrong_argument_of_a_store_is_named(tmp_path: Path, options: dict[str,
         Store(tmp_path, **options)
 
 
-@pytest.mark.parametrize("path", ["", "a\0b"])
-def test_a_path_that_is_none_is_not_the_current_directory(path: str) -> None:
+@pytest.mark.parametrize("path", ["", "a\0b", b"run", 3, None])
+def test_a_path_that_is_none_is_not_the_current_directory(path: Any) -> None:
     with pytest.raises(UsageError, match="expected a directory, or the address of a bucket"):
         Store(path)
 

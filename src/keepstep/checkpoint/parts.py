@@ -28,7 +28,7 @@ def root_of(path: str | os.PathLike[str]) -> Path | str:
     Raises:
         UsageError: it is neither.
     """
-    if os.fspath(path) == "" or "\0" in os.fspath(path):
+    if not isinstance(path, str | os.PathLike) or os.fspath(path) == "" or "\0" in os.fspath(path):
         raise UsageError(f"the path of a store is {path!r}; expected a directory, or the address of a bucket")
     return os.fspath(path) if is_address(path) else Path(path).absolute()
 
