@@ -40,6 +40,11 @@ def test_a_fitted_table_is_never_wider_than_the_terminal(columns: list[Column], 
     assert all(line.isprintable() for line in lines)
 
 
+def test_a_column_gives_up_no_more_than_is_needed() -> None:
+    soft = Column(header="a", cells=[Cell("x" * 30)], least=10)
+    assert [width for _, width in fit([soft], 25).columns] == [25]
+
+
 @given(columns=columns)
 def test_without_a_width_every_text_is_whole(columns: list[Column]) -> None:
     lines = list(render(fit(columns, None), Plain()))

@@ -123,6 +123,9 @@ def test_a_port_that_was_asked_for_is_taken_or_refused() -> None:
     assert rendezvous.endpoint == "127.0.0.1:4000"
     with pytest.raises(UsageError, match=r"Port 4000 .* in use.* 0 for one that is free"):
         plan_of(Imagined(busy_ports=(4000,)), main_process_port=4000, **two)
+    machines = {"num_machines": 2, "machine_rank": 1, "main_process_ip": "10.0.0.1"}
+    other = plan_of(Imagined(busy_ports=(4000,)), main_process_port=4000, **machines, **two).rendezvous
+    assert other is not None, "it is in use here, and machine 0 is where it counts"
     free = plan_of(Imagined(busy_ports=(29500,)), main_process_port=0, **two).rendezvous
     assert free is not None
     assert free.endpoint == "127.0.0.1:0"

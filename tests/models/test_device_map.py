@@ -98,6 +98,11 @@ def test_buffers_of_a_module_that_is_split_have_a_place() -> None:
     check_device_map(model, device_map)
 
 
+def test_balanced_memory_of_accelerators_without_the_first() -> None:
+    memory = get_balanced_memory(Network(), {1: "1MB", 2: "1MB"}, ["Block"], low_zero=True)
+    assert list(memory) == [1, 2]
+
+
 def test_balanced_memory_leaves_the_first_accelerator_empty_if_asked() -> None:
     model = Network(width=32, blocks=8)
     memory = get_balanced_memory(model, {0: "1MB", 1: "1MB", 2: "1MB"}, ["Block"], low_zero=True)

@@ -252,3 +252,13 @@ def test_a_map_of_one_device_needs_no_hooks(caplog: pytest.LogCaptureFixture) ->
         model = dispatch_model(network(), {"": "cpu"})
     assert hook_of(model) is None
     assert caplog.text == ""
+
+
+def test_a_folder_of_weights_loses_what_is_replaced_and_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    foreign = tmp_path / "offloaded-by-hand.safetensors"
+    foreign.write_bytes(b"somebody's")
+    for value in range(2):
+        offload_state_dict(tmp_path, {"w": torch.full((2,), float(value))})
+    assert foreign.exists()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert OffloadedWeightsLoader(save_folder=tmp_path)["w"].tolist() == [1.0, 1.0]

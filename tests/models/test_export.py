@@ -18,6 +18,7 @@ from torch import nn
 from keepstep.errors import DirectoryNotOursError, NoSpaceError, TensorNotSavableError, UsageError
 from keepstep.files import LocalFiles
 from keepstep.models.export import export_weights
+from keepstep.models.shards import split
 from keepstep.models.weights import read_weights
 
 INDEX = "model.safetensors.index.json"
@@ -194,3 +195,7 @@ def test_what_is_no_tensor_is_named(tmp_path: Path) -> None:
         export_weights({"extra": {}}, tmp_path)
     with pytest.raises(TensorNotSavableError, match="'w' is on the meta device"):
         export_weights({"w": torch.empty(2, device="meta")}, tmp_path)
+
+
+def test_a_file_may_be_as_large_as_was_said() -> None:
+    assert split([("a", 6), ("b", 4), ("c", 1)], 10) == [["a", "b"], ["c"]]

@@ -310,6 +310,13 @@ def test_without_a_step_rows_count_on_over_a_resume(tmp_path: Path) -> None:
     assert [row.step for row in read_log(tmp_path)] == [0, 10, 11]
 
 
+def test_a_row_of_an_earlier_step_takes_no_step_back(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    for step in (10, 3, None):
+        accelerator.log({"x": 0}, step=step)
+    assert [row.step for row in read_log(tmp_path)] == [10, 3, 11]
+
+
 def test_without_a_place_or_a_tracker_that_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.log({"x": 1})

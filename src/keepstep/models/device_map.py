@@ -368,7 +368,7 @@ def get_balanced_memory(
     share += int(1.25 * max(whole, _mean(sizes)))
     for number in numbers[:-1]:  # the last one takes what is left
         memory[number] = min(memory[0] if low_zero and number == 0 else share, memory[number])
-    if low_zero:
+    if low_zero and 0 in memory:
         rest = sizes[""] - sum(memory[number] for number in numbers if number != 0)
         memory[0] = min(max(0, rest), memory[0])
     return memory

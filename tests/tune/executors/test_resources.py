@@ -39,6 +39,10 @@ def test_what_the_machine_has_not_never_fits() -> None:
     assert not pool.fits({"cpu": 2.5})
     with pytest.raises(UsageError, match=r"only .* is free"):
         pool.take({"cpu": 2.5})
+    several = Pool({"gpu": 3.0})
+    assert several.why_never({"gpu": 2}) is None
+    assert several.why_never({"gpu": 0.5}) is None
+    assert "a part of one GPU can be held, or several whole ones" in (several.why_never({"gpu": 1.5}) or "")
     with pytest.raises(UsageError, match="2 GPUs in total, but 1 names"):
         Pool({"gpu": 2}, ["0"])
 

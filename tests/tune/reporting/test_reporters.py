@@ -435,6 +435,22 @@ def test_what_trials_print_is_shown_by_the_line(tmp_path: Path) -> None:
     ]
 
 
+def test_a_file_that_is_begun_anew_is_followed_from_its_beginning(tmp_path: Path) -> None:
+    out: list[str] = []
+    echo, (trial,) = Echo(out.append), trials_of(tmp_path, [RUNNING])
+    file = tmp_path / "stdout"
+    file.write_bytes(b"a long line that was shown before\n")
+    echo.start(trial, [file])
+    file.write_bytes(b"anew\n")
+    echo.turn([trial])
+    assert out == [f"({trial}) anew\n"]
+
+
+def test_the_last_failures_are_all_known(tmp_path: Path) -> None:
+    trials = trials_of(tmp_path, [ERROR, TERMINATED, ERROR])
+    assert Watch("loss", "min").look(trials).failed == [trials[0], trials[2]]
+
+
 def test_megabytes_are_counted_not_shown(tmp_path: Path) -> None:
     out: list[str] = []
     echo, (trial,) = Echo(out.append, bytes_a_turn=1000), trials_of(tmp_path, [RUNNING])
