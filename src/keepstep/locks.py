@@ -11,6 +11,7 @@ import fcntl
 import os
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -33,8 +34,15 @@ class StoreLock:
     _guard = threading.RLock()
 
     @classmethod
-    def acquire(cls, path: Path, owner: bytes) -> bytes | None:
+    def acquire(
+        cls, path: Path, owner: bytes, *, lives: Callable[[bytes], bool] = lambda _: False
+    ) -> bytes | None:
         """Take the lock for this process, for good.
+
+        Args:
+            path: the file.
+            owner: what to write into it about this process.
+            lives: whether the process that wrote this about itself runs; asked where there are no locks.
 
         Returns:
             None if this process holds it now, else what the holder wrote about itself.
@@ -47,12 +55,13 @@ class StoreLock:
                 _lock_alone(fd)
             except OSError as error:
                 holder = os.pread(fd, PAGE_BYTES, 0)
-                os.close(fd)
-                if error.errno in {errno.EACCES, errno.EAGAIN}:
-                    return holder
-                if error.errno in NOT_SUPPORTED | {errno.ENOLCK}:
-                    return None  # a file system without locks: the rename still refuses a taken name
-                raise
+                unsupported = error.errno in NOT_SUPPORTED | {errno.ENOLCK}
+                if not unsupported or lives(holder):
+                    os.close(fd)
+                    if unsupported or error.errno in {errno.EACCES, errno.EAGAIN}:
+                        return holder
+                    raise
+                # A file system without locks: what is written there keeps others of this machine out.
             os.ftruncate(fd, 0)
             os.pwrite(fd, owner, 0)
             found = os.fstat(fd)

@@ -18,7 +18,7 @@ from keepstep.checkpoint.place.backend import (
     Workspace,
     checkpoint_name,
 )
-from keepstep.checkpoint.place.claimant import parse_claim, this_process
+from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_process
 from keepstep.checkpoint.place.deletion import delete_checkpoint, empty_trash
 from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace, explained, sweep
@@ -122,16 +122,27 @@ class LocalBackend:
     def _take_lock(self) -> None:
         internal = self._lock.parent
         self._files.make_directory(internal)
-        held_by = StoreLock.acquire(self._lock, this_process().dump())
+        before = self._last_writer()
+        held_by = StoreLock.acquire(self._lock, this_process().dump(), lives=_lives)
         if held_by is not None:
             holder = parse_claim(held_by)[0] or "another process"
             raise StoreBusyError(
                 f"{self.path} is being written to by {holder}. One process at a time may write to a store: "
                 "stop that one, or give this run another directory"
             )
-        sweep(self._files, self.path, in_flight=lambda name: _places.taken(self.path / name))
+        sweep(
+            self._files,
+            self.path,
+            in_flight=lambda name: _places.taken(self.path / name),
+            alone=before is None or before.is_dead,
+        )
         empty_trash(self._files, internal / "trash")
         self._owned = _identity(self._lock)
+
+    def _last_writer(self) -> Claimant | None:
+        with contextlib.suppress(OSError):
+            return parse_claim(self._lock.read_bytes())[0]
+        return None
 
     def guest(self) -> GuestWorkspace:
         return JoinedWorkspace(self._files)
@@ -164,6 +175,12 @@ class LocalBackend:
     def _directory(self, place: Place) -> Path:
         assert isinstance(place, Path), f"{place} is no directory"
         return place
+
+
+def _lives(said: bytes) -> bool:
+    """Whether a living process of this machine, but this one, has said this of itself."""
+    who = parse_claim(said)[0]
+    return who is not None and who.lives_here and not who.is_here
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -46,6 +46,9 @@ _TMP = ".tmp-"
 _UNFINISHED = re.compile(r"(.+)\.tmp-[0-9a-f]{12}\Z", re.DOTALL)
 _REPLACED = ".replaced"
 
+_unlocked: set[Path] = set()
+"""Unfinished directories of this process on file systems that can't lock them."""
+
 log = logging.getLogger(__name__)
 
 
@@ -167,6 +170,8 @@ class LocalWorkspace:
                 continue
             if lock.holds(self.path):
                 self._lock = lock
+                if not lock.supported:
+                    _unlocked.add(self.path.resolve())
             else:
                 lock.release()
 
@@ -256,6 +261,7 @@ class LocalWorkspace:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+            _unlocked.discard(self.path.resolve())
 
     def _keep_foreign_files(self) -> None:
         """What somebody put beside an older checkpoint stays beside the new one."""
@@ -297,7 +303,12 @@ def _link_tree(files: Files, source: Path, target: Path) -> None:
 
 
 def sweep(
-    files: Files, parent: Path, *, prefix: str = "", in_flight: Callable[[str], bool] = lambda _: False
+    files: Files,
+    parent: Path,
+    *,
+    prefix: str = "",
+    in_flight: Callable[[str], bool] = lambda _: False,
+    alone: bool = False,
 ) -> None:
     """Remove unfinished checkpoints of dead processes; those of living ones are locked and stay.
 
@@ -306,6 +317,7 @@ def sweep(
         parent: where they lie.
         prefix: only those that were to become this name.
         in_flight: whether this process is saving under a name; it may not have come to the lock yet.
+        alone: whether no other process may be at it, so that those go as well that can't be locked.
     """
     for entry in os.listdir(parent):
         match = _UNFINISHED.match(entry)
@@ -317,7 +329,8 @@ def sweep(
         except OSError:  # locked by the process that writes it, or not a directory
             continue
         try:
-            if lock.supported and not in_flight(match[1]) and not path.is_symlink():
+            dead = lock.supported or (alone and path.resolve() not in _unlocked)
+            if dead and not in_flight(match[1]) and not path.is_symlink():
                 log.info("removing %s, left unfinished by a process that died", path)
                 _remove_if_possible(files, path)
         finally:
