@@ -20,7 +20,9 @@ import torch
 
 from keepstep import Retention, Store
 from keepstep.checkpoint.pending import report_unseen_failures
+from keepstep.checkpoint.saving.save import Held
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, TensorBytes
+from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.errors import BackgroundSaveError, StoreBusyError, StoreError
 from keepstep.files import PAGE_BYTES, LocalFiles, SegmentFile
 
@@ -390,3 +392,40 @@ def test_the_handler_of_a_signal_saves_while_the_store_is_claimed(tmp_path: Path
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert steps(store) == [2, 1]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("amid", ["sealing", "comparing"])
+def test_the_handler_of_a_signal_saves_amid_what_only_one_thread_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amid: str
+) -> None:
+    store, state = Store(tmp_path), {"w": [torch.rand(1 << 19) for _ in range(6)]}
+    for _ in range(3):
+        store.save(state, step=1)
+
+    def save_at_once(*_: object) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        store.save(state, step=2)
+
+    def signalling(held: Any, *args: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return real(held, *args)
+
+    if amid == "sealing":
+        real = Held._writes
+        pending = store.save_in_background(state, step=1, staging="overlapped")
+        monkeypatch.setattr(Held, "_writes", signalling)
+    else:
+        real = KnownDigests._proved_digest
+        monkeypatch.setattr(KnownDigests, "_proved_digest", signalling)
+    before = signal.signal(signal.SIGUSR1, save_at_once)
+    try:
+        if amid == "sealing":
+            pending.wait_staged()
+        else:
+            store.save(state, step=1)
+        store.wait()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert sorted(map(str, steps(store))) == ["1", "1", "1", "1", "2"]
+    assert all(report.sound for report in store.verify())

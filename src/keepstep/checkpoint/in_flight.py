@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from keepstep.checkpoint.crew import Crew
-from keepstep.checkpoint.engine import Order
+from keepstep.checkpoint.engine import Engine, Order
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.keeping.pruning import Which
@@ -80,8 +80,8 @@ class Saves:
 
     def save(self, state: Any, description: Description, own: Any) -> Checkpoint:
         """Save; durable and committed on return. See `Store.save`."""
-        with self._turn():
-            save = self._begin(state, description, own)
+        with self._turn() as engine:
+            save = self._begin(engine, state, description, own)
             try:
                 return self._committed(save.workspace.final, save.write())
             finally:
@@ -100,9 +100,9 @@ class Saves:
         """Begin a save that goes on in the background. See `Store.save_in_background`."""
         if staging not in get_args(Staging):
             raise UsageError(f'staging is {staging!r}; allowed: "auto", "awaited" or "overlapped"')
-        with self._turn():
+        with self._turn() as engine:
             began = time.perf_counter()
-            save = self._begin(state, description, own)
+            save = self._begin(engine, state, description, own)
             crew = Crew(1, "keepstep-commit")
             staged = Latch()
             try:
@@ -133,15 +133,18 @@ class Saves:
             return self._in_flight
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """After the save in flight, and after those that other threads make."""
+    def _turn(self) -> Iterator[Engine]:
+        """After the save in flight, and after those that other threads make; what makes the save.
+
+        In the middle of a save of this thread, which waits with all that it holds, it is another engine.
+        """
         with self._one_save:
             self.wait()
             if self._in_turn and self._rules.world.size > 1:
                 raise UsageError(_AMID)
             before, self._in_turn = self._in_turn, True
             try:
-                yield
+                yield Engine(self._rules.memory_budget_bytes) if before else self._parts.engine
             finally:
                 self._in_turn = before
 
@@ -174,7 +177,7 @@ class Saves:
 
     # ------------------------------------------------------------------- from begin to commit
 
-    def _begin(self, state: Any, description: Description, own: Any) -> Save:
+    def _begin(self, engine: Engine, state: Any, description: Description, own: Any) -> Save:
         parts, reserved = self._parts, list[HostWorkspace]()
 
         def reserve() -> HostWorkspace:
@@ -186,7 +189,7 @@ class Saves:
             parts.engine.forget()
         try:
             order = Order(state=state, description=description, lineage=self.lineage, own=own)
-            save = parts.engine.save(reserve, order)
+            save = engine.save(reserve, order)
             try:
                 parts.upkeep.before_save(save.bytes_of_all, self._rules.retention, self.retained)
             except BaseException:

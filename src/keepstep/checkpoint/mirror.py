@@ -93,7 +93,7 @@ class Mirror:
         self._reached = reached
         self._pid = os.getpid()
         self._runs: set[str] = set()
-        self._linking = threading.Lock()
+        self._linking = threading.RLock()  # the handler of a signal may save as well
         self._lock = threading.RLock()
         self._changed = Bell()
         self._waiting = Waiting(most_pending)

@@ -104,7 +104,6 @@ class Save:
             workspace.check()
         self._held: list[Held] = []
         self._written_to: list[str] = []
-        self._sealing = threading.Lock()
         self._sealed = Latch()
         self._ordered_by = threading.current_thread()
         self._under_way: UnderWay | None = None
@@ -195,11 +194,14 @@ class Save:
         no other thread knows whether one is under way. If that thread does not come by, `finish` calls it
         once what the thread was in the middle of is over.
         """
-        with self._sealing:
-            self._written_to += [self._infos[h.index].address for h in self._held if h.was_written_to]
-            self._held.clear()
-            if not self._sealed.is_open:  # `done` is asked again and again
-                self._sealed.open()
+        # No lock: the handler of a signal may wait for the save in the middle of this. Whoever has compared
+        # first decides, and is no later than the first write that is no concern.
+        written = [self._infos[h.index].address for h in self._held if h.was_written_to]
+        if self._sealed.is_open:
+            return
+        self._written_to += written
+        self._sealed.open()
+        self._held = []
 
     def finish(self) -> Manifest:
         """Wait until all that was staged is written, and commit.
@@ -239,7 +241,7 @@ class Save:
         self._let_writes_end()
         self.seal()
         if self._written_to:
-            raise StateChangedError(self._written_to)
+            raise StateChangedError(list(dict.fromkeys(self._written_to)))  # both threads may have found it
         return self._commit()
 
     def _let_writes_end(self) -> None:
