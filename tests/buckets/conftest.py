@@ -40,8 +40,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
     def of_kind(kind: str) -> Server:
         if kind not in started:
             server = KINDS[kind](tmp_path_factory.mktemp(kind) / "server")
-            server.start()
-            server.make_bucket()
+            try:
+                server.start()
+                server.make_bucket()
+            except BaseException:
+                server.kill()
+                raise
             started[kind] = server
         return started[kind]
 
