@@ -308,3 +308,18 @@ def test_the_end_of_the_process_tries_no_more_after_a_failure(
         store.mirror.drain()
     assert len(tried) == 1
     assert "no answer" in caplog.text
+
+
+def test_what_the_end_waits_for_is_counted_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"endpoint": "http://127.0.0.1:9", "access_key_id": "a", "secret_access_key": "b"}
+    limits = {"max_retries": 0, "retry_timeout_s": 1, "connect_timeout_s": 1}
+    looked = threading.Event()
+    monkeypatch.setattr(mirror_module.Mirror, "_catch_up", lambda _: looked.wait(20))
+    store = Store(tmp_path, mirror="s3://tests/none", storage_options={**options, **limits})
+    store.save(state(0))
+    threading.Timer(0.2, looked.set).start()
+    assert store.mirror is not None
+    store.mirror.drain()
+    assert "waiting for the upload of 1 checkpoint(s)" in caplog.text

@@ -225,9 +225,11 @@ class Mirror:
             return
         with self._lock:
             self._draining = True
-            left = self._waiting.to_try + self._is_busy
+            left = self._waiting.to_try + (self._running is not None)
         if left:
             log.warning("waiting for the upload of %d checkpoint(s) to %s", left, self.bucket)
+        elif self._catching_up:
+            log.warning("waiting until it is known what the mirror %s lacks", self.bucket)
         try:
             self.wait()
         except MirrorError as error:
