@@ -10,8 +10,9 @@ import pytest
 from tests.tune.schedulers.simulator import Simulation, World
 
 from keepstep.errors import TrialError, UsageError
+from keepstep.tune.experiment.trial import Trial
 from keepstep.tune.schedulers.async_hyperband import ASHAScheduler, AsyncHyperBandScheduler
-from keepstep.tune.schedulers.base import FIFOScheduler, TrialScheduler
+from keepstep.tune.schedulers.base import Controller, Decision, FIFOScheduler, TrialScheduler
 from keepstep.tune.schedulers.hyperband import HyperBandScheduler
 from keepstep.tune.schedulers.median_stopping_rule import MedianStoppingRule
 
@@ -86,6 +87,36 @@ def test_hyperband_goes_on_without_those_that_failed() -> None:
     ).run()
     assert all(trial.is_finished() for trial in found.trials)
     assert 9 in found.reached().values()
+
+
+class StopsThePaused(FIFOScheduler):
+    """Pauses the first trial, and ends it when the second one reports."""
+
+    def __init__(self) -> None:
+        self.removed: list[tuple[int, str]] = []
+
+    def on_trial_result(self, tune_controller: Controller, trial: Trial, result: dict[str, Any]) -> Decision:
+        if trial.number == 0:
+            return "PAUSE"
+        for other in tune_controller.get_live_trials():
+            if other.number == 0:
+                tune_controller.stop_trial(other)
+        return "CONTINUE"
+
+    def on_trial_remove(self, tune_controller: Controller, trial: Trial) -> None:
+        self.removed.append((trial.number, trial.status))
+
+
+def test_a_scheduler_is_told_of_a_trial_that_is_ended_while_it_waits() -> None:
+    made: list[StopsThePaused] = []
+
+    def make() -> TrialScheduler:
+        made.append(StopsThePaused())
+        return made[-1]
+
+    found = Simulation(make, QUALITIES[:2], World(slots=1, end=3)).run()
+    assert found.reached() == {0: 1, 1: 3}
+    assert made[-1].removed == [(0, "TERMINATED")]
 
 
 def test_the_median_rule_may_set_trials_back_instead() -> None:

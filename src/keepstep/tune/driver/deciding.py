@@ -6,7 +6,7 @@ where they stood.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,14 +14,14 @@ from keepstep.errors import TrialError, TuneError
 from keepstep.tune.driver.plain import plain, shown
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.records import Act
-from keepstep.tune.experiment.trial import CheckpointRecord, Trial
+from keepstep.tune.experiment.trial import RUNNING, CheckpointRecord, Trial
 from keepstep.tune.result import DONE
 from keepstep.tune.schedulers.base import Decision, TrialScheduler
 from keepstep.tune.search.base import Searcher
 from keepstep.tune.search.space import completed, flat
 from keepstep.tune.stopper import Stopper
 
-__all__ = ["Decider", "Ledger", "Suggestion", "Verdict"]
+__all__ = ["Decider", "Steering", "Suggestion", "Verdict"]
 
 _DECISIONS: Final = ("CONTINUE", "PAUSE", "STOP", "NOOP")
 
@@ -45,15 +45,17 @@ class Suggestion:
     evaluated: dict[str, Any]
 
 
-class Ledger:
+class Steering:
     """What a scheduler does to trials: it takes effect at once, and is kept for the journal.
 
     Args:
         history: the trials.
+        removed: is told of a trial that is ended while it does not run.
     """
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, *, removed: Callable[[Trial], None]) -> None:
         self._history = history
+        self._removed = removed
         self._acts: list[Act] = []
         self._saves: set[str] = set()
 
@@ -70,7 +72,10 @@ class Ledger:
         self._do(Act(do="unpause", trial=trial.trial_id))
 
     def stop_trial(self, trial: Trial) -> None:
+        runs = trial.status == RUNNING
         self._do(Act(do="stop", trial=trial.trial_id))
+        if not runs:
+            self._removed(trial)
 
     def save_trial(self, trial: Trial) -> None:
         self._saves.add(trial.trial_id)
@@ -124,7 +129,7 @@ class Decider:
         stopper: Stopper,
         param_space: Mapping[str, Any],
     ) -> None:
-        self.ledger = Ledger(history)
+        self.steering = Steering(history, removed=self._removed)
         self.searcher = searcher
         self.scheduler = scheduler
         self.stopper = stopper
@@ -162,7 +167,7 @@ class Decider:
 
     def added(self, trial: Trial) -> None:
         """A trial was made."""
-        self.scheduler.on_trial_add(self.ledger, trial)
+        self.scheduler.on_trial_add(self.steering, trial)
         self._no_acts(trial)
 
     def resulted(self, trial: Trial, result: dict[str, Any], *, done: bool) -> Verdict:
@@ -179,7 +184,7 @@ class Decider:
         try:
             return self._decided(trial, result, done=done)
         except TrialError as error:
-            self.ledger.take_saves()
+            self.steering.take_saves()
             return Verdict(decision="NOOP", why="refused", acts=self._taken(), problem=str(error))
 
     def _decided(self, trial: Trial, result: dict[str, Any], *, done: bool) -> Verdict:
@@ -187,10 +192,10 @@ class Decider:
         why = "done" if done else "stop" if stops else None
         decision: Decision
         if why is not None:
-            self.scheduler.on_trial_complete(self.ledger, trial, result)
+            self.scheduler.on_trial_complete(self.steering, trial, result)
             decision = "STOP"
         else:
-            decision = self.scheduler.on_trial_result(self.ledger, trial, result)
+            decision = self.scheduler.on_trial_result(self.steering, trial, result)
             if decision not in _DECISIONS:
                 raise TuneError(
                     f"{type(self.scheduler).__name__}.on_trial_result returned {decision!r} for {trial}; "
@@ -201,7 +206,7 @@ class Decider:
             self.searcher.on_trial_complete(trial.trial_id, {**result, DONE: True})
         else:
             self.searcher.on_trial_result(trial.trial_id, result)
-        save = trial.trial_id in self.ledger.take_saves()
+        save = trial.trial_id in self.steering.take_saves()
         return Verdict(decision=decision, why=why, acts=self._taken(), save=save)
 
     def completed(self, trial: Trial, *, again: bool = False) -> tuple[Act, ...]:
@@ -213,7 +218,7 @@ class Decider:
         """
         if again:
             return ()
-        self.scheduler.on_trial_complete(self.ledger, trial, trial.last_result)
+        self.scheduler.on_trial_complete(self.steering, trial, trial.last_result)
         self.searcher.on_trial_complete(trial.trial_id, trial.last_result or None)
         return self._taken()
 
@@ -221,7 +226,7 @@ class Decider:
         """A trial failed for good; nobody is told that was told of its end before."""
         if trial.ends_at is not None:
             return ()
-        self.scheduler.on_trial_error(self.ledger, trial)
+        self.scheduler.on_trial_error(self.steering, trial)
         self.searcher.on_trial_complete(trial.trial_id, None, error=True)
         return self._taken()
 
@@ -229,22 +234,25 @@ class Decider:
         """A trial that had ended is run again; `completed` and `failed` say when nobody is told."""
         if trial.ends_at is not None:
             return
-        self.scheduler.on_trial_add(self.ledger, trial)
+        self.scheduler.on_trial_add(self.steering, trial)
         self._no_acts(trial)
+
+    def _removed(self, trial: Trial) -> None:
+        self.scheduler.on_trial_remove(self.steering, trial)
 
     def choose(self) -> Trial | None:
         """Which trial starts next."""
-        return self.scheduler.choose_trial_to_run(self.ledger)
+        return self.scheduler.choose_trial_to_run(self.steering)
 
     def _taken(self) -> tuple[Act, ...]:
-        acts = self.ledger.take()
+        acts = self.steering.take()
         for act in acts:
             if act.do == "stop":
                 self.searcher.on_trial_complete(act.trial, None)
         return acts
 
     def _no_acts(self, trial: Trial) -> None:
-        if self.ledger.take():
+        if self.steering.take():
             raise TuneError(
                 f"{type(self.scheduler).__name__}.on_trial_add did something to trials when {trial} was "
                 "made; it may only do so when one reports or ends"

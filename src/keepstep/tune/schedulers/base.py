@@ -120,7 +120,7 @@ class TrialScheduler(Suggestible):
         """A trial ended well by itself or by a stopper, with this last result."""
 
     def on_trial_remove(self, tune_controller: Controller, trial: Trial) -> None:
-        """A trial was ended by others before it reported its end."""
+        """A trial that waited or was paused was ended by `stop_trial`."""
 
     def choose_trial_to_run(self, tune_controller: Controller) -> Trial | None:
         """Which of the waiting and paused trials starts next; None: none does now."""
