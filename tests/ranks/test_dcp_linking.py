@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -208,3 +211,44 @@ def test_a_forked_process_links_nothing_of_its_parents_memory(tmp_path: Path) ->
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert new_bytes(Checkpoint.open(run.root / "step_1"), run.save()) < MIB
     assert keepstep.Checkpoint.open(run.root / "child").verify().sound
+
+
+IN_A_PROCESS = """
+import os, sys
+from pathlib import Path
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+import keepstep
+
+if __name__ == "__main__":
+    here = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": sys.argv[2]}
+    os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1")
+    dist.init_process_group("gloo")
+    for number in range(2):
+        writer = keepstep.dcp.StorageWriter(Path(sys.argv[1], f"step_{number}"))
+        state = {"w": torch.ones(1 << 20), "n": number}
+        kind = AsyncCheckpointerType.PROCESS
+        dcp.async_save(state, storage_writer=writer, async_checkpointer_type=kind).result()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_process_of_dcps_own_saves_and_links(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(IN_A_PROCESS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(port)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (Checkpoint.open(tmp_path / f"step_{number}") for number in range(2))
+    assert second.load()["n"] == 1
+    assert new_bytes(first, second) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import secrets
@@ -166,12 +167,18 @@ class StorageWriter(storage.StorageWriter):
     ) -> None:
         self._description = describe(step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned)
         self._files: Files = files if files is not None else LocalFiles()
-        self._pool = BlockPool(memory_budget_bytes)
+        BlockPool(memory_budget_bytes)  # says now what is too little
+        self._memory_budget_bytes = memory_budget_bytes
         self._options = storage_options
         self._spot = Spot.of(path, storage_options)
         self._save: _Save | None = None
         self._abandon: weakref.finalize[Any, Any] | None = None
         self._lone = ""
+
+    @functools.cached_property
+    def _pool(self) -> BlockPool:
+        """Made by the process that writes: async_save may send the writer to one of its own."""
+        return BlockPool(self._memory_budget_bytes)
 
     @property
     def checkpoint_id(self) -> str:
