@@ -249,6 +249,27 @@ def test_a_directory_lock_is_exclusive_and_let_go(tmp_path: Path) -> None:
     DirectoryLock(tmp_path).release()
 
 
+def test_a_forked_child_keeps_no_segment_open(tmp_path: Path) -> None:
+    """Deleted by the parent, it would take room for as long as the child lives."""
+    segment = LocalFiles().create_segment(tmp_path / "s", PAGE_BYTES)
+    child = os.fork()
+    if child == 0:
+        inode = (tmp_path / "s").stat().st_ino
+        held = [fd for fd in Path("/proc/self/fd").iterdir() if _inode_of(fd) == inode]
+        os._exit(len(held))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    segment.write_at(block(PAGE_BYTES, 7), 0)
+    segment.finish()
+    assert (tmp_path / "s").read_bytes() == bytes([7]) * PAGE_BYTES
+
+
+def _inode_of(fd: Path) -> int | None:
+    try:
+        return fd.stat().st_ino
+    except OSError:
+        return None
+
+
 def _try_lock(path: str) -> str:
     return (StoreLock.acquire(Path(path), b"the child") or b"").decode()
 

@@ -18,6 +18,7 @@ import platform
 import shutil
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -119,6 +120,7 @@ class _LocalSegment:
             # The file system may have made the name before it refused the flag.
             path.unlink(missing_ok=True)
             self._fd = os.open(path, flags, 0o666)
+        _segments.add(self)
         if self._direct and size_bytes:
             self._reserve()
 
@@ -166,6 +168,18 @@ class _LocalSegment:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+
+_segments: weakref.WeakSet[_LocalSegment] = weakref.WeakSet()
+
+
+def _close_after_fork() -> None:
+    """What a child has open takes room on the disk as long as it lives, even once it is deleted."""
+    for segment in list(_segments):
+        segment.abandon()
+
+
+os.register_at_fork(after_in_child=_close_after_fork)
 
 
 class LocalFiles:
