@@ -21,6 +21,7 @@ from keepstep.errors import (
     MismatchError,
     NotPreparedError,
     NoValidCheckpointError,
+    StoreReadOnlyError,
     UnsupportedTypeError,
     UsageError,
 )
@@ -552,3 +553,47 @@ def test_a_failure_costs_no_checkpoint_that_waited_for_it(tmp_path: Path) -> Non
     assert Store(tmp_path / "checkpoints").list()[-1].step == 2
     counts = run.accelerator.checkpoint_counts
     assert (counts.saved, counts.failed, counts.waited) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_finished_run_is_saved_though_its_last_checkpoint_failed(tmp_path: Path, on_error: Any) -> None:
+    run = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=1, on_error=on_error))
+    store = run.accelerator._saver._store
+    assert store is not None
+    commit = store._saves._committed
+
+    def fail(*_: Any) -> None:
+        store._saves._committed = commit  # type: ignore[method-assign,union-attr]
+        raise OSError(5, "the disk is on fire")
+
+    store._saves._committed = fail  # type: ignore[method-assign,assignment]
+    run.step()
+    run.accelerator.checkpoint()
+    with pytest.raises(BackgroundSaveError) if on_error == "raise" else contextlib.nullcontext():
+        run.accelerator.end_training(finished=True)
+    saved = Store(tmp_path / "checkpoints").list()[-1]
+    assert saved.name == "checkpoint_1"
+    assert saved.verify().sound
+    counts = run.accelerator.checkpoint_counts
+    assert (counts.saved, counts.failed) == (1, 1)
+
+
+def test_a_checkpoint_that_could_not_be_begun_counts_as_failed_and_its_steps_as_unsaved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=1, on_error="warn"))
+    run.step()
+    run.accelerator.checkpoint()
+    run.accelerator.wait_for_checkpoint()
+    run.step()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise StoreReadOnlyError("read-only now")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "save_in_background", refuse)
+        assert run.accelerator.checkpoint() is None
+    assert run.accelerator.checkpoint_counts.failed == 1
+    caplog.clear()
+    run.accelerator.end_training()
+    assert "ends 1 optimizer steps after its last checkpoint" in caplog.text

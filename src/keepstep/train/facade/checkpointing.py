@@ -164,14 +164,17 @@ class Checkpointing(Facade):
                 to be gone on with later, before a time limit, say.
 
         Raises:
-            BackgroundSaveError: a save failed.
+            BackgroundSaveError: a save failed, and the policy says `on_error="raise"`. If `finished`, the
+                last steps are saved all the same.
             UsageError: there is no project_dir to save into.
         """
         try:
-            self._saver.wait()
+            problem = self._saver.settle()
             if finished and (self._state.progress.finish() or self._saver.unsaved_steps > 0):
                 self._saver.save_end()
             self._saver.tell_what_is_unsaved()
+            if problem is not None:
+                raise problem
         finally:
             self._trackers.finish()
 

@@ -38,8 +38,9 @@ class Pacer:
         self._waited_s = waited_s
         self._meter = CostMeter()
         self._counts = CheckpointCounts()
-        self._under_way: list[PendingSave] = []
+        self._under_way: list[tuple[PendingSave, int]] = []
         self._last = LastSave(step=0, at_s=clock())
+        self._safe_step = 0
         self._told: Spacing | None = None
         self._told_at_s = -math.inf
         self._putting_off = False
@@ -91,7 +92,9 @@ class Pacer:
             self._counts = replace(counts, waited=counts.waited + 1, waited_s=counts.waited_s + for_others_s)
         if pending is not None:
             self._meter.save(blocked_s)
-            self._under_way.append(pending)
+            self._under_way.append((pending, step))
+        else:
+            self._counts = replace(self._counts, failed=self._counts.failed + 1)
         self._putting_off = False
         self._last = LastSave(step=step, at_s=self.clock())
         self.leave(busy=pending is not None)
@@ -100,12 +103,14 @@ class Pacer:
 
     @property
     def safe_step(self) -> int:
-        """The step of the last checkpoint; 0 if there is none."""
-        return self._last.step
+        """The step of the last checkpoint, written or on its way; 0 if there is none."""
+        self._look()
+        return max([self._safe_step, *(step for _, step in self._under_way)])
 
     def safe_up_to(self, step: int) -> None:
         """The run is safe up to this step as of now: it was saved by hand, or restored."""
         self._last = LastSave(step=step, at_s=self.clock())
+        self._safe_step = step
         self._step = None  # what went on until now was no step
 
     def saved_by_hand(self) -> None:
@@ -135,15 +140,21 @@ class Pacer:
     @property
     def counts(self) -> CheckpointCounts:
         """What has become of checkpoints so far."""
-        finished = [pending for pending in self._under_way if pending.done()]
-        self._under_way = [pending for pending in self._under_way if pending not in finished]
-        failed = sum(pending.failed for pending in finished)
-        self._counts = replace(
-            self._counts,
-            saved=self._counts.saved + len(finished) - failed,
-            failed=self._counts.failed + failed,
-        )
+        self._look()
         return self._counts
+
+    def _look(self) -> None:
+        """See what became of saves that were on their way."""
+        under_way, self._under_way = self._under_way, []
+        for pending, step in under_way:
+            counts = self._counts
+            if not pending.done():
+                self._under_way.append((pending, step))
+            elif pending.failed:
+                self._counts = replace(counts, failed=counts.failed + 1)
+            else:
+                self._counts = replace(counts, saved=counts.saved + 1)
+                self._safe_step = max(self._safe_step, step)
 
     def to_json(self) -> dict[str, Any]:
         """For a manifest: what was chosen, and the counts before the checkpoint that it belongs to."""

@@ -66,6 +66,15 @@ class Notices:
             said.created_at,
         )
 
+    def ended(self, unsaved_steps: int) -> None:
+        """Say that so many optimizer steps are in no checkpoint."""
+        if self._is_main and unsaved_steps > 0:
+            _log.warning(
+                "The run ends %d optimizer steps after its last checkpoint, which are not saved. Call "
+                "end_training(finished=True) if they count.",
+                unsaved_steps,
+            )
+
     def _look_for_other_runs(self, store: Store) -> None:
         """A forgotten resume() is a run that begins anew beside the one it was meant to go on with."""
         others = [entry for entry in store.list() if entry.manifest.run != store.run]

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ from keepstep.train.resuming.importing import Importer, tell_of_earlier
 from keepstep.train.resuming.notices import Notices
 from keepstep.train.resuming.slips import Slips
 from keepstep.train.resuming.state import Captured, TrainState
-from keepstep.train.resuming.told import Told
+from keepstep.train.resuming.told import About, Told
 from keepstep.train.settings.config import CheckpointPolicy, ProjectConfiguration
 
 __all__ = ["Saver"]
@@ -48,18 +48,6 @@ __all__ = ["Saver"]
 _log = logging.getLogger(__name__)
 
 _Loaded = TypeVar("_Loaded", Checkpoint, AccelerateState)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _About:
-    """What the user said of a checkpoint, should it have to be made again."""
-
-    metrics: Mapping[str, Any] | None = None
-    tags: Sequence[str] = ()
-
-
-def _each(tags: Sequence[str]) -> Sequence[str]:
-    return (tags,) if isinstance(tags, str) else tags
 
 
 class Saver:
@@ -98,13 +86,13 @@ class Saver:
         self._decision = Decision(state.world, policy)
         self._staging: Staging = policy.staging
         self._slips = Slips(state.world, policy)
-        self._about = _About()
+        self._about = About()
         self._complaints = Complaints()
         self._notices = Notices(state.world)
         self._compared = False
         self._lonely_run = secrets.token_hex(8)
         self._step_saved_elsewhere = 0
-        self._lost: _About | None = None
+        self._lost: About | None = None
         self._told = Told()
         self.hooks = StateHooks(state.world)
 
@@ -168,7 +156,7 @@ class Saver:
                     "it, or use save_state()."
                 )
             return None
-        self._begin(store, _About(metrics=metrics, tags=tags))
+        self._begin(store, About(metrics=metrics, tags=tags))
         self._pacer.began(state.step, entered_s, self._pending, behind=busy)
         return self._pending
 
@@ -178,12 +166,7 @@ class Saver:
 
     def tell_what_is_unsaved(self) -> None:
         """A run that ends has steps that no checkpoint holds, unless the last one was saved."""
-        if self.unsaved_steps > 0 and not self._world.rank:
-            _log.warning(
-                "The run ends %d optimizer steps after its last checkpoint, which are not saved. Call "
-                "end_training(finished=True) if they count.",
-                self.unsaved_steps,
-            )
+        self._notices.ended(self.unsaved_steps)
 
     @property
     def unsaved_steps(self) -> int:
@@ -198,14 +181,14 @@ class Saver:
             self._compared = True
             check_saving_alike(self._world, str(store.address), self._policy)
 
-    def _begin(self, store: Store, about: _About) -> None:
+    def _begin(self, store: Store, about: About) -> None:
         self._world.barrier("checkpoint()")  # meetings of saves don't see that a rank is elsewhere
         self._notices.before_save(store, saved=self.counts.saved)
         # The last save is waited for before this one begins: its failure costs this one nothing, and of many
         # ranks all learn of it here.
         self._ask_finished()
-        if self._lost is not None:  # a tag says that a checkpoint is to stay
-            about = replace(about, tags=(*_each(self._lost.tags), *_each(about.tags)))
+        if self._lost is not None:
+            about = about.in_place_of(self._lost)
         state, self._lost = self._state, None
         captured = self._captured(store.address)
         try:
@@ -246,7 +229,7 @@ class Saver:
             else:
                 self._complaints.saved()
 
-    def _failed(self, error: StoreError | BackgroundSaveError, about: _About) -> None:
+    def _failed(self, error: StoreError | BackgroundSaveError, about: About) -> None:
         if is_of_changed_state(error):
             _log.warning(
                 "%s. The checkpoint is made again, and from now on each is copied at once.", error.__cause__
@@ -269,7 +252,8 @@ class Saver:
         """Save now; durable on return."""
         self._state.check_steps()
         self._world.barrier("save_state()")
-        self.wait()
+        if (problem := self.settle()) is not None:
+            raise problem
         place = output_dir or self._require_store("save_state() without output_dir").address
         if output_dir is not None and not self._project.automatic_checkpoint_naming:
             check_saving_alike(self._world, os.fspath(output_dir))
@@ -380,6 +364,16 @@ class Saver:
             self._pacer.safe_up_to(self._state.step)
         return loaded
 
+    def settle(self) -> BackgroundSaveError | None:
+        """Wait, and return why the last checkpoint was not saved, if the policy is to raise it."""
+        try:
+            self.wait()
+        except BackgroundSaveError as error:
+            if self._policy.on_error == "raise":
+                return error
+            self._complaints.failed(error)
+        return None
+
     def wait(self) -> None:
         """Return once nothing is being written.
 
@@ -402,3 +396,4 @@ class Saver:
                 self.wait()
                 if begun:
                     self._pacer.saved_by_hand()
+                    self._pacer.safe_up_to(self._state.step)

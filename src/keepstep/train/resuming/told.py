@@ -1,13 +1,31 @@
-"""What the script said of its newest step, should that step be saved later than it was said."""
+"""What the script said of a step, should that step be saved later than it was said, or again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-__all__ = ["Told"]
+__all__ = ["About", "Told"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What the user said of a checkpoint, should it have to be made again.
+
+    Attributes:
+        metrics: to find the best checkpoint by.
+        tags: names; a single one may stand alone.
+    """
+
+    metrics: Mapping[str, Any] | None = None
+    tags: Sequence[str] = ()
+
+    def in_place_of(self, lost: About) -> About:
+        """Of a checkpoint that stands for a lost one as well: a tag says that a checkpoint is to stay."""
+        return replace(self, tags=(*_each(lost.tags), *_each(self.tags)))
 
 
 class Told:
@@ -25,6 +43,10 @@ class Told:
     def at(self, step: int) -> Mapping[str, Any] | None:
         """Those that were told at a step; None if it is another one than the last."""
         return self._metrics if step == self._step else None
+
+
+def _each(tags: Sequence[str]) -> Sequence[str]:
+    return (tags,) if isinstance(tags, str) else tags
 
 
 def _now(value: Any) -> Any:
