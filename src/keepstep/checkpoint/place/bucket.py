@@ -30,6 +30,7 @@ from keepstep.checkpoint.place.bucket_reading import (
     ObjectsLike,
     as_name,
 )
+from keepstep.checkpoint.place.bucket_writer import BucketWriter
 from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace, explained_bucket
 from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_process
 from keepstep.checkpoint.place.in_use import keys_in_use
@@ -37,8 +38,6 @@ from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, Store
 
 __all__ = ["BucketBackend", "ObjectsLike"]
 
-_WRITER: Final = f"{INTERNAL_NAME}/writer.json"
-_PROBE: Final = f"{INTERNAL_NAME}/create-only"
 _DAMAGED: Final = f"{INTERNAL_NAME}/damaged"
 _NAMES: Final = re.compile(rb"checkpoint_[0-9]+")
 _LONG_DEAD: Final = dt.timedelta(days=1)
@@ -60,6 +59,7 @@ class BucketBackend:
         self._manifests: dict[tuple[str, str], bytes] = {}
         self._in_use = keys_in_use(objects.address)
         self._lock = threading.RLock()
+        self._writer = BucketWriter(objects)
         self._owner: Claimant | None = None
         self._next: int | None = None
 
@@ -124,47 +124,10 @@ class BucketBackend:
         with self._lock, explained_bucket(self, "writing to"):
             if self._owner == this_process():
                 return
-            self._check_create_only()
-            self._become_writer()
+            self._writer.claim()
             self._owner = this_process()
             self._next = None
             self._sweep()
-
-    def _check_create_only(self) -> None:
-        """A server that ignores the condition would let two writers overwrite each other's commits."""
-        if self._objects.create(_PROBE, b"keepstep\n") and self._objects.create(_PROBE, b"keepstep\n"):
-            raise self._objects.refuses_create(_PROBE)
-        if self._objects.size(_PROBE) is None:
-            raise self._objects.refuses_create(_PROBE)
-
-    def _become_writer(self) -> None:
-        holder = self._writer()
-        if holder is not None and holder.lives_here and not holder.is_here:
-            raise StoreBusyError(
-                f"{self} is being written to by {holder}. One process at a time may write to a store: stop "
-                "that one, or give this run another address"
-            )
-        if holder is not None and not holder.is_here and not holder.is_dead:
-            log.warning(
-                "taking %s over from %s; should that one still run, it can't commit any more", self, holder
-            )
-        self._objects.put(_WRITER, this_process().dump())
-
-    def _writer(self) -> Claimant | None:
-        said = self._content(_WRITER)
-        return None if said is None else parse_claim(said)[0]
-
-    def _is_writer(self) -> bool:
-        holder = self._writer()
-        return holder is None or holder.is_here
-
-    def _check_writer(self) -> None:
-        """Who was taken over from does not know what the other one links."""
-        if not self._is_writer():
-            raise StoreBusyError(
-                f"another process writes to {self} meanwhile; nothing was changed. One process at a time may "
-                "write to a store: stop that one, or give this run another address"
-            )
 
     def reserve(self) -> BucketWorkspace:
         with self._lock, explained_bucket(self):
@@ -248,7 +211,7 @@ class BucketBackend:
         return BucketWorkspace(
             self._objects,
             self._source(name),
-            is_writer=is_writer or self._is_writer,
+            is_writer=is_writer or self._writer.is_me,
             in_use=self._in_use,
             keeps_parts=keeps_parts,
         )
@@ -278,7 +241,7 @@ class BucketBackend:
         assert isinstance(place, BucketSource)
         self.claim()
         with explained_bucket(place, "deleting"):
-            self._check_writer()
+            self._writer.check()
             if not place.exists():
                 raise FileNotFoundError(
                     errno.ENOENT, "it was deleted already", f"{place.prefix}/{MANIFEST_NAME}"
@@ -342,7 +305,7 @@ class BucketBackend:
     def set_aside(self, place: Place) -> Place:
         assert isinstance(place, BucketSource)
         self.claim()
-        self._check_writer()
+        self._writer.check()
         key = f"{place.prefix}/{MANIFEST_NAME}"
         target = self._source(f"{_DAMAGED}/{place.name}")
         self._objects.put(f"{target.prefix}/{MANIFEST_NAME}", self._objects.get(key))

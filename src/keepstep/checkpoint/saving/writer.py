@@ -14,12 +14,10 @@ NumPy copies, xxhash and pwrite all release the GIL.
 
 from __future__ import annotations
 
-import bisect
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,87 +25,21 @@ from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.format.hashing import Aborted, OrderedHasher
 from keepstep.checkpoint.format.manifest import FileEntry, combine_digests, digest_of
 from keepstep.checkpoint.place.backend import Workspace
-from keepstep.checkpoint.saving.layout import Layout, Placement, Segment
+from keepstep.checkpoint.saving.filling import Job, Line, OpenSegment, Piece
+from keepstep.checkpoint.saving.layout import Layout
 from keepstep.checkpoint.saving.linking import Twin
 from keepstep.checkpoint.saving.staging import BLOCK_BYTES, Block, BlockPool, TensorBytes
 from keepstep.checkpoint.saving.tracking import KnownDigests
 from keepstep.checkpoint.saving.unchanged import Comparison
-from keepstep.files import PAGE_BYTES, SegmentFile
+from keepstep.files import PAGE_BYTES
 from keepstep.outcome import Latch, Outcome, wait_for_all
 
 __all__ = ["WRITER_THREADS", "SegmentWriter"]
 
 log = logging.getLogger(__name__)
 
-_Job = tuple[int, int]
-"""A block to fill: the number of its segment, and where it begins there."""
-
 WRITER_THREADS = 3
 """Two keep the disk busy; the third copies and hashes meanwhile (1.2 times the disk's floor, not 1.4)."""
-
-
-class _Piece(NamedTuple):
-    """Part of a tensor inside a block: tensor bytes begin..end lie at `at` in the block."""
-
-    placement: Placement
-    begin: int
-    end: int
-    at: int
-
-
-class _OpenSegment:
-    """A segment being written: opened with its first block, made durable with its last."""
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self.ends = [p.offset + p.bytes for p in segment.placements]
-        self.blocks_left = -(-segment.bytes // BLOCK_BYTES)
-        self.file: SegmentFile | None = None
-        self.lock = threading.Lock()
-        self.within: str | None = None
-
-    def pieces(self, begin: int, end: int) -> Iterator[_Piece]:
-        placements = self.segment.placements
-        for index in range(bisect.bisect_right(self.ends, begin), len(placements)):
-            placement = placements[index]
-            if placement.offset >= end:
-                return
-            first = max(begin, placement.offset)
-            last = min(end, placement.offset + placement.bytes)
-            if first < last:
-                yield _Piece(placement, first - placement.offset, last - placement.offset, first - begin)
-
-
-class _Line:
-    """Blocks that two threads fill, handed on in the order in which they were taken.
-
-    Hashing follows that order: handed on in any other, all threads could wait for a part that none has.
-    """
-
-    def __init__(self, hand_over: Callable[[_Job, Block], None]) -> None:
-        self.taking = threading.Lock()
-        self._hand_over = hand_over
-        self._joined = 0
-        self._gone = 0
-        self._ready: dict[int, tuple[_Job, Block]] = {}
-        self._moving = threading.Lock()
-
-    def join(self) -> int:
-        """The place of the block that was just taken; call it with `taking` held."""
-        self._joined += 1
-        return self._joined - 1
-
-    def ready(self, place: int, job: _Job, block: Block) -> None:
-        """Hand on a filled block, and those behind it that waited for it."""
-        with self._moving:
-            self._ready[place] = job, block
-            while (item := self._ready.pop(self._gone, None)) is not None:
-                self._gone += 1
-                self._hand_over(*item)
-
-    def left(self) -> list[Block]:
-        """Blocks that will never be handed on, as one before them failed."""
-        return [block for _, block in self._ready.values()]
 
 
 class SegmentWriter:
@@ -139,12 +71,12 @@ class SegmentWriter:
         self._workspace = workspace
         self._pool = pool
         self._crew = crew
-        self._segments = [_OpenSegment(segment) for segment in layout.segments]
+        self._segments = [OpenSegment(segment) for segment in layout.segments]
         self._sources = sources
         self._devices = devices
         self._twins = twins
         self._known = known
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[Job] = deque()
         self._aborted = Latch()
         self._hasher = OrderedHasher(self._aborted)
         self._running: list[Outcome[None]] = []
@@ -178,7 +110,7 @@ class SegmentWriter:
         Two threads of the crew copy: one alone does not get all that memory can give. This one only waits:
         the handler of a signal may run on it meanwhile, for as long as it likes, and may save as well.
         """
-        line = _Line(self._hand_over)
+        line = Line(self._hand_over)
         copying: list[Outcome[None]] = []
         try:
             self._copy_all(line, copying)
@@ -200,7 +132,7 @@ class SegmentWriter:
         for source in self._sources:
             source.release()
 
-    def _copy_all(self, line: _Line, copying: list[Outcome[None]]) -> None:
+    def _copy_all(self, line: Line, copying: list[Outcome[None]]) -> None:
         def copy() -> None:
             copying.append(self._crew.submit(lambda: self._guarded(self._copy_blocks, line)))
 
@@ -257,14 +189,14 @@ class SegmentWriter:
             if not (compared.ends_alike() and self._link(self._segments[index])):
                 yield index
 
-    def _compared(self, opened: _OpenSegment) -> Comparison | None:
+    def _compared(self, opened: OpenSegment) -> Comparison | None:
         twin = self._twins.get(opened.segment.file)
         if twin is None:
             return None
         sources = [self._sources[placement.index] for placement in opened.segment.placements]
         return Comparison(sources, twin.digests, self._known)
 
-    def _link(self, opened: _OpenSegment) -> bool:
+    def _link(self, opened: OpenSegment) -> bool:
         twin = self._twins[opened.segment.file]
         try:
             opened.within = self._workspace.link(
@@ -311,7 +243,7 @@ class SegmentWriter:
             self._stop_threads()
             raise
 
-    def _take_block(self) -> _Job | None:
+    def _take_block(self) -> Job | None:
         try:
             return self._jobs.popleft()
         except IndexError:
@@ -328,7 +260,7 @@ class SegmentWriter:
             self._copy(job, block)
             self._hash_and_write(job, block)
 
-    def _copy_blocks(self, line: _Line) -> None:
+    def _copy_blocks(self, line: Line) -> None:
         while True:
             block = self._pool.acquire(self._aborted)
             with line.taking:
@@ -340,7 +272,7 @@ class SegmentWriter:
             self._copy(job, block)
             line.ready(place, job, block)
 
-    def _hand_over(self, job: _Job, block: Block) -> None:
+    def _hand_over(self, job: Job, block: Block) -> None:
         try:
             self._running.append(self._crew.submit(lambda: self._guarded(self._hash_and_write, job, block)))
         except RuntimeError:  # no more threads; after Ctrl-C, though, it may have been handed in
@@ -349,7 +281,7 @@ class SegmentWriter:
 
     # ------------------------------------------------------------------------------------ blocks
 
-    def _copy(self, job: _Job, block: Block) -> None:
+    def _copy(self, job: Job, block: Block) -> None:
         try:
             if self._aborted.is_open:
                 raise Aborted
@@ -358,7 +290,7 @@ class SegmentWriter:
             self._pool.release(block)
             raise
 
-    def _fill(self, job: _Job, block: Block) -> None:
+    def _fill(self, job: Job, block: Block) -> None:
         opened, begin, end = self._range(job)
         header = opened.segment.header
         if begin < len(header):
@@ -368,22 +300,22 @@ class SegmentWriter:
             source = self._sources[piece.placement.index]
             source.copy_into(block, piece.at, piece.begin, piece.end)
 
-    def _pieces(self, job: _Job) -> Iterator[_Piece]:
+    def _pieces(self, job: Job) -> Iterator[Piece]:
         opened, begin, end = self._range(job)
         return opened.pieces(begin, end)
 
-    def _range(self, job: _Job) -> tuple[_OpenSegment, int, int]:
+    def _range(self, job: Job) -> tuple[OpenSegment, int, int]:
         opened = self._segments[job[0]]
         return opened, job[1], min(job[1] + BLOCK_BYTES, opened.segment.bytes)
 
-    def _hash(self, piece: _Piece, data: memoryview) -> None:
+    def _hash(self, piece: Piece, data: memoryview) -> None:
         index = piece.placement.index
         digest = self._hasher.feed(index, piece.begin, piece.placement.bytes, data)
         if digest is not None:
             self.digests[index] = digest
             self._sources[index].release()
 
-    def _hash_and_write(self, job: _Job, block: Block) -> None:
+    def _hash_and_write(self, job: Job, block: Block) -> None:
         try:
             if self._aborted.is_open:
                 raise Aborted
@@ -393,7 +325,7 @@ class SegmentWriter:
         finally:
             self._pool.release(block)
 
-    def _write(self, opened: _OpenSegment, begin: int, end: int, block: Block) -> None:
+    def _write(self, opened: OpenSegment, begin: int, end: int, block: Block) -> None:
         with opened.lock:
             if self._aborted.is_open:
                 raise Aborted
