@@ -34,6 +34,7 @@ from keepstep.errors import (
     MissingFileError,
     NoValidCheckpointError,
     SchemaVersionError,
+    StoreError,
     UnsupportedTypeError,
 )
 
@@ -113,6 +114,7 @@ def write_manifest(directory: Path, manifest: Any) -> None:
     (directory / "manifest.json").write_bytes(text)
 
 
+NEWER = ("schema newer", "state schema newer")
 MISFITS = (
     "tree of an unknown kind",
     "array dtype object",
@@ -123,9 +125,20 @@ MISFITS = (
 
 
 def assert_refused(
-    directory: Path, kind: type[Exception] = DamagedCheckpointError, *, misfit: bool = False
+    directory: Path,
+    kind: type[Exception] = DamagedCheckpointError,
+    *,
+    misfit: bool = False,
+    newer: bool = False,
 ) -> None:
-    """Every way to read it ends in a damage error; every way to look at it says so."""
+    """Every way to read it ends in a damage error; every way to look at it says so.
+
+    Args:
+        directory: the checkpoint.
+        kind: of the error.
+        misfit: nothing is wrong with it but that it fits no live objects.
+        newer: nothing is wrong with it but that this keepstep is too old.
+    """
     ways: list[Callable[[], Any]] = [
         lambda: Checkpoint.open(directory).load(),
         lambda: Checkpoint.open(directory).load(verify=False),
@@ -144,8 +157,13 @@ def assert_refused(
         store = Store(directory.parent)
         store.list()
         store.latest()
-        with pytest.raises(MismatchError if misfit else NoValidCheckpointError):
-            store.load_latest_into(live())
+        if newer:
+            with pytest.raises(StoreError, match="upgrade keepstep"):
+                store.load_latest_into(live())
+            assert directory.exists()
+        else:
+            with pytest.raises(MismatchError if misfit else NoValidCheckpointError):
+                store.load_latest_into(live())
 
 
 def test_the_rewriting_itself_does_no_damage(target: Path) -> None:
@@ -349,7 +367,7 @@ def test_hostile_files_are_refused(target: Path, name: str) -> None:
         return None if changed == () else changed
 
     rewrite(target, change)
-    assert_refused(target, misfit=name in MISFITS)
+    assert_refused(target, misfit=name in MISFITS, newer=name in NEWER)
 
 
 def deepen(directory: Path, depth: int) -> None:
