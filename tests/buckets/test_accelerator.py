@@ -28,6 +28,9 @@ def train(project: ProjectConfiguration, steps: int) -> tuple[int, list[float]]:
         optimizer.zero_grad()
         accelerator.checkpoint()
     accelerator.wait_for_checkpoint()
+    store = accelerator._saver._store
+    if store is not None and store.mirror is not None:
+        store.mirror.wait()  # as at the end of a process: another store of this one would upload as well
     weights = accelerator.unwrap_model(model).weight.detach().flatten().tolist()
     accelerator.free_memory()
     return began, weights

@@ -30,6 +30,8 @@ from keepstep.errors import (
     MismatchError,
     NoValidCheckpointError,
     RestoreError,
+    SchemaVersionError,
+    StoreError,
     UnsupportedTypeError,
     UsageError,
 )
@@ -284,6 +286,10 @@ def outcome(way: Callable[[], Any]) -> str:
     try:
         way()
     except REFUSALS:
+        return "refused"
+    except StoreError as error:  # of a newer keepstep, as it seems: that is no damage
+        if not isinstance(error.__cause__, SchemaVersionError):
+            raise
         return "refused"
     except MISFITS:
         return "misfit"
