@@ -20,7 +20,7 @@ from keepstep.checkpoint.saving.planner import Planner
 
 __all__ = ["growth_per_10x", "run"]
 
-_TIMES = 3
+_TIMES = 7
 _GROWTH_LIMIT = 12.6
 """10 ** 1.1: as for small tensors, a little more than linear is let pass."""
 

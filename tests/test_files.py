@@ -7,6 +7,7 @@ import errno
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -297,6 +298,33 @@ def test_a_store_lock_stays_when_the_process_reads_the_file(tmp_path: Path) -> N
     assert _locked_elsewhere(tmp_path / "run" / "lock") == "the parent"
     (tmp_path / "run").rename(tmp_path / "moved")
     assert StoreLock.acquire(tmp_path / "moved" / "lock", b"the parent") is None, "under its new name as well"
+
+
+_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from keepstep.locks import StoreLock
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+try:
+    StoreLock.acquire(Path(sys.argv[1]), b"one process")
+except OSError as error:
+    print("refused", error.errno)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+print(StoreLock.acquire(Path(sys.argv[1]), b"one process"))
+"""
+
+
+def test_a_store_lock_that_could_not_be_written_down_is_let_go(tmp_path: Path) -> None:
+    """Else the process would keep itself out for good."""
+    found = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(tmp_path / "lock")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert found.stdout.split("\n") == [f"refused {errno.EFBIG}", "None", ""], found.stderr
 
 
 def test_a_store_lock_does_not_outlive_its_process_in_a_forked_worker(tmp_path: Path) -> None:

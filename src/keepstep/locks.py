@@ -1,6 +1,7 @@
 """Locks that go with their process: who writes to a store, and whose a directory is.
 
-A file system without locks refuses none: what they guard is guarded by names that can be taken once, too.
+On a file system without locks the names that can be taken once guard what they would, and what the writer
+says about itself in the lock's file, as far as it can be checked from here.
 """
 
 from __future__ import annotations
@@ -52,21 +53,16 @@ class StoreLock:
                 return None
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                _lock_alone(fd)
-            except OSError as error:
-                holder = os.pread(fd, PAGE_BYTES, 0)
-                unsupported = error.errno in NOT_SUPPORTED | {errno.ENOLCK}
-                if not unsupported or lives(holder):
+                holder = _locked_by_another(fd, lives)
+                if holder is None:
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, owner, 0)
+                    found = os.fstat(fd)
+                    cls._held[found.st_dev, found.st_ino] = fd
+                return holder
+            finally:
+                if fd not in cls._held.values():
                     os.close(fd)
-                    if unsupported or error.errno in {errno.EACCES, errno.EAGAIN}:
-                        return holder
-                    raise
-                # A file system without locks: what is written there keeps others of this machine out.
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, owner, 0)
-            found = os.fstat(fd)
-            cls._held[found.st_dev, found.st_ino] = fd
-            return None
 
     @classmethod
     def _holds(cls, path: Path) -> bool:
@@ -89,6 +85,21 @@ class StoreLock:
 os.register_at_fork(after_in_child=StoreLock.start_anew_after_fork)
 
 _WHOLE_FILE: Final = struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64 bits
+
+
+def _locked_by_another(fd: int, lives: Callable[[bytes], bool]) -> bytes | None:
+    """Lock a file for who has it open as `fd`; what its holder wrote into it, if another has locked it."""
+    try:
+        _lock_alone(fd)
+    except OSError as error:
+        holder = os.pread(fd, PAGE_BYTES, 0)
+        if error.errno in {errno.EACCES, errno.EAGAIN}:
+            return holder
+        if error.errno not in NOT_SUPPORTED | {errno.ENOLCK}:
+            raise
+        # A file system without locks: what is written there keeps others of this machine out.
+        return holder if lives(holder) else None
+    return None
 
 
 def _lock_alone(fd: int) -> None:

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as torch_dcp
 from tests.checkpoint.equality import assert_same
+from torch.distributed.checkpoint.api import CheckpointException
 
+import keepstep
+from keepstep import Checkpoint
 from keepstep.checkpoint import in_flight
 from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.format.manifest import digest_of
@@ -157,6 +161,31 @@ def test_ctrl_c_just_after_a_writer_was_started_waits_for_its_end(
             store.save(state)
         assert not [thread for thread in threading.enumerate() if thread.name.startswith(_OF_A_SAVE)]
     assert_same(store.save(state).load(), state)
+
+
+def test_dcp_save_that_is_interrupted_while_it_compares_leaves_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is being written by then."""
+    state = {"base": {"w": torch.rand(1 << 20)}, "adapter": {"a": torch.zeros(1024)}}
+
+    def save(step: int) -> None:
+        state["adapter"]["a"] += 1
+        writer = keepstep.dcp.StorageWriter(tmp_path / f"step_{step}", step=step)
+        torch_dcp.save(state, storage_writer=writer, no_dist=True)
+
+    def interrupted(_: Comparison) -> bool:
+        raise KeyboardInterrupt
+
+    save(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Comparison, "ends_alike", interrupted)
+        with pytest.raises((KeyboardInterrupt, CheckpointException)):
+            save(2)
+    assert not threads_left()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+    save(3)
+    assert_same(Checkpoint.open(tmp_path / "step_3").load(), state)
 
 
 def test_a_small_save_starts_no_more_threads_than_have_work(

@@ -63,7 +63,7 @@ class Saves:
         self.lineage = lineage
         self._one_save = threading.RLock()
         self._in_turn = False
-        self._in_flight: PendingSave | None = None
+        self._in_flight: list[PendingSave] = []  # one, and those begun in the middle of beginning it
 
     @property
     def retained(self) -> Which:
@@ -113,7 +113,7 @@ class Saves:
                     save.stage()
                     staged.open()
                     outcome = crew.submit(lambda: self._finish(save))
-                self._in_flight = PendingSave(
+                pending = PendingSave(
                     outcome,
                     place=save.workspace.final,
                     staged=staged,
@@ -121,6 +121,7 @@ class Saves:
                     spoiled=lambda: save.is_spoiled,
                     blocked_s=time.perf_counter() - began,
                 )
+                self._in_flight.append(pending)
             except BaseException:  # Ctrl-C, perhaps just after the work was handed in: it may be committing
                 crew.close()
                 save.seal()  # nothing is written to until it is over
@@ -130,7 +131,7 @@ class Saves:
                 raise
             finally:
                 crew.close()
-            return self._in_flight
+            return pending
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[Engine]:
@@ -151,7 +152,7 @@ class Saves:
     @property
     def busy(self) -> bool:
         """Whether a save is in flight in the background."""
-        return self._in_flight is not None and not self._in_flight.done()
+        return any(not pending.done() for pending in self._in_flight)
 
     def wait(self) -> None:
         """Wait for the save in flight, if any.
@@ -159,15 +160,14 @@ class Saves:
         Raises:
             BackgroundSaveError: it, or an earlier one nobody asked about, failed.
         """
-        pending = self._in_flight
-        if pending is None:
-            return
-        try:
-            with contextlib.suppress(BackgroundSaveError) if pending.seen else contextlib.nullcontext():
-                pending.wait()
-        finally:
-            if pending.done() and self._in_flight is pending:  # not so if the waiting was interrupted
-                self._in_flight = None
+        for pending in tuple(self._in_flight):
+            try:
+                with contextlib.suppress(BackgroundSaveError) if pending.seen else contextlib.nullcontext():
+                    pending.wait()
+            finally:
+                if pending.done():  # not so if the waiting was interrupted
+                    with contextlib.suppress(ValueError):  # another thread has waited as well
+                        self._in_flight.remove(pending)
 
     def claim(self) -> None:
         """Become the one process that writes; see `Store.claim`."""

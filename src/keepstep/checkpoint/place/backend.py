@@ -53,7 +53,10 @@ class Workspace(Protocol):
         """Make a directory within it, and those that lead there; writing a file makes them as well."""
 
     def create_segment(self, name: str, size_bytes: int) -> SegmentFile:
-        """Create a file of `size_bytes`, to be filled by several threads; it must not exist."""
+        """Create a file of `size_bytes`, to be filled by several threads; it must not exist.
+
+        Like small files it need not be durable before the commit.
+        """
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file; it need not be durable before the commit."""

@@ -44,10 +44,18 @@ class _Places:
         """The next free place of a store, kept free for the caller."""
         with self._guard:
             number, root = backend.next_number(), backend.path
-            while (resolved := root.resolve() / checkpoint_name(number)) in self._taken:
+            while not self._takes(root.resolve() / checkpoint_name(number)):
                 number += 1
-            self._taken.add(resolved)
             return root / checkpoint_name(number)
+
+    def _takes(self, place: Path) -> bool:
+        if place in self._taken:
+            return False
+        self._taken.add(place)
+        if os.path.lexists(place):  # the handler of a signal has saved since the number was looked up
+            self._taken.discard(place)
+            return False
+        return True
 
     def taken(self, final: Path) -> bool:
         """Whether a save to `final` is in flight in this process."""

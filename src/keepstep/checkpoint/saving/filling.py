@@ -27,7 +27,7 @@ class Piece(NamedTuple):
 
 
 class OpenSegment:
-    """A segment being written: opened with its first block, made durable with its last."""
+    """A segment being written: opened with its first block, closed with its last."""
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment

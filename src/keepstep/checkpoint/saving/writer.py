@@ -95,9 +95,15 @@ class SegmentWriter:
         """Copy, hash and write everything; durable on return."""
         for device in self._devices:  # what the caller has queued on a stream of its own comes first
             torch.accelerator.synchronize(device)
-        for index in self._to_be_written():
-            for _ in range(min(WRITER_THREADS, self._enter(index))):
-                self._running.append(self._crew.submit(lambda: self._guarded(self._copy_and_write_blocks)))
+        try:
+            for index in self._to_be_written():
+                for _ in range(min(WRITER_THREADS, self._enter(index))):
+                    self._running.append(
+                        self._crew.submit(lambda: self._guarded(self._copy_and_write_blocks))
+                    )
+        except BaseException:
+            self.abort()
+            raise
         self.drain()
 
     def step_back(self) -> None:
