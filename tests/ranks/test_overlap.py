@@ -183,8 +183,20 @@ def _a_slip_on_one_rank_is_made_good_at_the_next_step(root: Path, rank: int) -> 
     accelerator.wait_for_checkpoint()
     steps = [checkpoint.step for checkpoint in Store(root / "checkpoints").list()]
     assert steps == [3, 4], steps  # not 2
+    _steps_after_a_rollback_are_saved(root, accelerator, model, optimizer)
     assert accelerator.checkpoint_counts.redone == 1
     dist.barrier()
+
+
+def _steps_after_a_rollback_are_saved(root: Path, accelerator: Accelerator, *prepared: Any) -> None:
+    model, optimizer = prepared
+    store = Store(root / "checkpoints")
+    accelerator.load_state(str(store.list()[0].path))
+    accelerator.backward(model(torch.ones(2, 8)).square().sum())
+    optimizer.step()
+    accelerator.end_training(finished=True)
+    steps = [checkpoint.step for checkpoint in store.list()]
+    assert steps == [3, 4, 4], steps
 
 
 @pytest.mark.timeout(150)

@@ -173,5 +173,5 @@ def test_what_happens_between_a_save_by_hand_and_the_next_step_is_no_step() -> N
         pacer.leave(busy=False)
         if step > 5:
             clock.now_s += 100.0
-            pacer.saved_by_hand()
+            pacer.saved_by_hand(step)
     assert pacer._meter.step_s == 1.0

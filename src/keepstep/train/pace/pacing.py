@@ -108,14 +108,21 @@ class Pacer:
         return max([self._safe_step, *(step for _, step in self._under_way)])
 
     def safe_up_to(self, step: int) -> None:
-        """The run is safe up to this step as of now: it was saved by hand, or restored."""
+        """The run is safe up to this step as of now: it was saved by hand, or restored.
+
+        Earlier saves of later steps hold what the run went back from: they make none of its steps safe.
+        """
+        self._look()
+        self._under_way = [(pending, min(begun_at, step)) for pending, begun_at in self._under_way]
         self._last = LastSave(step=step, at_s=self.clock())
         self._safe_step = step
         self._step = None  # what went on until now was no step
 
-    def saved_by_hand(self) -> None:
-        """A save that the loop waited for is committed."""
-        self._counts = replace(self._counts, saved=self._counts.saved + 1)
+    def saved_by_hand(self, step: int) -> None:
+        """A save that the loop waited for is committed, here or elsewhere."""
+        counts = self.counts
+        self._counts = replace(counts, saved=counts.saved + 1)
+        self._safe_step = max(self._safe_step, step)
         self._step = None
 
     def redone(self) -> None:

@@ -91,7 +91,6 @@ class Saver:
         self._notices = Notices(state.world)
         self._compared = False
         self._lonely_run = secrets.token_hex(8)
-        self._step_saved_elsewhere = 0
         self._lost: About | None = None
         self._told = Told()
         self.hooks = StateHooks(state.world)
@@ -173,7 +172,7 @@ class Saver:
         """Optimizer steps since the last checkpoint; 0 where none is kept."""
         if self._store is None:
             return 0
-        return self._state.step - max(self._pacer.safe_step, self._step_saved_elsewhere)
+        return self._state.step - self._pacer.safe_step
 
     def _compare(self, store: Store) -> None:
         """Once: ranks that save elsewhere, or at other times, would wait for each other."""
@@ -272,14 +271,13 @@ class Saver:
             saved = save_directory(
                 output_dir, captured.shared, pinned=bool(pinned), world=self._world, run=self.run, **about
             )
-            self._pacer.saved_by_hand()
-            self._step_saved_elsewhere = state.step
+            self._pacer.saved_by_hand(state.step)
             return saved
         store = self._require_store("save_state() without output_dir")
         self._notices.before_save(store, saved=self.counts.saved)
         keep = self._pin_explicit if pinned is None else pinned
         saved = store.save(captured.shared, pinned=keep, **about)
-        self._pacer.saved_by_hand()
+        self._pacer.saved_by_hand(state.step)
         self._pacer.safe_up_to(state.step)
         return saved
 
@@ -305,16 +303,15 @@ class Saver:
         if is_accelerate_state(input_dir):
             self._import(input_dir)
             return None
-        with self._together("opening a checkpoint"):
-            checkpoint = Checkpoint.open(input_dir)
 
         def load_into(live: Captured) -> Checkpoint:
+            with self._together("opening a checkpoint"):
+                checkpoint = Checkpoint.open(input_dir)
             with self._together("loading a checkpoint") as agree:
                 self.hooks.load_into(checkpoint, self._state.models, live.shared, live.own, agree)
             return checkpoint
 
-        self._restore(load_into)
-        return checkpoint
+        return self._restore(load_into)  # it may be the one that is being written
 
     def resume(self) -> Checkpoint | None:
         """Restore the newest valid automatic checkpoint; None if there is none."""
@@ -357,11 +354,13 @@ class Saver:
 
     def _restore(self, load: Callable[[Captured], _Loaded | None]) -> _Loaded | None:
         self._world.barrier("restoring a run")
-        self.wait()
+        if (problem := self.settle()) is not None:
+            raise problem
         loaded: _Loaded | None = self._state.restore(load)
         self._decision.anew()
         if loaded is not None:
             self._pacer.safe_up_to(self._state.step)
+            self._told = Told()  # it was said of a step that may come again, and be another one
         return loaded
 
     def settle(self) -> BackgroundSaveError | None:
@@ -391,9 +390,9 @@ class Saver:
         if self._store is not None:
             self._store.wait()
             if self._lost is not None:
-                self._begin(self._store, self._lost)
+                self._begin(self._store, About(metrics=self._told.at(self._state.step)))
                 begun = self._pending is not None
                 self.wait()
                 if begun:
-                    self._pacer.saved_by_hand()
+                    self._pacer.saved_by_hand(self._state.step)
                     self._pacer.safe_up_to(self._state.step)

@@ -25,7 +25,7 @@ class About:
 
     def in_place_of(self, lost: About) -> About:
         """Of a checkpoint that stands for a lost one as well: a tag says that a checkpoint is to stay."""
-        return replace(self, tags=(*_each(lost.tags), *_each(self.tags)))
+        return replace(self, tags=tuple(dict.fromkeys((*_each(lost.tags), *_each(self.tags)))))
 
 
 class Told:
