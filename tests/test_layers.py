@@ -21,6 +21,7 @@ TORCH_FREE = [
     "keepstep.keystore",
     "keepstep.lazy",
     "keepstep.locks",
+    "keepstep.logins",
     "keepstep.meetings",
     "keepstep.pages",
     "keepstep.patching",

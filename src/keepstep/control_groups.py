@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["memory_bytes", "usable_cpus"]
+__all__ = ["free_memory_bytes", "memory_bytes", "usable_cpus"]
 
 
 def usable_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
@@ -53,10 +53,34 @@ def _read(path: Path) -> str:
 
 def memory_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """How much memory this process may use: what there is, or the limit of its control group."""
-    limits = [
-        _read(place / name).strip()
+    return min([_memory_there(), *(limit for _, limit in _limits(root, own))])
+
+
+def free_memory_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """How much of it the control groups have left, whatever the machine has; what files take can be had."""
+    left = [limit - _in_use(place) for place, limit in _limits(root, own)]
+    return max(0, min([_memory_there(), *left]))
+
+
+def _memory_there() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _limits(root: Path, own: Path) -> list[tuple[Path, int]]:
+    """The limits of memory, each with the directory of its group."""
+    said = [
+        (place, _read(place / name).strip())
         for place in _groups(root, own, "memory")
         for name in ("memory.max", "memory.limit_in_bytes")
     ]
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([there, *(int(limit) for limit in limits if limit.isdecimal())])
+    return [(place, int(limit)) for place, limit in said if limit.isdecimal()]
+
+
+def _in_use(place: Path) -> int:
+    """Bytes that a control group and those below it hold, but for files that were not read again."""
+    said = (_read(place / "memory.current") or _read(place / "memory.usage_in_bytes")).strip()
+    if not said.isdecimal():
+        return 0
+    of_kind = dict(line.split()[:2] for line in _read(place / "memory.stat").splitlines() if " " in line)
+    files = of_kind.get("total_inactive_file") or of_kind.get("inactive_file") or "0"
+    return max(0, int(said) - int(files))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from keepstep.control_groups import memory_bytes
+from keepstep.control_groups import free_memory_bytes
 from keepstep.errors import UsageError
 from keepstep.models.naming import dtype_of, named_module_tensors
 
@@ -174,5 +174,5 @@ def _free_on_host() -> int:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # another system than Linux
-        return memory_bytes()
-    return min(free, memory_bytes())
+        return free_memory_bytes()
+    return min(free, free_memory_bytes())

@@ -23,6 +23,7 @@ class Claimant:
         boot: changes when the host starts anew; "" if unknown.
         pid: its number.
         started: when it began, in the kernel's ticks; 0 if unknown.
+        namespace: that its number is of, as containers have their own; 0 if unknown.
         at: when it claimed, ISO 8601, UTC; "" if unknown. For people: it tells no two processes apart.
     """
 
@@ -30,6 +31,7 @@ class Claimant:
     boot: str
     pid: int
     started: int
+    namespace: int = 0
     at: str = field(default="", compare=False)
 
     def __str__(self) -> str:
@@ -43,13 +45,15 @@ class Claimant:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is known to be gone; a process of another host never is."""
-        return self.host == socket.gethostname() and not self.lives_here
+        """Whether it is known to be gone; a process of another host or container never is."""
+        if self.host != socket.gethostname():
+            return False
+        return self.boot != _boot() or (self.namespace == _namespace() and not self.lives_here)
 
     @property
     def lives_here(self) -> bool:
-        """Whether it is a living process of this host."""
-        if self.host != socket.gethostname() or self.boot != _boot():
+        """Whether it is a living process of this host, as far as its processes can be seen from here."""
+        if (self.host, self.boot, self.namespace) != (socket.gethostname(), _boot(), _namespace()):
             return False
         return _started(self.pid) == self.started
 
@@ -65,6 +69,7 @@ def this_process() -> Claimant:
         boot=_boot(),
         pid=os.getpid(),
         started=_started(os.getpid()) or 0,
+        namespace=_namespace(),
         at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     )
 
@@ -78,6 +83,7 @@ def parse_claim(data: bytes) -> tuple[Claimant | None, dict[str, Any]]:
             boot=str(said["boot"]),
             pid=int(said["pid"]),
             started=int(said["started"]),
+            namespace=int(said.get("namespace", 0)),
             at=str(said.get("at", "")),
         )
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -89,6 +95,13 @@ def _boot() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
+
+
+def _namespace() -> int:
+    """Two containers may have the host's name and each a process 7: only their namespaces differ."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/self/ns/pid").stat().st_ino
+    return 0
 
 
 def _started(pid: int) -> int | None:

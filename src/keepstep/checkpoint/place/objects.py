@@ -29,6 +29,7 @@ from keepstep.checkpoint.place.profile import (
 )
 from keepstep.checkpoint.place.refusals import in_words, in_words_at_opening, says_no_bucket
 from keepstep.errors import BucketError, UsageError
+from keepstep.logins import without_logins
 
 __all__ = ["DEFAULTS", "Found", "Objects"]
 
@@ -45,7 +46,6 @@ _PARTS_AT_ONCE: Final = 4
 _UNANSWERED: Final = "error sending request"
 _SECRET = re.compile(r"secret|key|token|password|sas|credential|connection_string", re.IGNORECASE)
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"'<>]*")
-_USER = re.compile(r"(?<=://)[^/\s@:]*:[^/\s@]*@")
 _AWS = ("s3://", "s3a://")
 _AZURE = ("az://", "azure://", "abfs://", "abfss://")
 _KEYS = {"access_key_id", "aws_access_key_id", "skip_signature", "aws_skip_signature", "credential_provider"}
@@ -329,6 +329,6 @@ def _hidden(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         if len(secret) > 3:
             text = text.replace(secret, "***")
-    text = _USER.sub("***@", text)
+    text = without_logins(text)
     lines = _QUERY.sub("?***", text).split("\n\n")[0].replace("\n", " ").strip()
     return lines if len(lines) <= 1000 else f"{lines[:1000]}..."

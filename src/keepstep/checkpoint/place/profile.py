@@ -42,7 +42,8 @@ _ENDPOINTS = (
     "GOOGLE_BASE_URL",
 )
 _ALLOWED = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
-_SAYS_WHICH_ACCOUNT = re.compile(r"(azure_)?(storage_)?(account_name|use_emulator)", re.IGNORECASE)
+_SAYS_WHICH_ACCOUNT = re.compile(r"(azure_storage_)?(account_name|use_emulator)", re.IGNORECASE)
+_OBSTORES_OF_AZURE = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_USE_EMULATOR")
 _NAMES_OF_AZ = {"AZURE_STORAGE_ACCOUNT": "account_name", "AZURE_STORAGE_KEY": "account_key"}
 _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
@@ -126,7 +127,7 @@ def settings_of_azure(options: Mapping[str, Any]) -> dict[str, str]:
     text = options.get("connection_string") or os.environ.get("AZURE_STORAGE_CONNECTION_STRING")
     if text:
         return _settings_in(str(text))
-    if any(_SAYS_WHICH_ACCOUNT.fullmatch(name) for name in os.environ):
+    if any(name in os.environ for name in _OBSTORES_OF_AZURE):
         return {}
     return {ours: os.environ[theirs] for theirs, ours in _NAMES_OF_AZ.items() if os.environ.get(theirs)}
 

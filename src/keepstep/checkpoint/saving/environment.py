@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+from keepstep.logins import without_logins
+
 __all__ = ["describe_environment", "without_secrets"]
 
 _SECRET_WORDS: Final = {"secret", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
 _TOKENS_OF: Final = {"", "access", "api", "auth", "bearer", "hf", "hub", "refresh", "session", "wandb"}
 _KEYS_OF: Final = {"access", "account", "api", "private", "secret"}
-_LOGIN: Final = re.compile(r"(?<=://)[^/\s@:]*:[^/\s@]*@")
 
 _GIT_TIMEOUT_S = 5.0
 
@@ -58,7 +59,7 @@ def without_secrets(command: Sequence[str]) -> list[str]:
         if follows and not word.startswith("--"):
             shown.append("***")
         else:
-            shown.append(f"{name}=***" if named and value else _LOGIN.sub("***@", word))
+            shown.append(f"{name}=***" if named and value else without_logins(word))
         follows = named and not equals and name.startswith("-")
     return shown
 
