@@ -30,6 +30,7 @@ TORCH_FREE = [
     "keepstep.checkpoint.keeping.preflight",
     "keepstep.checkpoint.keeping.pruning",
     "keepstep.checkpoint.keeping.quarantine",
+    "keepstep.checkpoint.keeping.refusal",
     "keepstep.checkpoint.keeping.retention",
     "keepstep.checkpoint.keeping.scrub",
     "keepstep.checkpoint.keeping.verify",

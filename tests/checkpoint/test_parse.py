@@ -114,6 +114,16 @@ def write_manifest(directory: Path, manifest: Any) -> None:
     (directory / "manifest.json").write_bytes(text)
 
 
+def newest_of(store: Store) -> Checkpoint | None:
+    """The newest one; what seems to be of a newer keepstep is no damage, and is not passed over."""
+    try:
+        return store.latest()
+    except StoreError as error:
+        if "upgrade keepstep" not in str(error):
+            raise
+        return None
+
+
 NEWER = ("schema newer", "state schema newer")
 MISFITS = (
     "tree of an unknown kind",
@@ -156,7 +166,7 @@ def assert_refused(
         verify_checkpoint(directory)
         store = Store(directory.parent)
         store.list()
-        store.latest()
+        newest_of(store)
         if newer:
             with pytest.raises(StoreError, match="upgrade keepstep"):
                 store.load_latest_into(live())
@@ -416,7 +426,7 @@ def test_nesting_at_the_edge_of_the_stack(target: Path, original: Path, where: s
             with contextlib.suppress(DamagedCheckpointError):
                 checkpoint.load(only="model")
         verify_checkpoint(target)
-        Store(target.parent).latest()
+        newest_of(Store(target.parent))
 
 
 def test_a_newer_schema_says_so(target: Path) -> None:
@@ -617,7 +627,7 @@ def mutate_within(work: Path, data: st.DataObject, original: Path) -> None:
     except (DamagedCheckpointError, CheckpointNotFoundError, MismatchError, UnsupportedTypeError):
         pass
     verify_checkpoint(target)
-    Store(work).latest()
+    newest_of(Store(work))
 
 
 @given(st.data())

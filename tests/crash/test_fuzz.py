@@ -30,7 +30,6 @@ from keepstep.errors import (
     MismatchError,
     NoValidCheckpointError,
     RestoreError,
-    SchemaVersionError,
     StoreError,
     UnsupportedTypeError,
     UsageError,
@@ -288,7 +287,7 @@ def outcome(way: Callable[[], Any]) -> str:
     except REFUSALS:
         return "refused"
     except StoreError as error:  # of a newer keepstep, as it seems: that is no damage
-        if not isinstance(error.__cause__, SchemaVersionError):
+        if "upgrade keepstep" not in str(error):
             raise
         return "refused"
     except MISFITS:
@@ -308,7 +307,7 @@ def read_in_every_way(directory: Path) -> list[str]:
         verify_checkpoint(directory)
         verify_checkpoint(directory, quick=True)
         store.list()
-        store.latest()
+        outcome(store.latest)
         store.best("loss")
         outcome(lambda: Store(directory.parent).load_latest_into(live_state()))
     return ways

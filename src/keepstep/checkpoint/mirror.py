@@ -7,7 +7,6 @@ next process finds it there.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import threading
@@ -24,6 +23,7 @@ from keepstep.checkpoint.format.names import directories_within
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
+from keepstep.checkpoint.keeping.refusal import is_refusal
 from keepstep.checkpoint.keeping.retention import Retention, decide
 from keepstep.checkpoint.place.backend import INTERNAL_NAME
 from keepstep.checkpoint.place.bucket import BucketBackend
@@ -312,11 +312,15 @@ class Mirror:
 
     def _take_up(self, mirrored: set[str]) -> None:
         for directory in sorted(self._uploads.iterdir()) if self._uploads.is_dir() else []:
-            with contextlib.suppress(DamagedCheckpointError):
+            try:
                 manifest = read_manifest(directory)
-                self._offer_missing(directory, manifest, directory.name.partition(".")[0], mirrored)
+            except DamagedCheckpointError as error:
+                if is_refusal(error):  # it may be the only copy of a whole checkpoint
+                    log.warning("%s stays, and is not mirrored by this process: %s", directory, error.message)
+                else:
+                    self._files.remove_tree(directory)
                 continue
-            self._files.remove_tree(directory)
+            self._offer_missing(directory, manifest, directory.name.partition(".")[0], mirrored)
 
     def _link_missing(self, mirrored: list[catalog.Entry]) -> None:
         """What is only here, and would stay in the mirror."""

@@ -11,6 +11,7 @@ from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, dump_m
 from keepstep.checkpoint.format.parse import check_files, read_manifest
 from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.keeping import catalog
+from keepstep.checkpoint.keeping.refusal import is_refusal, refused
 from keepstep.checkpoint.keeping.verify import verify_checkpoint
 from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.place.directory import LocalBackend
@@ -65,11 +66,12 @@ def _pull_newest(bucket: BucketBackend, local: LocalBackend, files: Files) -> Pa
 
     Raises:
         BucketError: the mirror can't be read.
-        StoreError: it is newer, and what is newer can't be brought here, or is of another run.
+        StoreError: it is newer, and what is newer can't be brought here, may well be whole though it can't
+            be read, or is of another run.
         NoValidCheckpointError: nothing is here, and all that the mirror holds is damaged.
     """
     here = catalog.scan(local)
-    newest = max((entry.number for entry in here if catalog.damage_of(entry) is None), default=-1)
+    newest = max((entry.number for entry in here if not _is_damaged(entry)), default=-1)
     mirrored = catalog.scan(bucket)
     if mirrored and mirrored[-1].number > newest and not _shares_a_run(here, mirrored):
         raise StoreError(
@@ -84,6 +86,8 @@ def _pull_newest(bucket: BucketBackend, local: LocalBackend, files: Files) -> Pa
         try:
             return _pull(entry, local, files)
         except DamagedCheckpointError as error:
+            if is_refusal(error):
+                raise refused(error.path, error.message) from error
             log.error("%s is damaged and is passed over: %s", entry.path, error.message)
             damaged.append(f"{entry.name}: {error.message}")
     if damaged and not here:
@@ -95,6 +99,12 @@ def _pull_newest(bucket: BucketBackend, local: LocalBackend, files: Files) -> Pa
     return None
 
 
+def _is_damaged(entry: catalog.Entry) -> bool:
+    """Whether it is known to be; one that can't be read may well be whole, and needs no copy."""
+    problem = catalog.problem_of(entry)
+    return problem is not None and not problem.refused
+
+
 def _shares_a_run(here: list[catalog.Entry], mirrored: list[catalog.Entry]) -> bool:
     """Whether a mirror may be one of this directory; who has nothing, or nothing readable, can't tell."""
     ours = {entry.manifest.run for entry in here if entry.manifest}
@@ -104,7 +114,8 @@ def _shares_a_run(here: list[catalog.Entry], mirrored: list[catalog.Entry]) -> b
 
 def _pull(entry: catalog.Entry, local: LocalBackend, files: Files) -> Path:
     if entry.manifest is None:
-        raise DamagedCheckpointError(entry.path, entry.problem or "its manifest can't be read")
+        problem = entry.problem or "its manifest can't be read"
+        raise refused(entry.path, problem) if entry.refused else DamagedCheckpointError(entry.path, problem)
     check_files(entry.path, entry.manifest)
     local.claim()
     log.info("pulling %s", entry.path)
@@ -124,6 +135,8 @@ def _pull(entry: catalog.Entry, local: LocalBackend, files: Files) -> Path:
             data = dump_manifest(manifest)
             workspace.write_file(MANIFEST_NAME, data)
             report = verify_checkpoint(workspace.path)
+            if report.refused:
+                raise refused(workspace.path, "; ".join(report.problems))
             if not report.sound:
                 raise DamagedCheckpointError(entry.path, "; ".join(report.problems))
             _make_way(final, local)
@@ -145,6 +158,8 @@ def _make_way(final: Path, local: LocalBackend) -> None:
         try:
             check_files(final, read_manifest(final))
         except DamagedCheckpointError as error:
+            if is_refusal(error):
+                raise  # it may well be whole
             log.error("%s is set aside, as the mirror holds a sound copy: %s", final, error.message)
             local.set_aside(final)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
-from keepstep.checkpoint.keeping.quarantine import is_refusal
+from keepstep.checkpoint.keeping.refusal import is_refusal, refused
 from keepstep.checkpoint.place.backend import checkpoint_name
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
@@ -42,11 +42,6 @@ _RESCUE_IN_BUCKET = (
     '{root}/{name}/manifest.json, then Checkpoint.open("{root}/{name}").load(only="model")'
 )
 _SET_ASIDE = "set aside earlier"
-_REFUSED = (
-    "{path} can't be read: {reason}. It may well be whole, so it was not set aside and no older checkpoint "
-    "was taken. Give this process what it lacks and start it again"
-)
-
 _UNSEEN = (
     "{name} is in {root}, but the ranks {ranks} don't see it there: all ranks must see one file system. "
     "Nothing was set aside. Mount the same directory on every machine, or wait until all of them show it"
@@ -62,17 +57,22 @@ def newest_whole(root: catalog.Root) -> Checkpoint | None:
     """The newest checkpoint whose manifest is sound and whose files are all there and whole in size.
 
     Damaged ones are named in a warning and passed over.
+
+    Raises:
+        StoreError: one that is newer than all whole ones can't be read, and may well be whole.
     """
     gone = False
     for entry in reversed(catalog.scan(root)):
-        damage = catalog.damage_of(entry)
-        if damage is None and entry.manifest is not None:
+        problem = catalog.problem_of(entry)
+        if problem is None and entry.manifest is not None:
             _tell_of_lost_manifests(root, entry.number)
             return Checkpoint(entry.path, entry.manifest)
         if not place_exists(entry.path):
             gone = True
-            continue
-        log.warning("passing over the damaged checkpoint %s: %s", entry.path, damage)
+        elif problem is not None and problem.refused:
+            raise refused(entry.path, problem.reason)
+        elif problem is not None:
+            log.warning("passing over the damaged checkpoint %s: %s", entry.path, problem.reason)
     if gone:  # who deletes an older one has saved a newer one
         return newest_whole(root)
     _tell_of_lost_manifests(root)
@@ -219,7 +219,7 @@ def _try_alone(
         if not place_exists(entry.path):
             return None, _GONE
         if is_refusal(error):
-            raise StoreError(_REFUSED.format(path=entry.path, reason=error.message)) from error
+            raise refused(entry.path, error.message) from error
         return None, error.message or "damaged"
     return checkpoint, None
 

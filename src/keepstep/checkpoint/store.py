@@ -175,8 +175,8 @@ class Store:
             RankError: with many ranks: one failed, or did not come; no checkpoint was made.
             StateError: the state cannot be saved as it is; nothing was written.
             StoreBusyError: another process writes to this store.
-            NoSpaceError, StoreReadOnlyError, StoreError: nothing of this checkpoint is left, older ones
-                are whole.
+            NoSpaceError, StoreReadOnlyError, StoreError: the disk refuses. Older checkpoints are whole; what
+                can't be removed of this one goes with a later save.
             BackgroundSaveError: an earlier save in the background had failed.
         """
         description = describe(
@@ -277,6 +277,10 @@ class Store:
 
         Damaged ones are named in a warning and passed over. Data is verified when it is loaded. If the
         mirror has a newer one, it is brought here first.
+
+        Raises:
+            StoreError: the newest can't be read, and may well be whole: the system refuses to, or a newer
+                keepstep wrote it. Loading the newest ends in the same way.
         """
         return self._newest.whole()
 

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from keepstep.checkpoint.crew import in_threads
 from keepstep.checkpoint.format.known import KnownManifests
 from keepstep.checkpoint.format.manifest import MANIFEST_NAME, STATE_NAME, Manifest
 from keepstep.checkpoint.format.parse import check_files, read_manifest
 from keepstep.checkpoint.format.source import Place, source_of
+from keepstep.checkpoint.keeping.refusal import is_refusal
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, Backend, checkpoint_name
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.errors import CheckpointNotFoundError, DamagedCheckpointError, UsageError
@@ -27,6 +28,7 @@ from keepstep.outcome import Latch
 __all__ = [
     "INTERNAL_NAME",
     "Entry",
+    "Problem",
     "Root",
     "backend_of",
     "best_of",
@@ -39,6 +41,7 @@ __all__ = [
     "names_set_aside",
     "next_number",
     "number_of",
+    "problem_of",
     "scan",
 ]
 
@@ -60,12 +63,14 @@ class Entry:
         number: from its name; later ones are larger.
         manifest: None if it can't be read.
         problem: why it can't, else None.
+        refused: that says nothing of its bytes, see `Problem`.
     """
 
     path: Place
     number: int
     manifest: Manifest | None
     problem: str | None = None
+    refused: bool = False
 
     @property
     def name(self) -> str:
@@ -140,19 +145,38 @@ def _entry(numbered: tuple[int, Place], read: _Read) -> Entry | None:
         return Entry(path=place, number=number, manifest=read(place))
     except DamagedCheckpointError as error:
         if source_of(place).has_manifest():
-            return Entry(path=place, number=number, manifest=None, problem=error.message)
+            refused = is_refusal(error)
+            return Entry(path=place, number=number, manifest=None, problem=error.message, refused=refused)
         return None
 
 
-def damage_of(entry: Entry) -> str | None:
+class Problem(NamedTuple):
+    """What is wrong with a checkpoint.
+
+    Attributes:
+        reason: in words.
+        refused: it may well be whole: the system refuses to read it, or a newer keepstep wrote it.
+    """
+
+    reason: str
+    refused: bool
+
+
+def problem_of(entry: Entry) -> Problem | None:
     """What is wrong with a checkpoint as far as it can be seen without reading its data, or None."""
     if entry.manifest is None:
-        return entry.problem
+        return Problem(entry.problem or "its manifest can't be read", entry.refused)
     try:
         check_files(entry.path, entry.manifest)
     except DamagedCheckpointError as error:
-        return error.message
+        return Problem(error.message, is_refusal(error))
     return None
+
+
+def damage_of(entry: Entry) -> str | None:
+    """The same in words alone, for those that are to be listed or kept for a person to look at."""
+    problem = problem_of(entry)
+    return problem.reason if problem is not None else None
 
 
 def names_set_aside(root: Root) -> list[str]:

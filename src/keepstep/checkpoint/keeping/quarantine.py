@@ -2,37 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.keeping.catalog import Root, backend_of
-from keepstep.errors import SchemaVersionError
 
-__all__ = ["is_refusal", "set_aside"]
-
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether what is behind an error says nothing about the bytes.
-
-    The system refuses to read them, or a newer keepstep wrote them.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        refused = isinstance(cause, OSError) and cause.errno in _REFUSALS
-        if refused or isinstance(cause, SchemaVersionError):
-            return True
-        cause = cause.__cause__
-    return False
+__all__ = ["set_aside"]
 
 
 def set_aside(root: Root, place: Place) -> Place:

@@ -20,7 +20,7 @@ from keepstep.checkpoint.format.manifest import (
 )
 from keepstep.checkpoint.format.parse import check_files, read_manifest, read_state
 from keepstep.checkpoint.format.source import OpenFile, Place, Source, source_of
-from keepstep.checkpoint.keeping.quarantine import is_refusal
+from keepstep.checkpoint.keeping.refusal import is_refusal
 from keepstep.errors import DamagedCheckpointError, DigestError, ManifestError
 
 __all__ = ["FileState", "Report", "verify_checkpoint"]

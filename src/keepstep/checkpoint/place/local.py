@@ -66,7 +66,7 @@ def explained(directory: Path, doing: str = "saving") -> contextlib.AbstractCont
     return disk_errors(
         directory,
         doing,
-        left="Nothing unfinished is left, other checkpoints are whole",
+        left="Other checkpoints are whole",
         room="keep fewer checkpoints (keep_last, byte_budget; of trials num_to_keep)",
     )
 
