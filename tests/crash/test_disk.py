@@ -96,7 +96,7 @@ def test_a_disk_that_is_full(small_disk: Path, tally: Tally, staging: Staging | 
     store = Store(small_disk / "store")
     for number in (1, 2, 3):
         save(store, number, staging, mebibytes=2)
-    with pytest.raises(NoSpaceError, match="other checkpoints are whole"):
+    with pytest.raises(NoSpaceError, match="Other checkpoints are whole"):
         save(store, 4, staging, mebibytes=2)
     tally("saves that met a disk that was full")
     assert [whole(c, mebibytes=2) for c in store.list()] == [1, 2, 3]

@@ -34,7 +34,7 @@ def is_refusal(error: BaseException) -> bool:
     return False
 
 
-def refused(place: Place, reason: str) -> StoreError:
+def refused(place: Place | str, reason: str) -> StoreError:
     """What to raise of one that may well be whole, where an older one would be taken in its place."""
     return StoreError(
         f"{place} can't be read: {reason}. It may well be whole, so it was not set aside and no older "
