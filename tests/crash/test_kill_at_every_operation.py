@@ -219,7 +219,7 @@ def test_a_store_that_met_an_error_saves_again(tmp_path: Path, background: bool)
                 store.save_in_background(state(2)).wait()
             store.wait()  # it was told once
         else:
-            with pytest.raises(NoSpaceError, match=r"saving .*checkpoint_1.*other checkpoints are whole"):
+            with pytest.raises(NoSpaceError, match=r"saving .*checkpoint_1.*Other checkpoints are whole"):
                 store.save(state(2))
         newest = store.latest()
         assert newest is not None
