@@ -1,7 +1,8 @@
 """Real processes in milliseconds: forked from one that has imported torch and keepstep, which takes seconds.
 
 The server has run nothing and holds one thread; what it forks has the environment, directory and path of the
-process that asks, as if it had been started afresh.
+process that asks, as if it had been started afresh. `in_fork` forks the very process that asks, with all that
+it has open, as a data loader does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 import types
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
@@ -154,6 +157,42 @@ def _be_program(program: str | Path, arguments: list[str], cwd: Path, new_sessio
     finally:  # as at the end of an interpreter
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
+
+
+def in_fork(work: Callable[[], object], timeout_s: float = 60) -> int:
+    """Fork this process and run `work` there; its exit code, as of `end_of_fork`."""
+    return end_of_fork(begin_fork(work), timeout_s)
+
+
+def begin_fork(work: Callable[[], object]) -> int:
+    """Fork this process and run `work` there, and nothing else, whatever happens; its id.
+
+    It ends with 0 once `work` returns, and with 1 if that raises, which is told on standard error.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:  # noqa: BLE001 - the exit code tells
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+def end_of_fork(pid: int, timeout_s: float = 60) -> int:
+    """Wait for the end of a fork; its exit code, or the negative number of the signal that killed it."""
+    ends_s = time.monotonic() + timeout_s
+    while time.monotonic() < ends_s:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"a fork still runs after {timeout_s} s")
 
 
 def _ensure_server() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forked import begin_fork, in_fork
 
 import keepstep.files
 from keepstep.checkpoint.saving.staging import Block
@@ -253,12 +254,12 @@ def test_a_directory_lock_is_exclusive_and_let_go(tmp_path: Path) -> None:
 def test_a_forked_child_keeps_no_segment_open(tmp_path: Path) -> None:
     """Deleted by the parent, it would take room for as long as the child lives."""
     segment = LocalFiles().create_segment(tmp_path / "s", PAGE_BYTES)
-    child = os.fork()
-    if child == 0:
+
+    def look() -> None:
         inode = (tmp_path / "s").stat().st_ino
-        held = [fd for fd in Path("/proc/self/fd").iterdir() if _inode_of(fd) == inode]
-        os._exit(len(held))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not [fd for fd in Path("/proc/self/fd").iterdir() if _inode_of(fd) == inode]
+
+    assert in_fork(look) == 0
     segment.write_at(block(PAGE_BYTES, 7), 0)
     segment.finish()
     assert (tmp_path / "s").read_bytes() == bytes([7]) * PAGE_BYTES
@@ -328,21 +329,23 @@ def test_a_store_lock_that_could_not_be_written_down_is_let_go(tmp_path: Path) -
 
 
 def test_a_store_lock_does_not_outlive_its_process_in_a_forked_worker(tmp_path: Path) -> None:
-    read, write = os.pipe()
-    parent = os.fork()
-    if parent == 0:
-        StoreLock.acquire(tmp_path / "lock", b"the parent")
-        worker = os.fork()
-        if worker == 0:
-            os.read(read, 1)
-        os._exit(0)
-    os.waitpid(parent, 0)
+    forking = multiprocessing.get_context("fork")
+    works, may_end = forking.Event(), forking.Event()
+
+    def worker() -> None:
+        works.set()
+        may_end.wait(60)
+
+    def parent() -> None:
+        assert StoreLock.acquire(tmp_path / "lock", b"the parent") is None
+        begin_fork(worker)
+
+    assert in_fork(parent) == 0
     try:
+        assert works.wait(60)
         assert _locked_elsewhere(tmp_path / "lock") == ""
     finally:
-        os.write(write, b"x")
-        os.close(read)
-        os.close(write)
+        may_end.set()
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

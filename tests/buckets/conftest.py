@@ -1,7 +1,7 @@
 """One server of each kind a test process, started when the first test asks for it.
 
 What a store in a bucket promises is tested on each kind: on S3 always, on Google Cloud Storage in part, and
-the rest, Azure with it, with `-m soak`.
+the rest, Azure with it, with `-m soak`. A test that is parametrized by `server` itself says on which.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _numbers = itertools.count()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     module = metafunc.module.__name__.rpartition(".")[2]
-    if module in ON_EACH_KIND and "server" in metafunc.fixturenames:
+    said = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if module in ON_EACH_KIND and "server" in metafunc.fixturenames and "server" not in said:
         kinds = [
             pytest.param(kind, marks=() if module in _QUICK[kind] else pytest.mark.soak) for kind in KINDS
         ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from keepstep import Store
+from keepstep.checkpoint.place import objects
 from keepstep.checkpoint.place.profile import secrets_in_environment, settings_of_azure
 from keepstep.errors import UsageError
 
@@ -76,8 +79,43 @@ def test_no_account_at_all_says_where_to_put_it() -> None:
         Store("az://container/run")
 
 
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Whether a store of an address and options may talk without encryption."""
+    for cloud in ("AWS", "AZURE", "GOOGLE"):
+        monkeypatch.delenv(f"{cloud}_ALLOW_HTTP", raising=False)
+    told: list[bool] = []
+    real = objects.from_url
+
+    def from_url(address: str, *, client_options: Any, **options: Any) -> Any:
+        told.append(client_options["allow_http"])
+        return real(address, client_options=client_options, **options)
+
+    monkeypatch.setattr(objects, "from_url", from_url)
+
+    def ask(scheme: str, **options: str) -> bool:
+        account = {"account_name": "a", "account_key": KEY} if scheme == "az" else {}
+        Store(f"{scheme}://bucket/run", storage_options={**options, **account})
+        return told.pop()
+
+    return ask
+
+
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
-def test_http_may_be_allowed_by_the_names_of_each_cloud(scheme: str) -> None:
-    account = {"account_name": "a", "account_key": KEY} if scheme == "az" else {}
+def test_http_may_be_allowed_by_the_names_of_each_cloud(scheme: str, allowed: Callable[..., bool]) -> None:
     for name in ("allow_http", "aws_allow_http", "azure_allow_http", "google_allow_http"):
-        Store(f"{scheme}://bucket/run", storage_options={name: "true", **account})
+        assert allowed(scheme, **{name: "true"})
+        assert not allowed(scheme, **{name: "false"})
+
+
+def test_http_is_allowed_where_a_server_is_named_so(
+    allowed: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not allowed("s3")
+    assert not allowed("s3", endpoint="https://127.0.0.1:9")
+    assert allowed("s3", endpoint="http://127.0.0.1:9")
+    assert allowed("gs")  # the file of a service account may name one
+    for name, value in (("AWS_ENDPOINT_URL", "http://127.0.0.1:9"), ("AWS_ALLOW_HTTP", "true")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            assert allowed("s3")

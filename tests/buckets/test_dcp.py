@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,13 @@ def _what_is_somebody_elses_stays(said: dict[str, Any], objects: Objects) -> Non
     with pytest.raises(CheckpointException, match=r"not written by keepstep \(it holds train\.bin\)"):
         save(said, "datasets", {"n": 1})
     assert objects.get("datasets/train.bin") == b"x"
-    living = json.loads(this_process().dump())
-    living.update(pid=os.getppid(), started=int(Path(f"/proc/{os.getppid()}/stat").read_text().split()[21]))
-    objects.put("busy/claim.json", json.dumps(living).encode())
-    with pytest.raises(CheckpointException, match="is being written by process"):
-        save(said, "busy", {"n": 1})
+    with subprocess.Popen(["sleep", "60"]) as other:
+        began = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        living = {**json.loads(this_process().dump()), "pid": other.pid, "started": int(began)}
+        objects.put("busy/claim.json", json.dumps(living).encode())
+        with pytest.raises(CheckpointException, match=f"is being written by process {other.pid} "):
+            save(said, "busy", {"n": 1})
+        other.kill()
     with pytest.raises(UsageError, match="a name of its own"):
         keepstep.dcp.StorageWriter("s3://tests")
     assert keepstep.dcp.StorageWriter.validate_checkpoint_id("s3://tests/x")

@@ -19,6 +19,7 @@ import torch
 from tests.buckets.server import Server
 from tests.buckets.test_mirror import mirrored, names, uploads
 from tests.buckets.test_store import raw, state
+from tests.holding import at_call
 
 from keepstep import Retention, Store
 from keepstep.checkpoint import mirror as mirror_module
@@ -303,7 +304,7 @@ def test_the_end_of_the_process_tries_no_more_after_a_failure(
         store.save(state(number))
     assert store.mirror is not None
     assert until(lambda: len(tried) == 1)
-    threading.Timer(0.3, may_go.set).start()
+    at_call(monkeypatch, mirror_module.Mirror, "wait", may_go.set)  # by then the end is known
     with caplog.at_level(logging.CRITICAL):
         store.mirror.drain()
     assert len(tried) == 1
@@ -319,7 +320,7 @@ def test_what_the_end_waits_for_is_counted_once(
     monkeypatch.setattr(mirror_module.Mirror, "_catch_up", lambda _: looked.wait(20))
     store = Store(tmp_path, mirror="s3://tests/none", storage_options={**options, **limits})
     store.save(state(0))
-    threading.Timer(0.2, looked.set).start()
+    at_call(monkeypatch, mirror_module.Mirror, "wait", looked.set)  # by then it has counted
     assert store.mirror is not None
     store.mirror.drain()
     assert "waiting for the upload of 1 checkpoint(s)" in caplog.text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import types
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -16,6 +19,7 @@ from keepstep.checkpoint.place.objects import Objects
 from keepstep.errors import DamagedCheckpointError, StoreBusyError
 
 BASE = b"12345"
+CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 
 
 class Watched(Objects):
@@ -117,10 +121,24 @@ def test_nothing_is_remembered_of_what_was_deleted(store: MemoryStore) -> None:
     backend = BucketBackend(Objects(store, "memory://run"))
     backend.claim()
     commit(backend, linking(backend, "none"))
-    for _ in range(3):
+    held: list[int] = []
+    for _ in range(40):
         commit(backend, linking(backend, "none"))
         for _, place in backend.checkpoints():
             read_manifest(place)
         backend.delete(backend.checkpoints()[0][1])
-    backend.checkpoints()
-    assert len(backend._manifests) == 1
+        assert len(backend.checkpoints()) == 1
+        held.append(held_bytes(backend))
+    assert held[-1] - held[9] < 30 * 50, "less than a key a checkpoint"
+
+
+def held_bytes(thing: object) -> int:
+    """What can be reached from an object, but for code."""
+    sizes: dict[int, int] = {}
+    left = [thing]
+    while left:
+        found = left.pop()
+        if id(found) not in sizes and not isinstance(found, CODE):
+            sizes[id(found)] = sys.getsizeof(found)
+            left += gc.get_referents(found)
+    return sum(sizes.values())

@@ -1,12 +1,34 @@
 from __future__ import annotations
 
+import contextlib
 import gc
-import os
 import threading
+from collections.abc import Iterator
 
 import pytest
+from tests.forked import in_fork
 
 from keepstep.checkpoint.collector import collector_paused
+
+
+@contextlib.contextmanager
+def paused_by_another_thread() -> Iterator[None]:
+    """It has paused the collector when the block begins, and is out when the block has ended."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def pause() -> None:
+        with collector_paused():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=pause)
+    thread.start()
+    try:
+        assert inside.wait(10)
+        yield
+    finally:
+        leave.set()
+        thread.join(10)
 
 
 def test_the_collector_pauses_and_goes_on_however_the_block_ends() -> None:
@@ -19,20 +41,10 @@ def test_the_collector_pauses_and_goes_on_however_the_block_ends() -> None:
 
 
 def test_it_goes_on_when_the_last_thread_is_out() -> None:
-    inside, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
+    with contextlib.ExitStack() as other:
         with collector_paused():
-            inside.set()
-            leave.wait(10)
-
-    thread = threading.Thread(target=other)
-    with collector_paused():
-        thread.start()
-        assert inside.wait(10)
-    assert not gc.isenabled()
-    leave.set()
-    thread.join(10)
+            other.enter_context(paused_by_another_thread())
+        assert not gc.isenabled()
     assert gc.isenabled()
 
 
@@ -47,22 +59,11 @@ def test_a_user_who_turned_it_off_keeps_it_off() -> None:
 
 
 def test_a_child_that_is_forked_meanwhile_collects_its_garbage() -> None:
-    inside, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
+    def collects_unless_it_pauses() -> None:
+        assert gc.isenabled()
         with collector_paused():
-            inside.set()
-            leave.wait(10)
+            assert not gc.isenabled()
+        assert gc.isenabled()
 
-    thread = threading.Thread(target=other)
-    thread.start()
-    assert inside.wait(10)
-    child = os.fork()
-    if child == 0:
-        collects = gc.isenabled()
-        with collector_paused():
-            paused = not gc.isenabled()
-        os._exit(0 if collects and paused and gc.isenabled() else 1)
-    leave.set()
-    thread.join(10)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with paused_by_another_thread():
+        assert in_fork(collects_unless_it_pauses) == 0

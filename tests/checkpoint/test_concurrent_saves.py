@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.forked import begin_fork, end_of_fork, in_fork
 
 from keepstep import Retention, Store
 from keepstep.checkpoint.pending import report_unseen_failures
@@ -56,28 +59,14 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def in_child(work: Callable[[], None]) -> int:
+def in_child(work: Callable[[], object]) -> int:
     """Fork, run `work` and keepstep's part of leaving a program; the exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            report_unseen_failures()
-            code = 0
-        except StoreBusyError:
-            code = 3
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise AssertionError("the child hangs")
+
+    def work_and_leave() -> None:
+        work()
+        report_unseen_failures()
+
+    return in_fork(work_and_leave, PATIENCE_S)
 
 
 def test_a_wait_that_is_interrupted_leaves_the_save_in_flight(tmp_path: Path) -> None:
@@ -171,25 +160,31 @@ def test_a_forked_child_leaves_while_its_parent_saves(tmp_path: Path) -> None:
 def test_a_forked_child_may_not_write_to_its_parents_store(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save({"x": torch.ones(3)})
-    assert in_child(lambda: store.save({"x": torch.ones(3)}) and None) == 3
+
+    def save() -> None:
+        with pytest.raises(StoreBusyError):
+            store.save({"x": torch.ones(3)})
+
+    assert in_child(save) == 0
     assert len(store.list()) == 1
 
 
 def test_a_forked_child_may_write_to_a_store_of_its_own(tmp_path: Path) -> None:
     mine, childs = Store(tmp_path / "mine"), Store(tmp_path / "childs")
     mine.save({"x": torch.ones(3)})
-    assert in_child(lambda: childs.save({"x": torch.ones(3)}, step=4) and None) == 0
+    assert in_child(lambda: childs.save({"x": torch.ones(3)}, step=4)) == 0
     assert steps(childs) == [4]
 
 
 def test_a_failure_is_told_though_the_store_was_dropped(tmp_path: Path) -> None:
     program = (
-        "import gc, sys; from keepstep import Store; import test_concurrent_saves as t\n"
+        "import gc, sys; from keepstep import Store; import tests.checkpoint.test_concurrent_saves as t\n"
         f"Store({str(tmp_path)!r}, files=t.Refusing()).save_in_background({{'x': 1}})\n"
         "import time; time.sleep(0.3); gc.collect()"
     )
+    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
     )
     assert "disk on fire" in done.stderr
 
@@ -328,21 +323,16 @@ def test_a_checkpoint_is_deletable_though_a_child_was_forked_while_it_was_saved(
     store = Store(tmp_path, files=gate, retention=Retention(keep_last=1))
     pending = store.save_in_background({"x": torch.ones(3)}, step=1)
     assert gate.reached.wait(PATIENCE_S)
-    read, write = os.pipe()
-    worker = os.fork()
-    if worker == 0:
-        os.read(read, 1)
-        os._exit(0)
+    may_end = multiprocessing.get_context("fork").Event()
+    worker = begin_fork(lambda: may_end.wait(PATIENCE_S))
     gate.opened.set()
     try:
         pending.wait()
         store.save({"x": torch.ones(3)}, step=2)
         assert steps(store) == [2]
     finally:
-        os.write(write, b"x")
-        os.waitpid(worker, 0)
-        os.close(read)
-        os.close(write)
+        may_end.set()
+        end_of_fork(worker)
 
 
 @pytest.mark.timeout(30)
@@ -351,11 +341,10 @@ def test_the_handler_of_a_signal_saves_while_a_state_is_copied(
 ) -> None:
     """With less memory than the state: what is copied has to be written before more is."""
     store = Store(tmp_path, memory_budget_bytes=2 * BLOCK_BYTES)
-    copy_into, copied = TensorBytes.copy_into, []
+    copy_into, copies = TensorBytes.copy_into, itertools.count()
 
     def slow_copy(*args: Any) -> None:
-        copied.append(threading.current_thread())
-        if len(copied) == 6 or (copied[-1] is threading.main_thread() and len(copied) < 6):
+        if next(copies) == 5:
             time.sleep(0.1)  # others take what memory there is
             os.kill(os.getpid(), signal.SIGUSR1)
         copy_into(*args)
@@ -366,7 +355,7 @@ def test_the_handler_of_a_signal_saves_while_a_state_is_copied(
     monkeypatch.setattr(TensorBytes, "copy_into", slow_copy)
     before = signal.signal(signal.SIGUSR1, save_at_once)
     try:
-        store.save_in_background({"w": torch.arange(10 * BLOCK_BYTES // 4)}, step=1).wait()
+        store.save_in_background({"w": torch.arange(10 * BLOCK_BYTES // 4, dtype=torch.int32)}, step=1).wait()
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert sorted(steps(store), key=str) == [1, 2]

@@ -99,11 +99,7 @@ def test_a_thread_that_could_not_be_started_is_started_for_the_next_work(
 def test_work_handed_in_before_the_end_of_the_program_is_done() -> None:
     code = """
 import time
-from keepstep.checkpoint.crew import Crew, in_threads
-from keepstep.checkpoint.format.source import _LocalFile
-from keepstep.checkpoint.store import Store
-from keepstep.errors import NoThreadError
-from keepstep.outcome import Latch
+from keepstep.checkpoint.crew import Crew
 crew = Crew(1, "test")
 crew.submit(lambda: (time.sleep(0.3), crew.submit(lambda: (print("done", flush=True), crew.close()))))
 """

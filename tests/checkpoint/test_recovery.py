@@ -106,6 +106,13 @@ def test_only_damaged_ones_are_no_first_start(tmp_path: Path) -> None:
             Store(tmp_path).load_latest_into(state(0))
 
 
+def wait_until_aside(store: Store, name: str) -> None:
+    until_s = time.monotonic() + 30
+    while not (store.path / ".keepstep" / "damaged" / name).exists():
+        assert time.monotonic() < until_s, f"{name} is not set aside"
+        time.sleep(0.01)
+
+
 def test_the_scrub_of_a_store_sets_damaged_ones_aside_and_keeps_going(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -113,10 +120,7 @@ def test_the_scrub_of_a_store_sets_damaged_ones_aside_and_keeps_going(
     flip("model.safetensors")(tmp_path / "checkpoint_1")
     store = Store(tmp_path, scrub_interval_s=0.2, scrub_bytes_per_s=1e9)
     store.claim()
-    aside = tmp_path / ".keepstep" / "damaged"
-    deadline = time.monotonic() + 30
-    while not (aside / "checkpoint_1").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_aside(store, "checkpoint_1")
     assert [checkpoint.name for checkpoint in store.list()] == [
         "checkpoint_0",
         "checkpoint_2",
@@ -124,8 +128,7 @@ def test_the_scrub_of_a_store_sets_damaged_ones_aside_and_keeps_going(
     ]
     assert "checkpoint_1 is damaged" in caplog.text
     flip("model.safetensors")(tmp_path / "checkpoint_2")
-    while not (aside / "checkpoint_2").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_aside(store, "checkpoint_2")
     assert [checkpoint.name for checkpoint in store.list()] == ["checkpoint_0", "checkpoint_3"]
     store.close()
 
@@ -138,10 +141,7 @@ def test_what_was_found_damaged_is_not_linked_to(tmp_path: Path) -> None:
     first, second = (tmp_path / f"checkpoint_{number}" / "base.safetensors" for number in (1, 2))
     assert first.samefile(second), "unchanged data is linked"
     flip("base.safetensors")(tmp_path / "checkpoint_1")
-    aside = tmp_path / ".keepstep" / "damaged"
-    deadline = time.monotonic() + 30
-    while not (aside / "checkpoint_1").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_aside(store, "checkpoint_1")
     saved = store.save({"base": frozen, "step": torch.tensor(9)})
     assert saved.verify().sound
     assert not (saved.path / "base.safetensors").samefile(second)
@@ -210,11 +210,25 @@ def newer_format(path: Path) -> None:
 def test_what_a_newer_keepstep_wrote_is_not_damaged(tmp_path: Path) -> None:
     filled(tmp_path, 3)
     newer_format(tmp_path / "checkpoint_2")
-    store = Store(tmp_path, scrub_interval_s=0.01)
+    store = Store(tmp_path)
     with pytest.raises(StoreError, match=r"upgrade keepstep. It may well be whole, so it was not set aside"):
         store.load_latest_into(state(0))
     assert (tmp_path / "checkpoint_2").is_dir()
     assert [report.refused for report in store.verify()] == [False, False, True]
+
+
+def test_the_scrub_passes_over_what_a_newer_keepstep_wrote(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(tmp_path, 4)
+    flip("model.safetensors")(tmp_path / "checkpoint_0")  # whose turn is the last
+    newer_format(tmp_path / "checkpoint_1")
+    store = Store(tmp_path, scrub_interval_s=0.01)
+    store.claim()
+    wait_until_aside(store, "checkpoint_0")
+    store.close()
+    assert [report.refused for report in store.verify()] == [True, False, False]
+    assert "checkpoint_1" not in caplog.text
 
 
 @pytest.mark.parametrize("lost", [1, 3])
@@ -244,9 +258,15 @@ def test_a_checkpoint_loads_after_the_program_changed_its_directory(
     assert checkpoint.load()["model"].shape == (64,)
 
 
-@pytest.mark.parametrize("shut", ["checkpoint_2", "."])
+@pytest.mark.parametrize(
+    ("shut", "told"),
+    [
+        ("checkpoint_2", r"checkpoint_2.*Permission denied\).*not set aside"),
+        (".", "can't be listed: Permission denied"),
+    ],
+)
 def test_what_may_not_be_read_is_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shut: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shut: str, told: str
 ) -> None:
     filled(tmp_path, 3)
     real = {name: getattr(os, name) for name in ("open", "stat", "lstat", "scandir")}
@@ -262,7 +282,7 @@ def test_what_may_not_be_read_is_not_passed_over(
 
     for name in real:
         monkeypatch.setattr(os, name, guarded(name))
-    with pytest.raises(StoreError, match=r"Permission denied\).*not set aside|can't be listed: Permission"):
+    with pytest.raises(StoreError, match=told):
         Store(tmp_path).load_latest_into(state(0))
     monkeypatch.undo()
     assert [checkpoint.step for checkpoint in Store(tmp_path).list()] == [0, 1, 2]

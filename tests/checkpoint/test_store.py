@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from tests.checkpoint.equality import assert_same
 from tests.checkpoint.faults import IO_ERROR, NO_PERMISSION, NO_SPACE, READ_ONLY, FaultyFiles
+from tests.forked import in_fork
 
 from keepstep.checkpoint.engine import save_directory
 from keepstep.checkpoint.keeping.retention import Retention
@@ -293,24 +293,7 @@ def test_a_store_holds_no_memory_of_what_it_saved(tmp_path: Path) -> None:
 def test_a_forked_child_saves_for_itself(tmp_path: Path) -> None:
     store = Store(tmp_path / "a")
     store.save(STATE)
-    child = os.fork()
-    if child == 0:
-        try:
-            Store(tmp_path / "b").save(STATE)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0
-            break
-        time.sleep(0.01)
-    else:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-        pytest.fail("the child hangs")
+    assert in_fork(lambda: Store(tmp_path / "b").save(STATE)) == 0
     assert len(Store(tmp_path / "b").list()) == 1
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.forked import in_fork
 
 from keepstep.checkpoint.format.manifest import digest_of
 from keepstep.checkpoint.saving import tracking
@@ -143,11 +143,7 @@ def test_tensors_that_overlap_prove_nothing_for_one_another(
 def test_a_fork_writes_to_memory_of_its_own(asked: Asked) -> None:
     w = torch.randn(ELEMENTS)
     digest = asked.settle(w)
-    child = os.fork()
-    if child == 0:
-        w.zero_()
-        os._exit(0)
-    os.waitpid(child, 0)
+    assert in_fork(w.zero_) == 0
     assert asked.proved(w, digest)
     w[5000] = 1
     assert not asked.proved(w, digest)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tests.checkpoint.equality import assert_same
 from tests.crash.harness import leftovers
+from tests.forked import in_fork
 
 from keepstep.checkpoint.engine import save_directory
 from keepstep.checkpoint.keeping.catalog import disk_bytes
@@ -277,7 +278,8 @@ class Killer:
         self.counts["damaged"] += 1
         self.durable = found[-2].step or 0
         unlisted = how == "remove" and victim.name == "manifest.json"  # and so no checkpoint any more
-        _in_child(lambda: self._pass_over(found[-1].name, aside=not unlisted))
+        # In a process of its own: whoever sets a checkpoint aside holds the store until it ends.
+        assert in_fork(lambda: self._pass_over(found[-1].name, aside=not unlisted)) == 0
         self.counts["passed over"] += 1
 
     def _pass_over(self, damaged: str, *, aside: bool) -> None:
@@ -300,20 +302,6 @@ class Killer:
             if self.kind == "linked":
                 assert (only.path / "base.safetensors").stat().st_nlink == 1
         assert leftovers(self.root) == []
-
-
-def _in_child(work: Callable[[], None]) -> None:
-    """In a process of its own: whoever sets a checkpoint aside holds the store until it ends."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:  # noqa: BLE001 - the exit code tells
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def _be_killed(kind: str, root: Path, writing: int) -> None:

@@ -101,8 +101,8 @@ def end(number, frame):
     loads = "a loader that lives" if loader.poll() is None else "no loader"
     pathlib.Path(f"ended_{rank}").write_text(f"{signal.Signals(number).name}, {loads}, {loader.pid}")
     sys.exit(0)
-signal.signal(signal.SIGTERM, end)
-signal.signal(signal.SIGINT, end)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, end)
 signal.signal(signal.SIGUSR1, lambda number, frame: pathlib.Path(f"usr1_{rank}").touch())
 pathlib.Path(f"ready_{rank}").touch()
 while True:
@@ -123,8 +123,9 @@ def script(workdir: Path, text: str) -> str:
 
 
 def launching(*arguments: str, cwd: Path, nohup: bool = False) -> subprocess.Popen[str]:
+    under = ["nohup"] if nohup else ["env", "--default-signal=HUP,INT,QUIT"]  # whatever the tests run under
     return subprocess.Popen(
-        [*(["nohup"] if nohup else []), *PROGRAM, "launch", *arguments],
+        [*under, *PROGRAM, "launch", *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -238,14 +239,22 @@ def test_a_bug_is_shown_once_and_its_exit_code_handed_on(workdir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)]
+    ("processes", "number", "nohup"),
+    [
+        (1, signal.SIGTERM, True),
+        (1, signal.SIGINT, False),
+        (1, signal.SIGHUP, False),
+        (1, signal.SIGQUIT, False),
+        (2, signal.SIGTERM, True),
+        (2, signal.SIGHUP, False),
+    ],
 )
-def test_signals_reach_the_ranks(workdir: Path, processes: int, number: signal.Signals) -> None:
+def test_signals_reach_the_ranks(workdir: Path, processes: int, number: signal.Signals, nohup: bool) -> None:
     ranks = [str(rank) for rank in range(processes)]
     said = ["--cpu", "--num_processes", str(processes), script(workdir, WAIT)]
-    process = launching(*said, cwd=workdir, nohup=True)
+    process = launching(*said, cwd=workdir, nohup=nohup)
     wait_for(*(workdir / f"ready_{rank}" for rank in ranks), process=process)
-    for _ in range(2):
+    for _ in range(2 if nohup else 0):
         process.send_signal(signal.SIGHUP)  # the terminal is closed, which nohup is to outlive
         time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_dcp
+from tests.forked import in_fork
 from tests.ranks.spawn import run_ranks
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
@@ -201,14 +201,11 @@ def test_a_forked_process_links_nothing_of_its_parents_memory(tmp_path: Path) ->
     """It saves on by itself: what its parent watches is not its memory."""
     run = Run(tmp_path, 0, 1)
     run.save()
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            code = 0 if new_bytes(Checkpoint.open(run.root / "step_1"), run.save("child")) > BASE_BYTES else 2
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def save() -> None:
+        assert new_bytes(Checkpoint.open(run.root / "step_1"), run.save("child")) > BASE_BYTES
+
+    assert in_fork(save) == 0
     assert new_bytes(Checkpoint.open(run.root / "step_1"), run.save()) < MIB
     assert keepstep.Checkpoint.open(run.root / "child").verify().sound
 
@@ -221,9 +218,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 import keepstep
 
 if __name__ == "__main__":
-    here = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": sys.argv[2]}
-    os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1")
-    dist.init_process_group("gloo")
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # for the process that dcp starts; it finds a port itself
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for number in range(2):
         writer = keepstep.dcp.StorageWriter(Path(sys.argv[1], f"step_{number}"))
         state = {"w": torch.ones(1 << 20), "n": number}
@@ -237,11 +233,8 @@ if __name__ == "__main__":
 def test_a_process_of_dcps_own_saves_and_links(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(IN_A_PROCESS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(port)],
+        [sys.executable, str(script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -6,48 +6,21 @@ import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.holding import copies_held
 from tests.ranks.spawn import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from keepstep import Accelerator, CheckpointPolicy, Store
-from keepstep.checkpoint.saving.staging import TensorBytes
 from keepstep.errors import BackgroundSaveError, RankFailedError, StateChangedError
 from keepstep.utils import FullyShardedDataParallelPlugin
 from keepstep.world import Ranks
-
-
-class Held:
-    """Copies wait until this is opened; counts those that were made at once."""
-
-    def __init__(self) -> None:
-        self.opened = threading.Event()
-        self.at_once = 0
-        self._copy_into, self._take_copy = TensorBytes.copy_into, TensorBytes.take_copy
-
-    def __enter__(self) -> Self:
-        held = self
-
-        def copy_into(self: TensorBytes, *where: Any) -> None:
-            held.opened.wait(60)
-            held._copy_into(self, *where)
-
-        def take_copy(self: TensorBytes) -> None:
-            held.at_once += 1
-            held._take_copy(self)
-
-        TensorBytes.copy_into, TensorBytes.take_copy = copy_into, take_copy  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.opened.set()
-        TensorBytes.copy_into, TensorBytes.take_copy = self._copy_into, self._take_copy  # type: ignore[method-assign]
 
 
 def together(root: str, rank: int, size: int) -> None:
@@ -77,7 +50,7 @@ def _writes_are_found_out(root: Path, rank: int) -> None:
     store, mesh = Store(root, world=Ranks(timeout_s=30)), init_device_mesh("cpu", (2,))
     for name, write in WRITES.items():
         w = distribute_tensor(torch.rand(8, 4) + 1, mesh, [Shard(0)])
-        with Held() as held:
+        with copies_held() as held:
             state = {"w": w, "b": torch.ones(2)}
             pending = store.save_in_background(state, step=1, staging="overlapped", steady=[w])
             assert not held.at_once
@@ -100,7 +73,7 @@ def _a_step_of_fsdp_is_no_write(root: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(3, 6)).sum().backward()
     optimizer.step()
-    with Held() as held:
+    with copies_held() as held:
         state = {"model": model, "optimizer": optimizer}
         steady = [*model.parameters(), *(value for of in optimizer.state.values() for value in of.values())]
         pending = store.save_in_background(state, step=1, staging="overlapped", steady=steady)
@@ -144,24 +117,23 @@ def _the_optimizer_waits(root: Path, rank: int) -> None:
     accelerator, model, optimizer = _prepared(root)
     average = Average(model)
     accelerator.register_for_checkpointing(average)
-    held, copies = Held(), contextlib.ExitStack()
-    for number in range(1, 5):
-        optimizer.zero_grad()
-        accelerator.backward(model(torch.ones(2, 8)).square().sum())
-        if number == 3:
-            threading.Timer(0.2, held.opened.set).start()
-        optimizer.step()
-        if number == 3:
-            copies.close()
-        if number == 2:
-            kept = [p.detach().full_tensor().clone() for p in model.parameters()]
-            kept_average = [p.detach().full_tensor().clone() for p in average.shards]
-            copies.enter_context(held)
-        accelerator.checkpoint()
-        average.update(model)
-    accelerator.wait_for_checkpoint()
+    with copies_held() as held:
+        held.opened.set()
+        for number in range(1, 5):
+            optimizer.zero_grad()
+            accelerator.backward(model(torch.ones(2, 8)).square().sum())
+            if number == 3:
+                assert held.at_once
+                threading.Timer(0.2, held.opened.set).start()
+            optimizer.step()
+            if number == 2:
+                kept = [p.detach().full_tensor().clone() for p in model.parameters()]
+                kept_average = [p.detach().full_tensor().clone() for p in average.shards]
+                held.opened.clear()
+            accelerator.checkpoint()
+            average.update(model)
+        accelerator.wait_for_checkpoint()
     assert accelerator.checkpoint_counts.redone == accelerator.checkpoint_counts.failed == 0
-    assert held.at_once
     loaded = Store(root / "checkpoints").list()[0].load()
     assert all(
         torch.equal(loaded["model"][name], p) for name, p in zip(("weight", "bias"), kept, strict=True)
@@ -176,7 +148,7 @@ def _a_slip_on_one_rank_is_made_good_at_the_next_step(root: Path, rank: int) -> 
         optimizer.zero_grad()
         accelerator.backward(model(torch.ones(2, 8)).square().sum())
         optimizer.step()
-        with Held() if number == 2 else contextlib.nullcontext(), torch.no_grad():
+        with copies_held() if number == 2 else contextlib.nullcontext(), torch.no_grad():
             accelerator.checkpoint()
             if rank == 1 and number == 2:
                 model.weight.mul_(0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.holding import at_call
+from tests.train.failing import fail_once
 
-from keepstep import Accelerator, CheckpointPolicy, Store
+from keepstep import Accelerator, CheckpointPolicy, PendingSave, Store
 from keepstep.train.pace.counts import CheckpointCounts
 from keepstep.train.pace.pacing import Pacer
 from keepstep.train.pace.schedule import Due
@@ -68,11 +71,11 @@ def test_skips_and_waits_are_counted_as_the_policy_says(tmp_path: Path) -> None:
     assert [c.step for c in Store(tmp_path / "checkpoints").list()] == [2, 7]
 
 
-def test_a_checkpoint_due_by_steps_waits_by_default(tmp_path: Path) -> None:
+def test_a_checkpoint_due_by_steps_waits_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, CheckpointPolicy(every_n_steps=1))
     with run.slow_disk() as gate:
         assert run.step()
-        threading.Timer(0.1, gate.set).start()
+        at_call(monkeypatch, PendingSave, "wait", lambda: threading.Timer(0.1, gate.set).start())
         assert run.step()
         run.accelerator.wait_for_checkpoint()
     counts = run.accelerator.checkpoint_counts
@@ -86,15 +89,10 @@ def test_saves_by_hand_and_failures_are_counted(tmp_path: Path) -> None:
     run.accelerator.save_state(tmp_path / "elsewhere")
     store = run.accelerator._saver._store
     assert store is not None
-
-    def fail(*_: Any) -> None:
-        raise OSError(5, "the disk is on fire")
-
-    commit, store._saves._committed = store._saves._committed, fail  # type: ignore[method-assign,assignment]
+    fail_once(store)
     run.step()
     while store.busy:
-        pass
-    store._saves._committed = commit  # type: ignore[method-assign]
+        time.sleep(0.01)
     run.step()
     run.accelerator.wait_for_checkpoint()
     assert run.accelerator.checkpoint_counts == CheckpointCounts(saved=3, failed=1)

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.holding import at_call
+from tests.train.failing import fail_once
 from tests.train.runs import Noisy, assert_same
 from torch.utils.data import DataLoader
 
-from keepstep import Accelerator, Checkpoint, CheckpointPolicy, ProjectConfiguration, Store
+from keepstep import Accelerator, Checkpoint, CheckpointPolicy, PendingSave, ProjectConfiguration, Store
 from keepstep.errors import (
     BackgroundSaveError,
     CheckpointNotFoundError,
@@ -532,22 +534,16 @@ def test_a_run_that_keeps_all_checkpoints_is_told_once(
     assert Checkpoint.open(first).manifest.run == Store(tmp_path / "checkpoints").list()[0].manifest.run
 
 
-def test_a_failure_costs_no_checkpoint_that_waited_for_it(tmp_path: Path) -> None:
+def test_a_failure_costs_no_checkpoint_that_waited_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=1, on_error="warn"))
-    store = run.accelerator._saver._store
-    assert store is not None
-    commit, second_waits = store._saves._committed, threading.Event()
-
-    def fail(*_: Any) -> None:
-        store._saves._committed = commit  # type: ignore[method-assign,union-attr]
-        second_waits.wait(10)
-        raise OSError(5, "the disk is on fire")
-
-    store._saves._committed = fail  # type: ignore[method-assign,assignment]
+    second_waits = threading.Event()
+    fail_once(run.accelerator._saver._store, lambda: second_waits.wait(60))
     run.step()
     run.accelerator.checkpoint()
     run.step()
-    threading.Timer(0.2, second_waits.set).start()
+    at_call(monkeypatch, PendingSave, "wait", second_waits.set)
     assert run.accelerator.checkpoint() is not None
     run.accelerator.wait_for_checkpoint()
     assert Store(tmp_path / "checkpoints").list()[-1].step == 2
@@ -558,15 +554,7 @@ def test_a_failure_costs_no_checkpoint_that_waited_for_it(tmp_path: Path) -> Non
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
 def test_a_finished_run_is_saved_though_its_last_checkpoint_failed(tmp_path: Path, on_error: Any) -> None:
     run = Run(tmp_path, checkpoint_policy=CheckpointPolicy(every_n_steps=1, on_error=on_error))
-    store = run.accelerator._saver._store
-    assert store is not None
-    commit = store._saves._committed
-
-    def fail(*_: Any) -> None:
-        store._saves._committed = commit  # type: ignore[method-assign,union-attr]
-        raise OSError(5, "the disk is on fire")
-
-    store._saves._committed = fail  # type: ignore[method-assign,assignment]
+    fail_once(run.accelerator._saver._store)
     run.step()
     run.accelerator.checkpoint()
     with pytest.raises(BackgroundSaveError) if on_error == "raise" else contextlib.nullcontext():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from tests.tune.running import tuner
 from tests.tune.walk import Walk, population
 
 from keepstep import tune
@@ -20,19 +21,6 @@ from keepstep.tune.schedulers import FIFOScheduler
 
 HALF = "\udcff"
 """What Python makes of a byte that is no UTF-8, as in a file's name."""
-
-
-def tuner(
-    tmp_path: Path, trainable: Any, space: dict[str, Any] | None = None, *, said: Any = None, **more: Any
-) -> tune.Tuner:
-    return tune.Tuner(
-        trainable,
-        param_space=space or {},
-        tune_config=said or tune.TuneConfig(),
-        run_config=tune.RunConfig(
-            **{"name": "it", "storage_path": tmp_path, "executor": "inline", "verbose": 0, **more}
-        ),
-    )
 
 
 def test_text_that_has_no_bytes_is_kept_and_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tune.running import tuner
 from tests.tune.walk import Walk, population
 
 from keepstep import tune
@@ -74,7 +75,7 @@ class Seen(tune.Callback):
         self.told.append("again")
 
 
-def tuner(
+def counter(
     tmp_path: Path,
     config: dict[str, Any],
     max_failures: int,
@@ -83,20 +84,16 @@ def tuner(
 ) -> tune.Tuner:
     by_scheduler = config["by"] == "scheduler"
     scheduler = ASHAScheduler(max_t=5, grace_period=5, metric="count", mode="max")
-    return tune.Tuner(
+    return tuner(
+        tmp_path,
         Counter,
-        param_space=config,
-        tune_config=tune.TuneConfig(scheduler=scheduler if by_scheduler else None),
-        run_config=tune.RunConfig(
-            name="it",
-            storage_path=tmp_path,
-            executor=executor,
-            verbose=0,
-            stop={"training_iteration": 5} if config["by"] == "stopper" else None,
-            failure_config=tune.FailureConfig(max_failures=max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            callbacks=[seen] if seen is not None else [],
-        ),
+        config,
+        tune.TuneConfig(scheduler=scheduler if by_scheduler else None),
+        executor=executor,
+        stop={"training_iteration": 5} if config["by"] == "stopper" else None,
+        failure_config=tune.FailureConfig(max_failures=max_failures),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+        callbacks=[seen] if seen is not None else [],
     )
 
 
@@ -106,7 +103,7 @@ def kept(result: tune.Result) -> list[str]:
 
 def test_a_save_that_fails_at_the_end_is_the_trials_error(tmp_path: Path) -> None:
     seen = Seen()
-    found = tuner(tmp_path, {"by": "itself", "fails": 1}, 0, seen).fit()
+    found = counter(tmp_path, {"by": "itself", "fails": 1}, 0, seen).fit()
     assert (found.num_errors, found.num_terminated) == (1, 0)
     assert "the disk is full" in str(found[0].error)
     assert kept(found[0]) == ["2"]
@@ -124,7 +121,7 @@ def test_it_is_tried_again_as_often_as_failures_are_allowed_and_ends_where_it_en
     tmp_path: Path, by: str
 ) -> None:
     seen = Seen()
-    found = tuner(tmp_path, {"by": by, "fails": 2}, 2, seen).fit()
+    found = counter(tmp_path, {"by": by, "fails": 2}, 2, seen).fit()
     assert (found.num_terminated, found[0].error, kept(found[0])) == (1, None, ["5"])
     assert found[0].metrics["training_iteration"] == 5
     assert seen.told == ["saved 2", "again", "again", "saved 5", "completed"]
@@ -134,13 +131,13 @@ def test_it_is_tried_again_as_often_as_failures_are_allowed_and_ends_where_it_en
     told = History.of(records, str(tmp_path / "it")).all[0]
     assert (told.status, told.ended_by, told.ends_at) == (trial.status, trial.ended_by, trial.ends_at)
     before = len(records)
-    assert tuner(tmp_path, {"by": by, "fails": 2}, 2).fit().num_terminated == 1
+    assert counter(tmp_path, {"by": by, "fails": 2}, 2).fit().num_terminated == 1
     assert len(read_journal(tmp_path / "it")) == before + 2  # a driver started, and had nothing to do
 
 
 def test_a_process_killed_while_it_saves_at_its_end_has_failed(tmp_path: Path) -> None:
     config = {"by": "stopper", "fails": tune.grid_search([0, 1, 2]), "dies": True}
-    found = tuner(tmp_path, config, 1, executor="local").fit()
+    found = counter(tmp_path, config, 1, executor="local").fit()
     assert [kept(result) for result in found] == [["5"], ["5"], ["2"]]
     assert [result.ended_by for result in found] == ["stopper", "stopper", "error"]
     assert "killed by SIGKILL" in str(found[2].error)
@@ -150,9 +147,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}]
-from tests.tune.test_last_checkpoint import tuner
+from tests.tune.test_last_checkpoint import counter
 import os
-tuner(Path(sys.argv[1]), {{"by": sys.argv[2], "fails": 1, "kill": int(sys.argv[3]) and os.getpid()}}, 0).fit()
+kill = int(sys.argv[3]) and os.getpid()
+counter(Path(sys.argv[1]), {{"by": sys.argv[2], "fails": 1, "kill": kill}}, 0).fit()
 """
 
 
@@ -188,10 +186,11 @@ def test_saves_of_a_population_that_fail_are_tried_again_and_a_restart_agrees(
     tmp_path: Path, synch: bool
 ) -> None:
     def run() -> tune.ResultGrid:
-        return tune.Tuner(
+        return tuner(
+            tmp_path,
             UnsureWalk,
-            param_space={"rate": tune.uniform(0, 1)},
-            tune_config=tune.TuneConfig(
+            {"rate": tune.uniform(0, 1)},
+            tune.TuneConfig(
                 metric="x",
                 mode="max",
                 num_samples=4,
@@ -199,15 +198,9 @@ def test_saves_of_a_population_that_fail_are_tried_again_and_a_restart_agrees(
                 seed=2,
                 max_concurrent_trials=2,
             ),
-            run_config=tune.RunConfig(
-                name="it",
-                storage_path=tmp_path,
-                executor="inline",
-                verbose=0,
-                stop={"training_iteration": 12},
-                failure_config=tune.FailureConfig(max_failures=2),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            ),
+            stop={"training_iteration": 12},
+            failure_config=tune.FailureConfig(max_failures=2),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
         ).fit()
 
     found = run()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tune.running import tuner
 
 from keepstep import tune
 from keepstep.tune.executors.inline import InlineExecutor
@@ -56,6 +58,7 @@ class Silent(InlineExecutor):
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
         if self.late is not None:
+            time.sleep(0.01)
             arrived = [self.late] if self.killed else []
             self.late = None if self.killed else self.late
             return arrived
@@ -66,21 +69,17 @@ class Silent(InlineExecutor):
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("executor", [Dying, Silent])
+@pytest.mark.parametrize(("executor", "max_silence_s"), [(Dying, None), (Silent, 2.0)])
 def test_a_trial_that_was_to_follow_in_a_process_that_is_gone_runs(
-    tmp_path: Path, executor: type[InlineExecutor]
+    tmp_path: Path, executor: type[InlineExecutor], max_silence_s: float | None
 ) -> None:
-    found = tune.Tuner(
+    found = tuner(
+        tmp_path,
         Reused,
-        param_space={"x": tune.grid_search([1, 2, 3])},
-        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=1),
-        run_config=tune.RunConfig(
-            name="it",
-            storage_path=tmp_path,
-            executor=executor,
-            verbose=0,
-            failure_config=tune.FailureConfig(max_silence_s=0.2),
-        ),
+        {"x": tune.grid_search([1, 2, 3])},
+        tune.TuneConfig(reuse_actors=True, max_concurrent_trials=1),
+        executor=executor,
+        failure_config=tune.FailureConfig(max_silence_s=max_silence_s),
     ).fit()
     assert [result.metrics["x"] for result in found] == [1, 2, 3]
     assert not [record for record in read_journal(tmp_path / "it") if isinstance(record, TrialFailed)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.tune.running import run_config, tuner
 
 from keepstep import tune
 from keepstep.errors import (
@@ -32,25 +33,14 @@ from keepstep.tune.experiment.records import TrialMade
 from keepstep.tune.result import SHOULD_CHECKPOINT
 
 
-def run_config(tmp_path: Path, **more: Any) -> tune.RunConfig:
-    return tune.RunConfig(
-        **{"name": "it", "storage_path": tmp_path, "executor": "inline", "verbose": 0, **more}
-    )
-
-
 def fit(
     tmp_path: Path,
     trainable: Any,
     space: dict[str, Any] | None = None,
-    tune_config: tune.TuneConfig | None = None,
+    said: tune.TuneConfig | None = None,
     **more: Any,
 ) -> tune.ResultGrid:
-    return tune.Tuner(
-        trainable,
-        param_space=space or {},
-        tune_config=tune_config or tune.TuneConfig(),
-        run_config=run_config(tmp_path, **more),
-    ).fit()
+    return tuner(tmp_path, trainable, space, said, **more).fit()
 
 
 def lines(result: tune.Result) -> list[dict[str, Any]]:

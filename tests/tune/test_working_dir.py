@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tune.running import tuner
 
 from keepstep import tune
 
@@ -32,17 +33,8 @@ def silent(config: dict[str, Any]) -> None:
 
 
 def fit(tmp_path: Path, trainable: Any, executor: str, space: dict[str, Any] | None = None) -> Any:
-    return tune.Tuner(
-        trainable,
-        param_space=space or {},
-        run_config=tune.RunConfig(
-            name="it",
-            storage_path=tmp_path,
-            executor=executor,
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=1),
-        ),
-    ).fit()
+    once = tune.FailureConfig(max_failures=1)
+    return tuner(tmp_path, trainable, space, executor=executor, failure_config=once).fit()
 
 
 @pytest.mark.parametrize("executor", ["inline", "local"])
