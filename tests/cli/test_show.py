@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from rich.cells import cell_len
+from tests.checkpoint.test_recovery import newer_format
 from tests.cli.processes import on_terminal, without_styles
 from tests.cli.stores import MANIFEST_KEYS, write_checkpoint, write_store
 
@@ -88,6 +89,16 @@ def test_the_default_is_the_newest_valid_one(store: Path) -> None:
     for number in (0, 1):
         (store / f"checkpoint_{number}" / "model.safetensors").unlink()
     assert show(store).exit_code == 2
+
+
+def test_what_a_newer_keepstep_wrote_is_not_passed_over(store: Path) -> None:
+    newer_format(store / "checkpoint_2")
+    done = show(store)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "checkpoint_2 can't be read" in done.stderr
+    assert "upgrade keepstep" in done.stderr
+    assert "damaged" not in done.stderr
+    assert show(store, "1").exit_code == 0
 
 
 def test_a_damaged_index_leaves_the_rest_to_be_seen(store: Path) -> None:

@@ -17,10 +17,11 @@ import click
 
 from keepstep.checkpoint.format.manifest import Manifest, TensorEntry
 from keepstep.checkpoint.format.parse import read_manifest, read_state
-from keepstep.checkpoint.format.source import Place, source_of
-from keepstep.checkpoint.keeping.catalog import Entry, damage_of
+from keepstep.checkpoint.format.source import Place, place_exists, source_of
+from keepstep.checkpoint.keeping.catalog import Entry, damage_of, problem_of
+from keepstep.checkpoint.keeping.refusal import refused
 from keepstep.cli.columns import Column, fit, render, render_pairs, wrapped
-from keepstep.cli.locate import Found, PlaceParameter, choose, health_of, locate
+from keepstep.cli.locate import Found, PlaceParameter, choose, locate
 from keepstep.cli.output import Cell, Output, open_output, write_json, write_lines
 from keepstep.cli.phrasing import age, compact, counted, exact, human_bytes
 from keepstep.cli.saving import describe_saving
@@ -126,13 +127,22 @@ def _subject(found: Found, name: str | None) -> _Subject:
 
 
 def _newest_valid(found: Found) -> Entry:
+    """The one that a resume would take.
+
+    Raises:
+        StoreError: it would take none, since the newest can't be read and may well be whole.
+    """
     if not found.is_store:
         return found.entries[0]
     for entry in reversed(found.entries):
-        ((_, damage),) = health_of([entry]) or [(entry, "it was deleted just now")]
-        if damage is None:
+        problem = problem_of(entry)
+        if problem is None:
             return entry
-        click.echo(f"passing over {entry.name}, which is damaged: {Cell(damage).text}", err=True)
+        if not place_exists(entry.path):  # a training run pruned it while we looked
+            continue
+        if problem.refused:
+            raise refused(entry.path, problem.reason)
+        click.echo(f"passing over {entry.name}, which is damaged: {Cell(problem.reason).text}", err=True)
     raise NoValidCheckpointError(
         f"every checkpoint in {found.root} is damaged; name one to see what is left of it"
     )
