@@ -28,7 +28,6 @@ __all__ = [
     "Share",
     "by_piece",
     "differences",
-    "lay_out",
     "layout_of",
     "plan_ranks",
     "problem_of_pieces",
@@ -183,7 +182,7 @@ def plan_ranks(
     sharded = {
         number for number, (rank, index) in enumerate(owned, len(replicated)) if pieces[rank][index].label
     }
-    found = lay_out(infos, owners, size, labels=sticky, sharded=sharded)
+    found = _lay_out(infos, owners, size, labels=sticky, sharded=sharded)
     shares = [
         [Share(share.file, tuple(numbers[member] for member in share.members)) for share in of_rank]
         for of_rank in found.shares
@@ -191,7 +190,7 @@ def plan_ranks(
     return replace(found, shares=shares)
 
 
-def lay_out(
+def _lay_out(
     infos: Sequence[TensorInfo],
     owners: Sequence[int],
     size: int,

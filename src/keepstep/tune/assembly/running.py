@@ -7,7 +7,6 @@ import os
 import secrets
 import signal
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -37,6 +36,7 @@ from keepstep.tune.experiment.records import (
     ResultReported,
     TrialAgain,
     TrialEnded,
+    now,
 )
 from keepstep.tune.experiment.trial import ERROR, Trial
 from keepstep.tune.logger.callback import FilesCallback
@@ -213,7 +213,7 @@ def _brought_up(plan: Plan, opened: Opened, spec: Mapping[str, Any]) -> tuple[Hi
     """The experiment as its journal says; a new one gets its first record."""
     if not opened.records:
         made = ExperimentMade(
-            time=_now(),
+            time=now(),
             id=secrets.token_hex(8),
             name=plan.name,
             trainable=trainable_name(plan.trainable),
@@ -233,7 +233,7 @@ def _brought_up(plan: Plan, opened: Opened, spec: Mapping[str, Any]) -> tuple[Hi
     replay(opened.records[1:], history, decider)
     decider.messages()  # they were told when they were new
     changed = spec if opened.records and newest_spec(opened.records) != spec else None
-    started = DriverStarted(time=_now(), host=socket.gethostname(), pid=os.getpid(), spec=changed)
+    started = DriverStarted(time=now(), host=socket.gethostname(), pid=os.getpid(), spec=changed)
     opened.journal.add(started)
     history.apply(started)
     _run_again(plan.resume, history, decider, opened)
@@ -254,7 +254,7 @@ def _run_again(resume: Resume, history: History, decider: Decider, opened: Opene
         _end(trial, history, decider, opened)
     for trial in list(history.all) if resume.errored is not None else []:
         if trial.status == ERROR:
-            again = TrialAgain(time=_now(), trial=trial.trial_id, anew=resume.errored == "anew")
+            again = TrialAgain(time=now(), trial=trial.trial_id, anew=resume.errored == "anew")
             opened.journal.add(again)
             history.apply(again)
             decider.again(trial)
@@ -262,7 +262,7 @@ def _run_again(resume: Resume, history: History, decider: Decider, opened: Opene
 
 def _end(trial: Trial, history: History, decider: Decider, opened: Opened) -> None:
     again = trial.ends_at is not None
-    draft = TrialEnded(time=_now(), trial=trial.trial_id, why="left")
+    draft = TrialEnded(time=now(), trial=trial.trial_id, why="left")
     history.completed(draft, acted=True)
     opened.journal.add(replace(draft, acts=decider.completed(trial, again=again)))
 
@@ -341,7 +341,3 @@ def _maker(plan: Plan, history: History) -> Maker:
         resources=lambda config: resources_of(plan.trainable, config),
         naming=Naming(name=plan.tune.trial_name_creator, dirname=plan.tune.trial_dirname_creator),
     )
-
-
-def _now() -> float:
-    return round(time.time(), 3)

@@ -72,6 +72,8 @@ class Steering:
         self._do(Act(do="unpause", trial=trial.trial_id))
 
     def stop_trial(self, trial: Trial) -> None:
+        if trial.is_finished() or trial.ends_at is not None:  # whoever has to know of its end knows
+            return
         runs = trial.status == RUNNING
         self._do(Act(do="stop", trial=trial.trial_id))
         if not runs:

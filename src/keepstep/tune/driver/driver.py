@@ -14,7 +14,7 @@ from keepstep.tune.driver.audience import Audience
 from keepstep.tune.driver.deciding import Decider, Verdict
 from keepstep.tune.driver.halting import Halt
 from keepstep.tune.driver.keeper import Keeper
-from keepstep.tune.driver.ledger import Ledger, now
+from keepstep.tune.driver.ledger import Ledger
 from keepstep.tune.driver.making import Maker
 from keepstep.tune.driver.options import Options
 from keepstep.tune.driver.runs import Run, job_of
@@ -35,7 +35,7 @@ from keepstep.tune.executors.protocol import (
 )
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import Journal
-from keepstep.tune.experiment.records import ResultReported
+from keepstep.tune.experiment.records import ResultReported, now
 from keepstep.tune.experiment.trial import RUNNING, Trial
 from keepstep.tune.result import AUTOMATIC_FIELDS, DONE, SHOULD_CHECKPOINT
 
@@ -83,10 +83,10 @@ class Driver:
             journal=journal,
             decider=decider,
             audience=audience,
-            showing=showing,
+            show_end=showing.ended,
             keeper=keeper,
             halt=halt,
-            options=options,
+            failures=options.failures,
         )
         self._starter = Starter(history, journal, decider, maker, executor, options, self._ledger.refused)
         self._executor = executor
@@ -109,11 +109,13 @@ class Driver:
             self._audience.turn_begins()
             self._watch()
             self._start_trials()
+            self._end_stopped()
             self._settle()
             if not self._runs:
                 break
             for event in self._executor.wait(_TURN_S):
                 self._take(event)
+                self._end_stopped()
             self._audience.turn_ends()
             self._showing.look()
         why = self._halt.reason or "all"
@@ -192,7 +194,7 @@ class Driver:
     def _reported_again(self, run: Run, event: Reported) -> None:
         """What the journal has already: a kill had taken the training behind it."""
         if event.checkpoint is not None:
-            self._ledger.saved(run, event.iteration, event.checkpoint)
+            self._ledger.saved(run.trial, event.iteration, run.total_s, event.checkpoint)
         last = run.trial.ends_at is not None and event.iteration >= run.trial.ends_at
         ends = run.trial.is_finished() or last or self._halt.reason is not None
         self._answer(run, self._ending(run, Stop(save=last)) if ends else Go())
@@ -231,6 +233,7 @@ class Driver:
         saved = event.checkpoint is not None
         if saved:
             self._ledger.kept(trial)
+        self._ledger.stopped(verdict.acts, by=trial)
         if verdict.problem is not None:
             run.over = True
             self._executor.kill(run.id)
@@ -239,13 +242,8 @@ class Driver:
         self._carry_out(run, verdict, save=bool(result.get(SHOULD_CHECKPOINT)) and not saved, saved=saved)
 
     def _carry_out(self, run: Run, verdict: Verdict, *, save: bool, saved: bool) -> None:
-        """Answer the trial that reported, and end others that a scheduler stopped."""
+        """Answer the trial that reported."""
         trial, is_class = run.trial, self._options.is_class
-        for other in list(self._runs.values()):
-            if other is not run and not other.over and other.trial.status != RUNNING:
-                other.over = True
-                self._executor.kill(other.id)
-                self._ledger.ended_by_another(other.trial)
         exploited = any(act.do == "exploit" and act.trial == trial.trial_id for act in verdict.acts)
         if exploited:
             self._answer(run, self._ending(run, Stop()))
@@ -256,6 +254,15 @@ class Driver:
             self._answer(run, self._ending(run, Stop(save=is_class and not saved)))
         else:
             self._answer(run, Go(save=is_class and not saved and (save or verdict.save)))
+
+    def _end_stopped(self) -> None:
+        """End the runs of trials that a scheduler stopped, or made wait, as another one reported or ended."""
+        for run in self._runs.values():
+            if not run.over and run.trial.status != RUNNING:
+                run.over = True
+                self._executor.kill(run.id)
+            elif run.trial.is_finished() and run.trial.ends_at is None:
+                run.saving = False  # what it was to wait with
 
     def _saves_last(self, trial: Trial, verdict: Verdict, *, saved: bool) -> bool:
         """Whether a trial ends with this result, and with a checkpoint that it has yet to save."""
@@ -292,7 +299,7 @@ class Driver:
     def _saved(self, run: Run, event: Saved) -> None:
         run.saving = False
         if event.checkpoint is not None:
-            self._ledger.saved(run, event.iteration, event.checkpoint)
+            self._ledger.saved(run.trial, event.iteration, run.total_s, event.checkpoint)
         self._answer(run, self._replaced(run, Stop()) if run.over else Go())
 
     def _ended(self, run: Run) -> None:

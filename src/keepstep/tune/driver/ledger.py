@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from keepstep.tune.driver.audience import Audience
 from keepstep.tune.driver.deciding import Decider
 from keepstep.tune.driver.halting import Halt
 from keepstep.tune.driver.keeper import Keeper
-from keepstep.tune.driver.options import Options
-from keepstep.tune.driver.runs import Run
-from keepstep.tune.driver.showing import Showing
 from keepstep.tune.executors.protocol import SavedCheckpoint, Started
 from keepstep.tune.experiment.history import ENDS_TRIALS, History
 from keepstep.tune.experiment.journal import Journal
 from keepstep.tune.experiment.records import (
+    Act,
     CheckpointSaved,
     ExperimentEnded,
     TrialEnded,
     TrialFailed,
     TrialLaunched,
     TrialStarted,
+    now,
 )
 from keepstep.tune.experiment.trial import Trial
+from keepstep.tune.settings import FailureConfig
 
-__all__ = ["Ledger", "now"]
+__all__ = ["Ledger"]
 
 
 class Ledger:
@@ -36,10 +36,10 @@ class Ledger:
         journal: what it writes down.
         decider: who decides what follows.
         audience: who is told.
-        showing: what people see.
+        show_end: shows people that a trial ended well.
         keeper: which checkpoints stay.
         halt: why the experiment may end before all is done.
-        options: what the user said.
+        failures: what happens when a trial fails.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class Ledger:
         journal: Journal,
         decider: Decider,
         audience: Audience,
-        showing: Showing,
+        show_end: Callable[[Trial], None],
         keeper: Keeper,
         halt: Halt,
-        options: Options,
+        failures: FailureConfig,
     ) -> None:
         self._history = history
         self._journal = journal
         self._decider = decider
         self._audience = audience
-        self._showing = showing
+        self._show_end = show_end
         self._keeper = keeper
         self._halt = halt
-        self._options = options
+        self._failures = failures
 
     def _enter(self, record: TrialLaunched | TrialStarted | CheckpointSaved | ExperimentEnded) -> None:
         self._journal.add(record)
@@ -77,16 +77,15 @@ class Ledger:
             TrialStarted(time=now(), trial=trial.trial_id, pid=event.pid, host=event.host, ip=event.node_ip)
         )
 
-    def saved(self, run: Run, iteration: int, made: SavedCheckpoint) -> None:
+    def saved(self, trial: Trial, iteration: int, total_s: float, made: SavedCheckpoint) -> None:
         """It committed a checkpoint; one that it was to end with completes it."""
-        trial = run.trial
         was_missing = trial.ends_at is not None
         self._enter(
             CheckpointSaved(
                 time=now(),
                 trial=trial.trial_id,
                 iteration=iteration,
-                total_s=run.total_s,
+                total_s=total_s,
                 checkpoint=made.name,
                 bytes=made.bytes,
             )
@@ -105,21 +104,23 @@ class Ledger:
         again = trial.ends_at is not None
         draft = TrialEnded(time=now(), trial=trial.trial_id)
         self._history.completed(draft, acted=True)
-        self._journal.add(replace(draft, acts=self._decider.completed(trial, again=again)))
+        acts = self._decider.completed(trial, again=again)
+        self._journal.add(replace(draft, acts=acts))
         self.completed(trial)
+        self.stopped(acts)
 
     def completed(self, trial: Trial) -> None:
         """It ended well; what it ends with may still be missing, and then it is told of later."""
         if trial.ends_at is None:
             self._audience.completed(trial)
-            self._showing.ended(trial)
+            self._show_end(trial)
             self._keeper.finished(trial)
 
-    def ended_by_another(self, trial: Trial) -> None:
-        """A scheduler stopped it when another trial reported; it may have been finished by that."""
-        if trial.is_finished():
-            self._audience.completed(trial)
-            self._keeper.finished(trial)
+    def stopped(self, acts: Iterable[Act], *, by: Trial | None = None) -> None:
+        """A scheduler stopped trials, whether they run or wait; `by`: the one that reports has yet to end."""
+        for act in acts:
+            if act.do == "stop" and (by is None or act.trial != by.trial_id):
+                self.completed(self._history.trial(act.trial))
 
     def refused(self, trial: Trial, problem: str) -> None:
         """It can never start, or go on."""
@@ -127,7 +128,7 @@ class Ledger:
 
     def failed(self, trial: Trial, error: str, traceback: str, *, final: bool = False) -> None:
         """It failed; `final`: for good, however often failures are allowed."""
-        failures = self._options.failures
+        failures = self._failures
         final = final or (failures.max_failures != -1 and trial.num_failures >= failures.max_failures)
         final = final or self._halt.reason in ENDS_TRIALS
         draft = TrialFailed(time=now(), trial=trial.trial_id, error=error, traceback=traceback, final=final)
@@ -137,14 +138,10 @@ class Ledger:
         self._audience.failed(trial, final=final)
         if final:
             self._keeper.finished(trial)
+            self.stopped(acts)
             if failures.fail_fast:
                 self._halt.because("failed")
 
     def all_over(self, why: str) -> None:
         """The experiment ended."""
         self._enter(ExperimentEnded(time=now(), why=why))
-
-
-def now() -> float:
-    """The time as the journal has it: seconds since 1970."""
-    return round(time.time(), 3)

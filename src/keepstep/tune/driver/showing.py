@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 from keepstep.tune.driver.deciding import Decider
@@ -43,6 +43,7 @@ class Showing:
         mode: Literal["min", "max"] | None,
     ) -> None:
         self._reporter = reporter
+        self._to_close = reporter
         self._history = history
         self._executor = executor
         self._decider = decider
@@ -98,14 +99,18 @@ class Showing:
             self.say(message)
         if self._reporter is None or not self._reporter.should_report(self._history.all, done):
             return
+        said, self._messages = self._messages, []
         try:
-            self._reporter.report(self._overview(), done)
-        except (OSError, UnicodeError) as error:
+            self._reporter.report(self._overview(said), done)
+        except (OSError, ValueError) as error:
+            if not _cannot_be_shown(error):
+                raise
             self._reporter = None
-            _log.warning("progress can't be shown any more, and the experiment goes on: %s", error)
-        self._messages.clear()
+            self.close()
+            for message in [f"progress can't be shown any more, and the experiment goes on: {error}", *said]:
+                self.say(message)
 
-    def _overview(self) -> Overview:
+    def _overview(self, messages: Sequence[str]) -> Overview:
         used: Counter[str] = Counter()
         for trial in self._history.live.values():
             if trial.status == RUNNING:
@@ -121,11 +126,22 @@ class Showing:
             used=dict(used),
             total=self._executor.total,
             scheduler=self._decider.scheduler.debug_string(),
-            messages=tuple(self._messages),
+            messages=tuple(messages),
         )
 
     def close(self) -> None:
-        """Give the terminal back."""
-        if self._reporter is not None:
-            with contextlib.suppress(OSError, UnicodeError):
-                self._reporter.close()
+        """Give the terminal back; where it takes nothing now, once more at the next call."""
+        if self._to_close is None:
+            return
+        try:
+            self._to_close.close()
+        except (OSError, ValueError) as error:
+            if not _cannot_be_shown(error):
+                raise
+        else:
+            self._to_close = None
+
+
+def _cannot_be_shown(error: OSError | ValueError) -> bool:
+    """Whether the terminal, or the file, is to blame, and no mistake of a reporter."""
+    return isinstance(error, OSError | UnicodeError) or "closed file" in str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from keepstep.errors import TuneError, UsageError
@@ -12,6 +11,7 @@ from keepstep.tune.driver.options import Options
 from keepstep.tune.executors.protocol import Executor
 from keepstep.tune.experiment.history import History
 from keepstep.tune.experiment.journal import Journal
+from keepstep.tune.experiment.records import now
 from keepstep.tune.experiment.trial import PENDING, Trial
 
 __all__ = ["Starter"]
@@ -98,7 +98,7 @@ class Starter:
         return sum(trial.status == PENDING for trial in self._history.live.values())
 
     def _make(self, trial_id: str, suggested: Suggestion) -> None:
-        record = self._maker.record(trial_id, suggested, round(time.time(), 3))
+        record = self._maker.record(trial_id, suggested, now())
         self._journal.add(record)
         self._history.apply(record)
         trial = self._history.trial(trial_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Final, Literal, get_args
@@ -24,12 +25,18 @@ __all__ = [
     "TrialLaunched",
     "TrialMade",
     "TrialStarted",
+    "now",
     "parse_record",
     "to_node",
 ]
 
 FORMAT: Final = 1
 """Version of the journal's format."""
+
+
+def now() -> float:
+    """The time as records have it: seconds since 1970."""
+    return round(time.time(), 3)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

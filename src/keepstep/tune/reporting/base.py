@@ -65,4 +65,4 @@ class ProgressReporter:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give the terminal back; called whatever happened."""
+        """Give the terminal back; called whatever happened, and again at the end if it raises OSError."""

@@ -36,6 +36,7 @@ class LiveReporter(ProgressReporter):
     def __init__(self, console: Console | None = None) -> None:
         self._console = console if console is not None else Console()
         self._live: Live | None = None
+        self._hides = False
         self._watch: Watch | None = None
         self._next = 0.0
 
@@ -52,8 +53,10 @@ class LiveReporter(ProgressReporter):
         if self._watch is None:
             self._watch = Watch(overview.metric, overview.mode)
         if self._live is None:
-            self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
-            self._live.start()
+            live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+            self._hides = True
+            live.start()
+            self._live = live
         for message in overview.messages:
             self._console.print(Text(in_one_line(message)))
         standing = self._watch.look(overview.trials)
@@ -69,6 +72,9 @@ class LiveReporter(ProgressReporter):
             self.close()
 
     def close(self) -> None:
-        if self._live is not None:
-            live, self._live = self._live, None
+        live, self._live = self._live, None
+        if live is not None:
             live.stop()
+        elif self._hides:  # it could not be drawn, or not for the last time, and the cursor is still hidden
+            self._console.show_cursor(True)
+        self._hides = False
