@@ -68,7 +68,8 @@ def together(argument: str, rank: int, size: int) -> None:
         assert made.step == 2
         assert made.manifest.environment["world_size"] == size
         assert made.verify().sound
-        assert all(entry.within is None for entry in made.manifest.files.values())  # whole by itself
+        (home,) = {str(entry.within) for entry in made.manifest.files.values()}
+        assert home.startswith("attempt_")  # whole by itself
         assert made.load()["note"] == "x"
         assert torch.equal(opened(said, "step_3").load()["base"]["w1"], base["w1"])
 
@@ -97,7 +98,7 @@ def test_ranks_save_to_a_bucket_and_load_from_it(server: Server, address: str) -
     assert "cut_off/manifest.json" not in {found.key for found in objects.list("cut_off")}
     save(said, "cut_off", {"c": torch.ones(2)})
     assert opened(said, "cut_off").load()["c"].tolist() == [1, 1]
-    assert not {found.key for found in objects.list("cut_off")} & {"cut_off/b.safetensors"}
+    assert not [found.key for found in objects.list("cut_off") if found.key.endswith("/b.safetensors")]
     save(said, "checkpoint_7", {"n": 7})  # under such a name a store knows it
     assert [checkpoint.name for checkpoint in store.list()] == ["checkpoint_7"]
     _what_is_somebody_elses_stays(said, objects)

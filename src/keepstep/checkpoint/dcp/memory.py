@@ -85,7 +85,7 @@ class Memory:
 
 
 _kept: dict[str, Memory] = {}
-_guard = threading.Lock()
+_guard = threading.RLock()  # a handler of a signal may save in the middle of this
 
 
 def take(spot: Spot, size: int) -> Memory:
@@ -121,7 +121,7 @@ def follow(place: Place, manifest: Manifest, tensors: Mapping[str, TensorEntry])
 def _start_anew_after_fork() -> None:
     """A child has none of its parent's threads, and other memory than what was watched."""
     global _kept, _guard
-    _kept, _guard = {}, threading.Lock()
+    _kept, _guard = {}, threading.RLock()
 
 
 os.register_at_fork(after_in_child=_start_anew_after_fork)

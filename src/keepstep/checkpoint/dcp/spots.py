@@ -11,7 +11,7 @@ from typing import Any
 from keepstep.checkpoint.place.backend import GuestWorkspace, HostWorkspace
 from keepstep.checkpoint.place.joined import JoinedWorkspace
 from keepstep.checkpoint.place.local import LocalWorkspace
-from keepstep.checkpoint.place.registry import is_address, open_bucket
+from keepstep.checkpoint.place.registry import check_scheme, is_address, open_bucket
 from keepstep.errors import UsageError
 from keepstep.files import Files
 
@@ -37,12 +37,13 @@ class Spot:
         """The place that a path or an address means.
 
         Raises:
-            UsageError: an address without a name below the bucket.
+            UsageError: an address without a name below the bucket, or of a kind that keepstep does not know.
         """
         if not is_address(path):
             final = Path(path).resolve()
             return cls(str(final.parent), final.name, options)
         address = os.fspath(path).rstrip("/")
+        check_scheme(address)
         parent, _, name = address.rpartition("/")
         if "://" not in parent or parent.endswith("/"):
             raise UsageError(

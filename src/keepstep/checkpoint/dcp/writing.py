@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -9,7 +10,7 @@ import re
 import secrets
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.distributed.checkpoint import storage
@@ -81,9 +82,11 @@ class _Save:
         self._spot = spot
         self._over = False
         self._pid = os.getpid()
-        if (stale := _under_way.get(threading.get_ident())) is not None:
-            stale.discard()  # it failed on another rank, of which DCP tells nobody
-        _under_way[threading.get_ident()] = self
+        self._thread = threading.current_thread()
+        self._in_call = False
+        for other in list(_under_way):
+            other.make_way()
+        _under_way.add(self)
         self.key = tuple(map(tuple, held))
         self.memory = take(spot, len(held))
         try:
@@ -109,8 +112,31 @@ class _Save:
         """The checkpoint is there, and the next one goes on from it; see `RankPlanner.learn`."""
         self.memory.ranks.learn(self.key, resting)
         self.memory.last = self.invitation
-        self._over = True
-        give_back(self._spot, self.memory)
+        self._end()
+
+    def make_way(self) -> None:
+        """End it if it failed on another rank, of which DCP tells nobody: its thread saves anew, or is gone.
+
+        Raises:
+            UsageError: the thread is in the middle of it.
+        """
+        here = self._thread is threading.current_thread()
+        if here and self._in_call and os.getpid() == self._pid:
+            raise UsageError(
+                "dcp.save was called in the middle of another one, by the handler of a signal. Let the "
+                "handler take note of the signal, and save when the loop comes by"
+            )
+        if here or not self._thread.is_alive():
+            self.discard()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """DCP has called, and the writer is at work on this save."""
+        self._in_call = True
+        try:
+            yield
+        finally:
+            self._in_call = False
 
     def discard(self) -> None:
         """Remove what was written; what was known before is true still."""
@@ -118,11 +144,16 @@ class _Save:
             self._over = True
             if hasattr(self, "workspace"):
                 self.workspace.discard()
-            give_back(self._spot, self.memory)
+            self._end()
+
+    def _end(self) -> None:
+        self._over = True
+        _under_way.discard(self)
+        give_back(self._spot, self.memory)
 
 
-_under_way: weakref.WeakValueDictionary[int, _Save] = weakref.WeakValueDictionary()
-"""The last save that each thread has begun, if it may not be over: a thread does one after the other."""
+_under_way: weakref.WeakSet[_Save] = weakref.WeakSet()
+"""Saves that may not be over: a thread does one after the other."""
 
 
 class StorageWriter(storage.StorageWriter):
@@ -180,6 +211,11 @@ class StorageWriter(storage.StorageWriter):
         """Made by the process that writes: async_save may send the writer to one of its own."""
         return BlockPool(self._memory_budget_bytes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs that is to save, without what belongs to this one."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "_pool"}
+        return {**kept, "_save": None, "_abandon": None}
+
     @property
     def checkpoint_id(self) -> str:
         """The directory, or the address."""
@@ -192,13 +228,13 @@ class StorageWriter(storage.StorageWriter):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Get ready for another save."""
-        self._discard()
+        self._make_way()
         if checkpoint_id is not None:
             self._spot = Spot.of(checkpoint_id, self._options)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Called by DCP on each rank."""
-        self._discard()  # of a save that failed on another rank
+        self._make_way()
         if not kwargs.get("use_collectives", True):
             raise UsageError(
                 "use_collectives is False, so ranks would write without knowing of each other; keepstep's "
@@ -252,7 +288,8 @@ class StorageWriter(storage.StorageWriter):
         orders: _Orders = plan.storage_data
         try:
             if self._save is not None:  # of the coordinator
-                report, size = self._write(plan, planner, self._save.memory)
+                with self._save.call():
+                    report, size = self._write(plan, planner, self._save.memory)
             else:
                 spot = Spot(*orders.place)
                 memory = take(spot, orders.size)
@@ -272,7 +309,7 @@ class StorageWriter(storage.StorageWriter):
         save = self._save
         assert save is not None, "finish() without prepare_global_plan()"
         try:
-            with save.workspace.explained():
+            with save.call(), save.workspace.explained():
                 resting = self._commit(save, metadata, results)
         except BaseException:
             self._discard()
@@ -281,6 +318,12 @@ class StorageWriter(storage.StorageWriter):
         self._let_go()
 
     # ------------------------------------------------------------------------------------- inside
+
+    def _make_way(self) -> None:
+        """Discard a save that failed on another rank."""
+        if self._save is not None:
+            self._save.make_way()
+        self._discard()
 
     def _discard(self) -> None:
         if self._save is not None:
@@ -291,6 +334,7 @@ class StorageWriter(storage.StorageWriter):
         self._save = None
         if self._abandon is not None:
             self._abandon.detach()
+            self._abandon = None
 
     def _write(self, plan: SavePlan, planner: SavePlanner, memory: Memory) -> tuple[Report, int]:
         """Write this rank's share; what it was, and its bytes."""

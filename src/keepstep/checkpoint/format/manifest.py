@@ -22,6 +22,7 @@ __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "STATE_NAME",
+    "WITHIN",
     "Chunk",
     "FileEntry",
     "Manifest",
@@ -40,6 +41,9 @@ DATA_ALIGNMENT_BYTES: Final = 4096
 
 CHECKPOINT_NAME: Final = re.compile(r"checkpoint_([0-9]{1,18})\Z")
 """Its number, with leading zeros or without."""
+
+WITHIN: Final = re.compile(r"(checkpoint_[0-9]{1,18}|attempt_[0-9a-f]{16})\Z")
+"""Where else an object of a checkpoint in a bucket may lie: in another one beside it, or further inside."""
 
 BLANK_DIGEST = "0" * 32
 
@@ -76,8 +80,9 @@ class FileEntry:
         bytes: its size.
         digest: of the whole file; for a segment `combine_digests` over header and tensors.
         header_bytes: a segment's safetensors header with its length field, a multiple of 4096; else None.
-        within: in a bucket, the checkpoint of the same store whose object of that name holds the bytes;
-            None if it is this one.
+        within: in a bucket, the checkpoint of the same store whose object of that name holds the bytes, or
+            the attempt at this one that has written it ("attempt_" and 16 hex digits); None if it lies
+            beside the manifest.
     """
 
     bytes: int

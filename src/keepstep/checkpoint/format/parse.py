@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from keepstep.checkpoint.format.boxes import Box, problem_of_tiling
 from keepstep.checkpoint.format.manifest import (
     BLANK_DIGEST,
-    CHECKPOINT_NAME,
     ITEMSIZES,
     MANIFEST_NAME,
     SCHEMA_VERSION,
     STATE_NAME,
+    WITHIN,
     Chunk,
     FileEntry,
     Manifest,
@@ -86,9 +86,9 @@ class _Checker:
             raise self.fail(f"{key!r} is {value!r:.100}; expected 32 hex digits")
         return str(value)
 
-    def checkpoint(self, node: Mapping[str, Any], key: str) -> str:
+    def within(self, node: Mapping[str, Any], key: str) -> str:
         value = self.need(node, key, str)
-        if not CHECKPOINT_NAME.match(value):
+        if not WITHIN.match(value):
             raise self.fail(f"{key!r} is {value!r:.100}; expected a name as checkpoint_12")
         return str(value)
 
@@ -203,7 +203,7 @@ def _parse_files(node: Mapping[str, Any], check: _Checker) -> dict[str, FileEntr
             bytes=check.size(entry, "bytes"),
             digest=check.digest(entry, "digest"),
             header_bytes=header_bytes,
-            within=check.checkpoint(entry, "within") if "within" in entry else None,
+            within=check.within(entry, "within") if "within" in entry else None,
         )
         if header_bytes is not None and is_handed_over(name):
             raise check.fail(f"{name!r:.100} is a segment, but lies below files/")
@@ -253,7 +253,7 @@ def read_state(place: Place, manifest: Manifest) -> State:
     entry = manifest.files.get(STATE_NAME)
     if entry is None:
         return State(tree=None, tensors={}, ranks=[])
-    data = source_of(place).read_small(STATE_NAME, entry.bytes)
+    data = source_of(place).read_small(STATE_NAME, entry.bytes, entry.within)
     if len(data) != entry.bytes:
         raise FileSizeError(place, f"{STATE_NAME} has {len(data)} bytes, but {entry.bytes} were committed")
     if (actual := digest_of(data)) != entry.digest:

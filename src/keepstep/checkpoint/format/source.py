@@ -76,8 +76,13 @@ class Source(Protocol):
     def has_manifest(self) -> bool:
         """Whether it has a manifest, readable or not."""
 
-    def read_small(self, name: str, limit_bytes: int) -> bytes:
+    def read_small(self, name: str, limit_bytes: int, within: str | None = None) -> bytes:
         """Read a file whole.
+
+        Args:
+            name: of the file.
+            limit_bytes: most that it may have.
+            within: see `FileEntry`.
 
         Raises:
             ManifestError: it is missing, no plain file, can't be read, or has more than `limit_bytes`.
@@ -225,7 +230,7 @@ class LocalSource:
             return True
         return True
 
-    def read_small(self, name: str, limit_bytes: int) -> bytes:
+    def read_small(self, name: str, limit_bytes: int, within: str | None = None) -> bytes:
         directory = self._directory
         try:
             fd = os.open(directory / name, _FLAGS)

@@ -36,6 +36,10 @@ class Workspace(Protocol):
     def final(self) -> Place:
         """Where it will lie once it is committed."""
 
+    @property
+    def within(self) -> str | None:
+        """What the manifest has to say in `FileEntry.within` of files that were written here."""
+
     def check(self) -> None:
         """See whether a checkpoint may be published there; writes nothing.
 

@@ -7,7 +7,6 @@ does. docs/decisions/0010 says why each step is the way it is.
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import errno
 import json
 import logging
@@ -15,7 +14,7 @@ import re
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, Manifest
@@ -23,15 +22,22 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.place.backend import INTERNAL_NAME, checkpoint_name
 from keepstep.checkpoint.place.bucket_joined import JoinedBucketWorkspace
+from keepstep.checkpoint.place.bucket_named import NamedWorkspace, attempts_in
 from keepstep.checkpoint.place.bucket_reading import (
     BucketSource,
     FoundLike,
     Listing,
     ObjectsLike,
     as_name,
+    is_old,
 )
 from keepstep.checkpoint.place.bucket_writer import BucketWriter
-from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace, explained_bucket
+from keepstep.checkpoint.place.bucket_writing import (
+    CLAIM_NAME,
+    BucketWorkspace,
+    content_of,
+    explained_bucket,
+)
 from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_process
 from keepstep.checkpoint.place.in_use import keys_in_use
 from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, StoreBusyError
@@ -40,7 +46,6 @@ __all__ = ["BucketBackend", "ObjectsLike"]
 
 _DAMAGED: Final = f"{INTERNAL_NAME}/damaged"
 _NAMES: Final = re.compile(rb"checkpoint_[0-9]+")
-_LONG_DEAD: Final = dt.timedelta(days=1)
 
 log = logging.getLogger(__name__)
 
@@ -160,35 +165,15 @@ class BucketBackend:
                     )
         return self._workspace(name, keeps_parts=True)
 
-    def reserve_named(self, name: str) -> BucketWorkspace:
-        """A workspace under a name that the caller has chosen; what a dead attempt left there goes first.
+    def reserve_named(self, name: str) -> NamedWorkspace:
+        """A workspace under a name that the caller has chosen; what others have begun there is given up.
 
         Raises:
             DirectoryNotOursError: a checkpoint lies there, or something else.
             StoreBusyError: another process is writing there.
         """
         with explained_bucket(self):
-            found = {found.key.removeprefix(f"{name}/"): found for found in self._objects.list(name)}
-            if _is_committed(found):
-                raise DirectoryNotOursError(
-                    errno.EEXIST,
-                    f"there is a checkpoint at {self}/{name}, and a bucket can't replace it in one step. "
-                    "Nothing was changed. Choose another name, or delete it first",
-                )
-            if found and CLAIM_NAME not in found:
-                raise DirectoryNotOursError(
-                    errno.EEXIST,
-                    f"{self}/{name} was not written by keepstep (it holds {min(found)}). Nothing was "
-                    "changed. Choose another name",
-                )
-            if CLAIM_NAME in found and MANIFEST_NAME not in found:  # nobody has given it up
-                holder = parse_claim(self._objects.get(f"{name}/{CLAIM_NAME}"))[0]
-                if holder is not None and holder.lives_here and not holder.is_here:
-                    raise StoreBusyError(
-                        f"{self}/{name} is being written by {holder}. Wait for it, stop it, or "
-                        "choose another name"
-                    )
-        return self.reserve_in_place_of(name)
+            return NamedWorkspace(self._objects, self._source(name), self._in_use)
 
     def reserve_in_place_of(self, name: str) -> BucketWorkspace:
         """A workspace under a name that the caller alone writes; what lies there goes first.
@@ -197,13 +182,13 @@ class BucketBackend:
         """
         with explained_bucket(self):
             self.delete_unclaimed(self._source(name))
-            claim = self._claim()
-            if not self._objects.create(f"{name}/{CLAIM_NAME}", claim):
+            claim, key = self._claim(), f"{name}/{CLAIM_NAME}"
+            if not self._objects.create(key, claim) and content_of(self._objects, key) != claim:
                 raise StoreBusyError(
                     f"{self}/{name} is being written by another process, one that was taken for dead "
                     "perhaps. It was left alone"
                 )
-        return self._workspace(name, is_writer=lambda: self._content(f"{name}/{CLAIM_NAME}") == claim)
+        return self._workspace(name, is_writer=lambda: content_of(self._objects, key) == claim)
 
     def _workspace(
         self, name: str, *, keeps_parts: bool = False, is_writer: Callable[[], bool] | None = None
@@ -215,12 +200,6 @@ class BucketBackend:
             in_use=self._in_use,
             keeps_parts=keeps_parts,
         )
-
-    def _content(self, key: str) -> bytes | None:
-        try:
-            return self._objects.get(key)
-        except FileNotFoundError:
-            return None
 
     def _claim(self, **more: object) -> bytes:
         return this_process().dump(token=secrets.token_hex(8), **more)
@@ -252,10 +231,23 @@ class BucketBackend:
         """Delete a checkpoint and these objects, or all that lie there, but for those that others name."""
         if doomed is None:
             doomed = {found.key for found in self._objects.list(place.prefix)}
+        attempts = self._take_back(place.prefix, doomed)
         with self._in_use.deleting(doomed) as free:
             self._objects.delete([f"{place.prefix}/{MANIFEST_NAME}"])  # from here on it is no checkpoint
             self._objects.delete(free - self._named(self._listing()))
-        self._objects.delete([f"{place.prefix}/{CLAIM_NAME}"])
+        self._objects.delete([f"{home}/{CLAIM_NAME}" for home in (place.prefix, *attempts)])
+
+    def _take_back(self, prefix: str, keys: Iterable[str]) -> list[str]:
+        """Have attempts that were decided count as given up: nobody who saves under that name publishes them.
+
+        Returns:
+            Their prefixes.
+        """
+        below = (key.removeprefix(f"{prefix}/") for key in keys if key.startswith(f"{prefix}/"))
+        attempts = [f"{prefix}/{attempt}" for attempt in attempts_in(below)]
+        for attempt in attempts:
+            self._objects.put(f"{attempt}/{MANIFEST_NAME}", b"")
+        return attempts
 
     def delete_unclaimed(self, place: BucketSource) -> None:
         """Delete what lies under a name, finished or not, without becoming the one process that writes here.
@@ -309,6 +301,7 @@ class BucketBackend:
         key = f"{place.prefix}/{MANIFEST_NAME}"
         target = self._source(f"{_DAMAGED}/{place.name}")
         self._objects.put(f"{target.prefix}/{MANIFEST_NAME}", self._objects.get(key))
+        self._take_back(place.prefix, [found.key for found in self._objects.list(place.prefix)])
         self._objects.delete([key])
         return target
 
@@ -333,17 +326,19 @@ class BucketBackend:
             keep = set(doomed) - free | (self._named(self._listing()) if left else set())
             for name in left:
                 if self._give_up(name, files[name]):
-                    forget = (_number(name) or 0) < newest and _is_old(files[name])
+                    forget = (_number(name) or 0) < newest and is_old(files[name])
                     self._clear(name, files[name], keep, forget=forget)
 
     def _give_up(self, prefix: str, files: dict[str, FoundLike]) -> bool:
         """See to it that an attempt can't be committed any more; False if it stays."""
-        if MANIFEST_NAME in files or CLAIM_NAME not in files:
+        attempts = attempts_in(files)
+        if MANIFEST_NAME in files or not (attempts or CLAIM_NAME in files):
             return True  # given up before, or the rest of a deletion
-        who, said = parse_claim(self._objects.get(f"{prefix}/{CLAIM_NAME}"))
-        resumable = "checkpoint" in said and not _is_old(files)
-        if resumable or (who is not None and who.is_here):
-            return False
+        for claim in files.keys() & {CLAIM_NAME, *(f"{attempt}/{CLAIM_NAME}" for attempt in attempts)}:
+            who, said = parse_claim(self._objects.get(f"{prefix}/{claim}"))
+            resumable = "checkpoint" in said and not is_old(files)
+            if resumable or (who is not None and who.is_here):
+                return False
         return self._objects.create(f"{prefix}/{MANIFEST_NAME}", b"")
 
     def _clear(self, prefix: str, files: dict[str, FoundLike], named: set[str], *, forget: bool) -> None:
@@ -354,10 +349,6 @@ class BucketBackend:
             self._objects.delete(doomed)
         if forget:
             self._objects.delete([f"{prefix}/{MANIFEST_NAME}", f"{prefix}/{CLAIM_NAME}"])
-
-
-def _is_old(files: dict[str, FoundLike]) -> bool:
-    return all(_now() - found.modified > _LONG_DEAD for found in files.values())
 
 
 def _is_committed(files: dict[str, FoundLike]) -> bool:
@@ -371,7 +362,3 @@ def _number(key: str) -> int | None:
 
 def _keys(source: BucketSource, manifest: Manifest) -> set[str]:
     return {source.key_of(name, entry) for name, entry in manifest.files.items()}
-
-
-def _now() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike
-from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace
+from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace, content_of
 from keepstep.checkpoint.place.in_use import KeysInUse
 from keepstep.errors import BucketError
 
@@ -28,13 +28,13 @@ class JoinedBucketWorkspace(BucketWorkspace):
         self.is_over = True  # nothing to give up before it is known what
 
     def accept(self, invitation: str) -> None:
-        prefix, claim = json.loads(invitation)
+        prefix, self.within, claim = json.loads(invitation)
         self.final, self._claim = BucketSource(self._objects, prefix), claim.encode()
         self.is_over = False
 
     def open(self) -> None:
         """See that the claim is there: all ranks have to reach one bucket."""
-        if self._content(f"{self.final.prefix}/{CLAIM_NAME}") != self._claim:
+        if content_of(self._objects, f"{self._home}/{CLAIM_NAME}") != self._claim:
             raise BucketError(
                 f"{self.final} is not what rank 0 has begun: all ranks have to reach the same bucket. Look "
                 "at the address, endpoint and credentials that this rank was given"

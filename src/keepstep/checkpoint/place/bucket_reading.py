@@ -8,18 +8,19 @@ import re
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry
+from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, FileEntry
 from keepstep.checkpoint.format.names import is_handed_over
 from keepstep.errors import FileSizeError, ManifestError, MissingFileError
 
-__all__ = ["BucketSource", "FoundLike", "Listing", "ObjectsLike", "as_key", "as_name", "missing"]
+__all__ = ["BucketSource", "FoundLike", "Listing", "ObjectsLike", "as_key", "as_name", "is_old", "missing"]
 
 _ODD: Final = re.compile(rb"[^A-Za-z0-9/._+@-]")
 _ESCAPED: Final = re.compile(rb"=([0-9A-F]{2})")
 
+_LONG_DEAD: Final = timedelta(days=1)
 _FRESH_S: Final = 5.0
 """For so long a listing counts as what is there now."""
 
@@ -184,8 +185,8 @@ class BucketSource:
     def has_manifest(self) -> bool:
         return self.exists()
 
-    def read_small(self, name: str, limit_bytes: int) -> bytes:
-        key = f"{self.prefix}/{name}"
+    def read_small(self, name: str, limit_bytes: int, within: str | None = None) -> bytes:
+        key = f"{self._home(within)}/{name}"
         seen = self._listing.found.get(key) if self._listing is not None and name == MANIFEST_NAME else None
         kept = self._manifests.get((key, seen.tag)) if seen is not None and seen.tag else None
         if kept is not None:
@@ -210,7 +211,7 @@ class BucketSource:
         return seen.tag if seen is not None and seen.tag else None
 
     def check_files(self, files: Mapping[str, FileEntry]) -> None:
-        sizes = self._sizes({self._home(entry) for entry in files.values()})
+        sizes = self._sizes({self._home(entry.within) for entry in files.values()})
         for name, entry in files.items():
             size = sizes.get(self.key_of(name, entry))
             where = f" of {entry.within}" if entry.within else ""
@@ -228,9 +229,11 @@ class BucketSource:
             return {key: found.bytes for key, found in self._listing.found.items()}
         return {found.key: found.bytes for home in homes for found in self._objects.list(home)}
 
-    def _home(self, entry: FileEntry) -> str:
-        """The prefix that holds a file: this checkpoint's, or an older one's of the same store."""
-        return self.prefix if entry.within is None else entry.within
+    def _home(self, within: str | None) -> str:
+        """The prefix of a file: this checkpoint's, an attempt's, or an older one's of the same store."""
+        if within is None:
+            return self.prefix
+        return within if CHECKPOINT_NAME.match(within) else f"{self.prefix}/{within}"
 
     def open(self, name: str, entry: FileEntry) -> _RangeFile:
         return _RangeFile(self._objects, self.key_of(name, entry), entry.bytes)
@@ -240,7 +243,13 @@ class BucketSource:
 
     def key_of(self, name: str, entry: FileEntry) -> str:
         """The key of a file's object."""
-        return f"{self._home(entry)}/{as_key(name)}"
+        return f"{self._home(entry.within)}/{as_key(name)}"
+
+
+def is_old(files: Mapping[str, FoundLike]) -> bool:
+    """Whether nobody has touched any of these objects for a day: nobody can be at them."""
+    now = datetime.now(UTC)
+    return all(now - found.modified > _LONG_DEAD for found in files.values())
 
 
 def missing(key: str) -> FileNotFoundError:

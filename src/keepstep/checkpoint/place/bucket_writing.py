@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, Manifest
+from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, FileEntry, Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.place.bucket_reading import BucketSource, ObjectsLike, as_key, missing
 from keepstep.checkpoint.place.in_use import KeysInUse
@@ -23,7 +23,7 @@ from keepstep.errors import BucketError, DamagedCheckpointError, KeepstepError, 
 from keepstep.files import SegmentFile
 from keepstep.outcome import LOOK_UP_S, Bell, Latch, Outcome
 
-__all__ = ["CLAIM_NAME", "BucketWorkspace", "explained_bucket"]
+__all__ = ["CLAIM_NAME", "BucketWorkspace", "content_of", "explained_bucket"]
 
 CLAIM_NAME: Final = "claim.json"
 _PART_BYTES: Final = 8 << 20
@@ -41,6 +41,14 @@ def explained_bucket(what: object, doing: str = "saving") -> Iterator[None]:
     except OSError as error:
         said = f"{error.filename} is gone" if isinstance(error, FileNotFoundError) else str(error)
         raise StoreError(f"{doing} {what} failed: {said}. Other checkpoints are whole") from error
+
+
+def content_of(objects: ObjectsLike, key: str) -> bytes | None:
+    """A small object, None if there is none."""
+    try:
+        return objects.get(key)
+    except FileNotFoundError:
+        return None
 
 
 class _SmallSegment:
@@ -142,6 +150,7 @@ class BucketWorkspace:
         is_writer: whether this process is still the one that writes; asked just before the commit.
         in_use: keeps deletions of this process from what is linked.
         keeps_parts: leave what was uploaded, and the number, for another attempt at the same checkpoint.
+        attempt: the prefix of its own that it writes to, below `final`; None: beside the manifest.
     """
 
     def __init__(
@@ -152,8 +161,10 @@ class BucketWorkspace:
         is_writer: Callable[[], bool],
         in_use: KeysInUse,
         keeps_parts: bool = False,
+        attempt: str | None = None,
     ) -> None:
         self.final = final
+        self.within = attempt
         self.is_over = False
         self._objects = objects
         self._is_writer = is_writer
@@ -174,8 +185,13 @@ class BucketWorkspace:
     def open(self) -> None:
         """The claim made room for it."""
 
+    @property
+    def _home(self) -> str:
+        """The prefix that it writes to."""
+        return self.final.prefix if self.within is None else f"{self.final.prefix}/{self.within}"
+
     def _key(self, name: str) -> str:
-        return f"{self.final.prefix}/{as_key(name)}"
+        return f"{self._home}/{as_key(name)}"
 
     def make_directory(self, name: str) -> None:
         """Nothing: a bucket has no directories; the manifest names those that are empty."""
@@ -201,6 +217,8 @@ class BucketWorkspace:
         except (DamagedCheckpointError, KeyError):
             raise missing(f"{checkpoint}/{file}") from None
         home = entry.within or checkpoint
+        if not CHECKPOINT_NAME.match(home):
+            raise missing(f"{checkpoint}/{file}")  # an attempt's: nothing beside its checkpoint can name it
         key = f"{home}/{as_key(file)}"
         same = (entry.digest, entry.bytes) == (committed.digest, committed.bytes)
         if not same or not self._in_use.link(key):
@@ -213,8 +231,8 @@ class BucketWorkspace:
 
     def invitation(self) -> str:
         self._has_guests = True
-        claim = self._objects.get(f"{self.final.prefix}/{CLAIM_NAME}")
-        return json.dumps([self.final.prefix, claim.decode()])
+        claim = self._objects.get(f"{self._home}/{CLAIM_NAME}")
+        return json.dumps([self.final.prefix, self.within, claim.decode()])
 
     def take_over(self, files: Mapping[str, FileEntry]) -> None:
         """Keep what others have linked from deletions of this process, and see that it is still there."""
@@ -260,18 +278,24 @@ class BucketWorkspace:
         for key in self._mine:
             if self._objects.size(key) is None:
                 raise missing(key)
-        key = f"{self.final.prefix}/{MANIFEST_NAME}"
+        key = f"{self._home}/{MANIFEST_NAME}"
         try:
             created = self._objects.create(key, manifest)  # <- commit: after this line the checkpoint exists
         except BucketError:
             if not self._settle(key, manifest):
                 raise
             created = True
-        if not created and self._content(key) != manifest:  # else: a repeated request met its own success
+        if (
+            not created and content_of(self._objects, key) != manifest
+        ):  # else: a repeated request met its own success
             if self._objects.size(key) is None:
                 raise self._objects.refuses_create(key)
             raise self._taken_over()
+        self._decided(manifest)
         self._end()
+
+    def _decided(self, manifest: bytes) -> None:
+        """Nothing: the manifest lies where readers look."""
 
     def _settle(self, key: str, manifest: bytes) -> bool:
         """After a put of unknown fate: True if it was applied; if not, it never will be.
@@ -279,16 +303,10 @@ class BucketWorkspace:
         Raises:
             BucketError: the bucket does not answer, so that nobody knows. Nothing is removed then.
         """
-        found = self._content(key)
+        found = content_of(self._objects, key)
         if found is None and self._objects.create(key, b""):
             return False  # the key is taken: a late put is refused
-        return (found if found is not None else self._content(key)) == manifest
-
-    def _content(self, key: str) -> bytes | None:
-        try:
-            return self._objects.get(key)
-        except FileNotFoundError:
-            return None
+        return (found if found is not None else content_of(self._objects, key)) == manifest
 
     def _taken_over(self) -> StoreBusyError:
         if self._has_guests and self._is_writer():
@@ -306,11 +324,11 @@ class BucketWorkspace:
         """Remove what was written. Never raises: the error that led here is the one that counts."""
         if self.is_over:
             return
-        key = f"{self.final.prefix}/{MANIFEST_NAME}"
+        key = f"{self._home}/{MANIFEST_NAME}"
         try:
             if self._keeps_parts:
                 return
-            if self._objects.create(key, b"") or not self._content(key):
+            if self._objects.create(key, b"") or not content_of(self._objects, key):
                 self._objects.delete(self._left())
         except (StoreError, OSError) as error:
             log.warning(
@@ -323,8 +341,8 @@ class BucketWorkspace:
         """What there is to remove; the host clears up behind guests that died."""
         if not self._has_guests:
             return self._written
-        kept = {f"{self.final.prefix}/{name}" for name in (MANIFEST_NAME, CLAIM_NAME)}
-        return {found.key for found in self._objects.list(self.final.prefix)} - kept
+        kept = {f"{self._home}/{name}" for name in (MANIFEST_NAME, CLAIM_NAME)}
+        return {found.key for found in self._objects.list(self._home)} - kept
 
     def _end(self) -> None:
         self.is_over = True

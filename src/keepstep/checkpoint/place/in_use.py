@@ -15,9 +15,23 @@ class KeysInUse:
     """What saves and deletions at one address, in this process, have to know of each other."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a handler of a signal may save in the middle of this
+        self._begun: set[str] = set()
         self._linked: Counter[str] = Counter()
         self._doomed: Counter[str] = Counter()
+
+    def begin(self, name: str) -> bool:
+        """A save under a name that the user chose begins; False if one of this process is at it."""
+        with self._lock:
+            if name in self._begun:
+                return False
+            self._begun.add(name)
+            return True
+
+    def end(self, name: str) -> None:
+        """That save is over."""
+        with self._lock:
+            self._begun.discard(name)
 
     def link(self, key: str) -> bool:
         """Keep an object from being deleted until `unlink`; False if a deletion was faster."""
@@ -40,8 +54,10 @@ class KeysInUse:
         link, and one that comes later finds it taken.
         """
         with self._lock:
-            free = {key for key in keys if not self._linked[key]}
-            self._doomed.update(free)
+            marked = set(keys)
+            self._doomed.update(marked)  # first, for a handler that saves right now
+            free = {key for key in marked if not self._linked[key]}
+            self._doomed -= Counter(marked - free)
         try:
             yield free
         finally:
@@ -50,7 +66,7 @@ class KeysInUse:
 
 
 _places: weakref.WeakValueDictionary[str, KeysInUse] = weakref.WeakValueDictionary()
-_guard = threading.Lock()
+_guard = threading.RLock()
 
 
 def keys_in_use(address: str) -> KeysInUse:

@@ -25,6 +25,8 @@ class JoinedWorkspace:
         final: where it will lie once rank 0 commits it.
     """
 
+    within = None
+
     def __init__(self, files: Files) -> None:
         self.path = self.final = Path()
         self._files = files

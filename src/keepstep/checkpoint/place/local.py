@@ -141,6 +141,8 @@ def _check_target(directory: Path) -> bool:
 class LocalWorkspace:
     """A `HostWorkspace` beside the final directory."""
 
+    within = None
+
     def __init__(self, files: Files, final: Path, *, may_replace: bool = True) -> None:
         self.final = final
         self._may_replace = may_replace

@@ -15,7 +15,7 @@ from keepstep.errors import UsageError
 if TYPE_CHECKING:
     from keepstep.checkpoint.place.bucket import BucketBackend, ObjectsLike
 
-__all__ = ["is_address", "open_bucket", "open_objects"]
+__all__ = ["check_scheme", "is_address", "open_bucket", "open_objects"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _SCHEMES: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
@@ -37,6 +37,20 @@ def is_address(path: str | os.PathLike[str]) -> bool:
     return _SCHEME.match(text) is not None
 
 
+def check_scheme(address: str) -> None:
+    """See that an address is of a kind that keepstep knows.
+
+    Raises:
+        UsageError: it is not.
+    """
+    scheme = urlsplit(address).scheme
+    if scheme not in _SCHEMES:
+        raise UsageError(
+            f"{scheme}:// is no kind of bucket that keepstep knows; allowed: "
+            f"{', '.join(f'{known}://' for known in _SCHEMES)}, or a directory"
+        )
+
+
 def open_bucket(address: str, options: Mapping[str, Any] | None = None) -> BucketBackend:
     """The backend at an address; connects to nothing yet.
 
@@ -54,12 +68,8 @@ def open_objects(address: str, options: Mapping[str, Any] | None = None) -> Obje
         UsageError: the address is none that keepstep knows, holds credentials, or obstore is missing.
     """
     clean = address.rstrip("/")
+    check_scheme(clean)
     parts = urlsplit(clean)
-    if parts.scheme not in _SCHEMES:
-        raise UsageError(
-            f"{parts.scheme}:// is no kind of bucket that keepstep knows; allowed: "
-            f"{', '.join(f'{scheme}://' for scheme in _SCHEMES)}, or a directory"
-        )
     secret = "@" in parts.netloc and parts.scheme not in ("abfs", "abfss")
     if secret or parts.query or parts.fragment or not parts.netloc:
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from keepstep.checkpoint.format.manifest import FileEntry, Manifest, dump_manifest
 from keepstep.checkpoint.place.backend import Workspace
@@ -33,6 +34,10 @@ def commit(
         directories: empty ones that the user handed over.
         world_size: how many ranks saved.
     """
+    if workspace.within is not None:
+        files = {
+            name: replace(entry, within=entry.within or workspace.within) for name, entry in files.items()
+        }
     manifest = Manifest(
         id=secrets.token_hex(8),
         created_at=dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
