@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -286,3 +287,15 @@ def test_what_is_committed_or_of_others_is_refused_before_anything_is_written(na
         with pytest.raises(DirectoryNotOursError):
             names.backend().reserve_named(name)
     assert names.sizes("") == before
+
+
+def test_what_lies_below_an_attempt_is_a_whole_checkpoint_once_it_is_copied_into_a_directory(
+    names: Names, tmp_path: Path
+) -> None:
+    names.save("step_1", 5.0)
+    (home,) = {key.rpartition("/")[0] for key in names.sizes("step_1")} - {"step_1"}
+    for key in names.sizes(home):
+        (tmp_path / key.rpartition("/")[2]).write_bytes(names.objects().get(key))
+    made = Checkpoint.open(tmp_path)
+    assert made.verify().sound
+    assert made.load()["a"]["w"].unique().tolist() == [5.0]

@@ -20,7 +20,7 @@ class _Interrupted(list[str]):
 
 
 @pytest.mark.timeout(10)
-def test_a_handler_that_saves_in_the_middle_of_a_deletion_waits_for_nothing_and_keeps_what_it_linked() -> None:
+def test_a_handler_that_saves_amid_a_deletion_waits_for_nothing_and_keeps_what_it_linked() -> None:
     keys = KeysInUse()
     linked = []
 
