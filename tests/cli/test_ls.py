@@ -109,7 +109,16 @@ def test_a_metric_that_is_not_there_is_named_with_those_that_are(store: Path) ->
 
 def test_json_is_whole_and_strict(store: Path) -> None:
     found = document(store)
-    keys = ["bytes_free", "bytes_on_disk", "checkpoints", "count", "damaged", "path", "set_aside"]
+    keys = [
+        "bytes_free",
+        "bytes_on_disk",
+        "checkpoints",
+        "count",
+        "damaged",
+        "path",
+        "set_aside",
+        "unreadable",
+    ]
     assert sorted(found) == keys
     assert (found["count"], found["damaged"], found["set_aside"], found["path"]) == (5, 1, 0, str(store))
     row = found["checkpoints"][3]

@@ -101,6 +101,22 @@ def test_what_a_newer_keepstep_wrote_is_not_passed_over(store: Path) -> None:
     assert show(store, "1").exit_code == 0
 
 
+def test_what_a_newer_keepstep_wrote_is_not_listed_as_damaged(store: Path) -> None:
+    newer_format(store / "checkpoint_1")
+    listed = CliRunner().invoke(main, ["ls", "--json", str(store)])
+    said = json.loads(listed.stdout)
+    assert [one["health"] for one in said["checkpoints"]] == ["ok", "unreadable", "ok"]
+    assert (said["damaged"], said["unreadable"]) == (0, 1)
+    assert "1 unreadable" in CliRunner().invoke(main, ["ls", str(store)]).stdout
+    verified = CliRunner().invoke(main, ["verify", str(store)])
+    assert verified.exit_code == 2
+    assert verified.stderr == "keepstep: 1 checkpoint could not be read, and may well be whole\n"
+    assert "checkpoint_1  unreadable: " in verified.stdout
+    assert "2 checkpoints sound, 0 damaged, 1 unreadable" in verified.stdout
+    (store / "checkpoint_0" / "model.safetensors").unlink()
+    assert CliRunner().invoke(main, ["verify", str(store)]).exit_code == 1
+
+
 def test_a_damaged_index_leaves_the_rest_to_be_seen(store: Path) -> None:
     state = store / "checkpoint_2" / "state.json"
     state.write_bytes(state.read_bytes().replace(b"float32", b"float16"))

@@ -134,12 +134,13 @@ def test_json(store: Path) -> None:
     done = verify(store, "--json")
     assert done.exit_code == 1
     found = json.loads(done.stdout)
-    assert sorted(found) == ["checkpoints", "count", "damaged", "leftovers", "path", "quick"]
+    assert sorted(found) == ["checkpoints", "count", "damaged", "leftovers", "path", "quick", "unreadable"]
     assert (found["count"], found["damaged"], found["quick"]) == (3, 1, False)
     assert found["checkpoints"][0] == {
         "name": "checkpoint_0",
         "path": str(store / "checkpoint_0"),
         "sound": True,
+        "refused": False,
         "problems": [],
         "bytes_read": 9851,
     }

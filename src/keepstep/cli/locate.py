@@ -15,9 +15,10 @@ from keepstep.checkpoint.format.source import Place, place_exists, source_of
 from keepstep.checkpoint.keeping.catalog import (
     INTERNAL_NAME,
     Entry,
-    damage_of,
+    Problem,
     is_checkpoint,
     names_set_aside,
+    problem_of,
     scan,
 )
 from keepstep.checkpoint.place.registry import is_address, open_bucket
@@ -210,13 +211,13 @@ def _numbered(found: Found, name: str) -> Entry | None:
     return next((entry for entry in numbered if match and entry.number == int(match[1])), None)
 
 
-def health_of(entries: Sequence[Entry]) -> list[tuple[Entry, str | None]]:
+def health_of(entries: Sequence[Entry]) -> list[tuple[Entry, Problem | None]]:
     """Each entry with what is wrong with it (None: nothing), as far as can be seen without reading data.
 
     What a training run deleted while we looked is no damage and is left out.
     """
-    checked = [(entry, damage_of(entry)) for entry in entries]
-    return [(entry, damage) for entry, damage in checked if damage is None or place_exists(entry.path)]
+    checked = [(entry, problem_of(entry)) for entry in entries]
+    return [(entry, problem) for entry, problem in checked if problem is None or place_exists(entry.path)]
 
 
 def leftovers(root: Path | str) -> list[Leftover]:

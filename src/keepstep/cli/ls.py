@@ -13,7 +13,7 @@ import click
 
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.source import source_of
-from keepstep.checkpoint.keeping.catalog import Entry, disk_bytes
+from keepstep.checkpoint.keeping.catalog import Entry, Problem, disk_bytes
 from keepstep.cli.columns import Column, fit, render, wrapped
 from keepstep.cli.locate import Found, PlaceParameter, health_of, leftovers, locate
 from keepstep.cli.metrics import Metric, all_metrics, choose_metric, direction_of, merit
@@ -33,15 +33,15 @@ class _Listing:
 
     Attributes:
         found: where.
-        checked: every checkpoint with its damage, oldest first.
+        checked: every checkpoint with what is wrong with it, oldest first.
         rows: those to show, in order.
         metrics: to show, the one that was sorted by first.
         chosen: whether the metrics were named on the command line.
     """
 
     found: Found
-    checked: Sequence[tuple[Entry, str | None]]
-    rows: Sequence[tuple[Entry, str | None]]
+    checked: Sequence[tuple[Entry, Problem | None]]
+    rows: Sequence[tuple[Entry, Problem | None]]
     metrics: Sequence[Metric]
     chosen: bool
 
@@ -52,7 +52,12 @@ class _Listing:
 
     @property
     def damaged(self) -> int:
-        return sum(damage is not None for _, damage in self.checked)
+        return sum(problem is not None and not problem.refused for _, problem in self.checked)
+
+    @property
+    def unreadable(self) -> int:
+        """How many may well be whole: the system refuses to read them, or a newer keepstep wrote them."""
+        return sum(problem is not None and problem.refused for _, problem in self.checked)
 
 
 @click.command(
@@ -79,7 +84,7 @@ class _Listing:
     help="Only the last N of the list, before --reverse; 0 is all. "
     f"Default: {_ROWS_ON_TERMINAL} on a terminal, else all.",
 )
-@click.option("--damaged", is_flag=True, help="Only damaged checkpoints.")
+@click.option("--damaged", is_flag=True, help="Only damaged or unreadable checkpoints.")
 def command(
     path: Path | str,
     as_json: bool,
@@ -177,16 +182,17 @@ def _best(listing: _Listing, metric: Metric) -> Entry | None:
 def _document(listing: _Listing) -> dict[str, Any]:
     return {
         "path": str(listing.found.root),
-        "checkpoints": [_describe(entry, damage) for entry, damage in listing.rows],
+        "checkpoints": [_describe(entry, problem) for entry, problem in listing.rows],
         "count": len(listing.checked),
         "damaged": listing.damaged,
+        "unreadable": listing.unreadable,
         "set_aside": listing.set_aside,
         "bytes_on_disk": _bytes_on_disk(listing.found),
         "bytes_free": _bytes_free(listing.found.root),
     }
 
 
-def _describe(entry: Entry, damage: str | None) -> dict[str, Any]:
+def _describe(entry: Entry, problem: Problem | None) -> dict[str, Any]:
     manifest = entry.manifest
     keys = (
         "id",
@@ -204,8 +210,8 @@ def _describe(entry: Entry, damage: str | None) -> dict[str, Any]:
     return {
         "name": entry.name,
         "path": str(entry.path),
-        "health": "ok" if damage is None else "damaged",
-        "problem": damage,
+        "health": "ok" if problem is None else problem.health,
+        "problem": None if problem is None else problem.reason,
         **{key: getattr(manifest, key) if manifest else None for key in keys},
     }
 
@@ -242,13 +248,17 @@ def _on_paper(listing: _Listing, output: Output) -> Iterator[str]:
         _labels(listing.rows),
         Column(
             header="health",
-            cells=[Cell("ok" if damage is None else f"damaged: {damage}") for _, damage in listing.rows],
+            cells=[
+                Cell("ok" if problem is None else f"{problem.health}: {problem.reason}")
+                for _, problem in listing.rows
+            ],
         ),
     ]
     yield from render(fit(columns, None), output)
     free = _bytes_free(listing.found.root)
+    unreadable = f"{listing.unreadable} unreadable, " if listing.unreadable else ""
     yield (
-        f"# {counted(len(listing.checked), 'checkpoint')}, {listing.damaged} damaged, "
+        f"# {counted(len(listing.checked), 'checkpoint')}, {listing.damaged} damaged, {unreadable}"
         f"{listing.set_aside} set aside as damaged, "
         f"{_bytes_on_disk(listing.found)} bytes on disk" + ("" if free is None else f", {free} bytes free")
     )
@@ -266,13 +276,14 @@ def _on_terminal(listing: _Listing, output: Output) -> Iterator[str]:
     health = Column(
         header="health",
         cells=[
-            Cell("ok", "green") if damage is None else Cell("damaged", "bold red")
-            for _, damage in listing.rows
+            Cell("ok", "green") if problem is None else Cell(problem.health, "bold red")
+            for _, problem in listing.rows
         ],
     )
     labels = [_labels(listing.rows)] if any(m.tags or m.pinned for m in _manifests(listing.rows)) else []
     fitted = fit([name, step, epoch, created, size, *metrics, *labels, health], output.width)
-    notes = {row: [Cell(damage, "red")] for row, (_, damage) in enumerate(listing.rows) if damage is not None}
+    problems = [(row, problem) for row, (_, problem) in enumerate(listing.rows)]
+    notes = {row: [Cell(problem.reason, "red")] for row, problem in problems if problem is not None}
     yield from render(fitted, output, notes=notes)
     yield ""
     yield from wrapped(Cell(_totals(listing), "dim"), output, 0)
@@ -280,12 +291,12 @@ def _on_terminal(listing: _Listing, output: Output) -> Iterator[str]:
         yield from wrapped(Cell(remark, "dim"), output, 0)
 
 
-def _manifests(rows: Sequence[tuple[Entry, str | None]]) -> Iterator[Manifest]:
+def _manifests(rows: Sequence[tuple[Entry, Problem | None]]) -> Iterator[Manifest]:
     return (entry.manifest for entry, _ in rows if entry.manifest is not None)
 
 
 def _columns(
-    rows: Sequence[tuple[Entry, str | None]],
+    rows: Sequence[tuple[Entry, Problem | None]],
     created: Callable[[Manifest], str],
     size: Callable[[Manifest], str],
     size_header: str,
@@ -317,7 +328,7 @@ def _metric_column(
     return Column(header=metric.name, cells=cells, right=True, rank=rank, least=10)
 
 
-def _labels(rows: Sequence[tuple[Entry, str | None]]) -> Column:
+def _labels(rows: Sequence[tuple[Entry, Problem | None]]) -> Column:
     cells = []
     for entry, _ in rows:
         manifest = entry.manifest
@@ -329,6 +340,7 @@ def _labels(rows: Sequence[tuple[Entry, str | None]]) -> Column:
 def _totals(listing: _Listing) -> str:
     parts = [counted(len(listing.checked), "checkpoint")]
     parts += [f"{listing.damaged} damaged"] if listing.damaged else []
+    parts += [f"{listing.unreadable} unreadable"] if listing.unreadable else []
     parts += [f"{listing.set_aside} set aside as damaged"] if listing.set_aside else []
     parts.append(f"{human_bytes(_bytes_on_disk(listing.found))} on disk")
     free = _bytes_free(listing.found.root)

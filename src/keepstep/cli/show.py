@@ -18,8 +18,8 @@ import click
 from keepstep.checkpoint.format.manifest import Manifest, TensorEntry
 from keepstep.checkpoint.format.parse import read_manifest, read_state
 from keepstep.checkpoint.format.source import Place, place_exists, source_of
-from keepstep.checkpoint.keeping.catalog import Entry, damage_of, problem_of
-from keepstep.checkpoint.keeping.refusal import refused
+from keepstep.checkpoint.keeping.catalog import Entry, Problem, problem_of
+from keepstep.checkpoint.keeping.refusal import is_refusal, refused
 from keepstep.cli.columns import Column, fit, render, render_pairs, wrapped
 from keepstep.cli.locate import Found, PlaceParameter, choose, locate
 from keepstep.cli.output import Cell, Output, open_output, write_json, write_lines
@@ -39,14 +39,14 @@ class _Subject:
     Attributes:
         path: its directory.
         manifest: what it says.
-        damage: what is wrong, as far as can be seen without reading data.
+        problem: what is wrong, as far as can be seen without reading data.
         tensors: the index by address; None if state.json is damaged.
         parent: the parent's name, if it is in the same store.
     """
 
     path: Place
     manifest: Manifest
-    damage: str | None
+    problem: Problem | None
     tensors: Mapping[str, TensorEntry] | None
     parent: str | None
 
@@ -93,7 +93,8 @@ def command(path: Path | str, name: str | None, pattern: str | None, as_json: bo
     """
     subject = _subject(locate(path), name)
     if pattern is not None and subject.tensors is None:
-        raise DamagedCheckpointError(subject.path, subject.damage or "state.json is damaged")
+        reason = subject.problem.reason if subject.problem is not None else "state.json is damaged"
+        raise DamagedCheckpointError(subject.path, reason)
     chosen = None if pattern is None else _matching(subject.tensors or {}, pattern)
     output = open_output()
     if as_json:
@@ -110,17 +111,17 @@ def command(path: Path | str, name: str | None, pattern: str | None, as_json: bo
 def _subject(found: Found, name: str | None) -> _Subject:
     entry = choose(found, [name])[0] if name is not None else _newest_valid(found)
     manifest = entry.manifest or read_manifest(entry.path)
-    damage = damage_of(entry)
+    problem = problem_of(entry)
     tensors = None
     try:
         tensors = read_state(entry.path, manifest).tensors
     except DamagedCheckpointError as error:
-        damage = damage or error.message
+        problem = problem or Problem(error.message, is_refusal(error))
     names = {other.manifest.id: other.name for other in found.entries if other.manifest is not None}
     return _Subject(
         path=entry.path,
         manifest=manifest,
-        damage=damage,
+        problem=problem,
         tensors=tensors,
         parent=names.get(manifest.parent or ""),
     )
@@ -185,8 +186,8 @@ def _document(subject: _Subject, chosen: Mapping[str, TensorEntry] | None) -> di
     document: dict[str, Any] = {
         "name": source_of(subject.path).name,
         "path": str(subject.path),
-        "health": "ok" if subject.damage is None else "damaged",
-        "problem": subject.damage,
+        "health": "ok" if subject.problem is None else subject.problem.health,
+        "problem": None if subject.problem is None else subject.problem.reason,
         **{
             key: getattr(manifest, key)
             for key in ("id", "created_at", "step", "epoch", "metrics", "tags", "pinned")
@@ -274,11 +275,11 @@ def _size(size: int, exactly: bool) -> str:
 
 def _sections(subject: _Subject, output: Output) -> Iterator[str]:
     manifest = subject.manifest
-    health = Cell("ok", "green") if subject.damage is None else Cell("damaged", "bold red")
+    health = Cell("ok", "green") if subject.problem is None else Cell(subject.problem.health, "bold red")
     yield f"{output.paint(Cell(source_of(subject.path).name, 'bold'))}  {output.paint(health)}"
     yield from wrapped(Cell(str(subject.path), "dim"), output, 0)
-    if subject.damage is not None:
-        yield from wrapped(Cell(subject.damage, "red"), output, 0)
+    if subject.problem is not None:
+        yield from wrapped(Cell(subject.problem.reason, "red"), output, 0)
     yield ""
     yield from render_pairs(_what(manifest, output), output, indent=_INDENT)
     number = exact if output.width is None else compact

@@ -23,6 +23,7 @@ from keepstep.cli.phrasing import counted, human_bytes
 __all__ = ["command"]
 
 _DAMAGED = 1
+_UNREADABLE = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,11 @@ class _Outcome:
 
     @property
     def damaged(self) -> int:
-        return sum(not report.sound for report in self.reports)
+        return sum(not report.sound and not report.refused for report in self.reports)
+
+    @property
+    def unreadable(self) -> int:
+        return sum(report.refused for report in self.reports)
 
     @property
     def bytes_read(self) -> int:
@@ -81,6 +86,10 @@ def command(path: Path | str, names: Sequence[str], quick: bool, as_json: bool) 
             click.echo(f"keepstep: {all_set_aside(found)}", err=True)
     if outcome.damaged or not entries:
         click.get_current_context().exit(_DAMAGED)
+    if outcome.unreadable:
+        unread = counted(outcome.unreadable, "checkpoint")
+        click.echo(f"keepstep: {unread} could not be read, and may well be whole", err=True)
+        click.get_current_context().exit(_UNREADABLE)
 
 
 def _verify(
@@ -119,6 +128,7 @@ def _document(root: Path | str, quick: bool, outcome: _Outcome, others: Sequence
                 "name": source_of(report.path).name,
                 "path": str(report.path),
                 "sound": report.sound,
+                "refused": report.refused,
                 "problems": report.problems,
                 "bytes_read": report.bytes,
             }
@@ -126,6 +136,7 @@ def _document(root: Path | str, quick: bool, outcome: _Outcome, others: Sequence
         ],
         "count": len(outcome.reports),
         "damaged": outcome.damaged,
+        "unreadable": outcome.unreadable,
         "leftovers": [{"path": str(other.path), "kind": other.kind} for other in others],
     }
 
@@ -137,12 +148,13 @@ def _lines_for(entries: Sequence[Entry], output: Output) -> Callable[[Report], I
     def lines(report: Report) -> Iterator[str]:
         name = Cell(source_of(report.path).name, "bold")
         start = output.paint(name) + " " * (longest - len(name.text) + 2)
+        health = "unreadable" if report.refused else "damaged"
         if report.sound:
             yield start + output.paint(Cell("ok", "green"))
         elif output.width is None:
-            yield start + Cell(f"damaged: {'; '.join(report.problems)}").text
+            yield start + Cell(f"{health}: {'; '.join(report.problems)}").text
         else:
-            yield start + output.paint(Cell("damaged", "bold red"))
+            yield start + output.paint(Cell(health, "bold red"))
             for problem in report.problems:
                 yield from wrapped(Cell(problem, "red"), output, 4)
 
@@ -152,8 +164,9 @@ def _lines_for(entries: Sequence[Entry], output: Output) -> Callable[[Report], I
 def _summary(
     outcome: _Outcome, others: Sequence[Leftover], root: Path | str, output: Output
 ) -> Iterator[str]:
-    sound = len(outcome.reports) - outcome.damaged
+    sound = len(outcome.reports) - outcome.damaged - outcome.unreadable
     parts = [f"{counted(sound, 'checkpoint')} sound", f"{outcome.damaged:,} damaged"]
+    parts += [f"{outcome.unreadable:,} unreadable"] if outcome.unreadable else []
     if outcome.bytes_read:
         speed = human_bytes(int(outcome.bytes_read / max(outcome.elapsed_s, 1e-3)))
         parts.append(f"{human_bytes(outcome.bytes_read)} read in {outcome.elapsed_s:.2f} s ({speed}/s)")

@@ -33,7 +33,6 @@ __all__ = [
     "backend_of",
     "best_of",
     "checkpoint_name",
-    "damage_of",
     "disk_bytes",
     "find",
     "has_lost_manifest",
@@ -161,6 +160,11 @@ class Problem(NamedTuple):
     reason: str
     refused: bool
 
+    @property
+    def health(self) -> str:
+        """In one word."""
+        return "unreadable" if self.refused else "damaged"
+
 
 def problem_of(entry: Entry) -> Problem | None:
     """What is wrong with a checkpoint as far as it can be seen without reading its data, or None."""
@@ -171,12 +175,6 @@ def problem_of(entry: Entry) -> Problem | None:
     except DamagedCheckpointError as error:
         return Problem(error.message, is_refusal(error))
     return None
-
-
-def damage_of(entry: Entry) -> str | None:
-    """The same in words alone, for those that are to be listed or kept for a person to look at."""
-    problem = problem_of(entry)
-    return problem.reason if problem is not None else None
 
 
 def names_set_aside(root: Root) -> list[str]:

@@ -10,7 +10,7 @@ from keepstep.checkpoint.format.known import KnownManifests
 from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import check_files
 from keepstep.checkpoint.format.source import Place, place_exists, source_of
-from keepstep.checkpoint.keeping.catalog import Entry, Root, backend_of, damage_of, scan
+from keepstep.checkpoint.keeping.catalog import Entry, Root, backend_of, problem_of, scan
 from keepstep.checkpoint.keeping.retention import Held, Retention, decide
 from keepstep.errors import CheckpointBusyError, DamagedCheckpointError, StoreError
 
@@ -39,10 +39,13 @@ def survey(
     """
     entries, held = [], {}
     for entry in scan(root, known):
-        damage = damage_of(entry)
-        if damage is not None and not place_exists(entry.path):
+        problem = problem_of(entry)
+        if problem is not None and not place_exists(entry.path):
             continue
-        entries.append(replace(entry, manifest=None, problem=damage) if damage is not None else entry)
+        if problem is None:
+            entries.append(entry)
+        else:
+            entries.append(replace(entry, manifest=None, problem=problem.reason, refused=problem.refused))
         held[entry.number] = _held(entry)
     if of is not None:
         entries = [entry for entry in entries if entry.manifest is not None and of(entry.manifest)]
