@@ -191,3 +191,38 @@ def test_a_save_to_wait_with_does_not_matter_once_the_trial_is_ended(
     found, ended = fit(tmp_path, Unsavable, Ender("reports"), 3, 3)
     assert (found.num_errors, Counter(ended)) == (0, Counter(range(3)))
     assert caplog.text.count("failed as it ended; what it had saved counts: ") == 2
+
+
+class AllAtFirst(FIFOScheduler):
+    """All trials are made before one starts."""
+
+    whole_population = True
+
+
+class Enough(tune.Stopper):
+    """Ends the experiment with the fourth result."""
+
+    def __init__(self) -> None:
+        self.results = 0
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self.results += 1
+        return False
+
+    def stop_all(self) -> bool:
+        return self.results >= 4
+
+
+def test_trials_that_end_with_the_experiment_have_ended_for_everybody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(config: dict[str, Any]) -> None:
+        for _ in range(50):
+            report_with_checkpoint({"other": 1})
+
+    found, ended = fit(tmp_path, train, AllAtFirst(), 3, 2, byte_budget=1, stop=Enough())
+    assert found.num_terminated == 3
+    assert Counter(ended) == Counter(range(2))  # the third never began
+    assert caplog.text.count("ended without the metric 'loss'") == 1
+    left = [path for result in found for path in Path(result.path).glob("checkpoint_*")]
+    assert len(left) == 1  # trials that may go on would keep one each

@@ -143,5 +143,9 @@ class Ledger:
                 self._halt.because("failed")
 
     def all_over(self, why: str) -> None:
-        """The experiment ended."""
+        """The experiment ended; where nothing goes on after that, so did trials."""
+        live = list(self._history.live.values())
         self._enter(ExperimentEnded(time=now(), why=why))
+        for trial in live:
+            if trial.is_finished() and trial.starts:
+                self.completed(trial)
