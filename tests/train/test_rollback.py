@@ -87,6 +87,19 @@ def test_one_can_go_back_again_and_again(tmp_path: Path) -> None:
     assert (loaded.name, loaded.step, run.unsaved) == ("checkpoint_4", 22, 0)
 
 
+def test_the_next_checkpoint_names_the_one_that_was_gone_back_to_as_its_parent(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.train(20)
+    run.accelerator.wait_for_checkpoint()
+    run.accelerator.load_state(run.place(0))
+    run.train(10)
+    run.accelerator.end_training()
+    ids = {checkpoint.manifest.id: checkpoint.name for checkpoint in run.saved}
+    parents = [ids.get(checkpoint.manifest.parent or "") for checkpoint in run.saved]
+    assert parents == [None, "checkpoint_0", "checkpoint_0"]
+    assert [checkpoint.manifest.attempt for checkpoint in run.saved] == [1, 1, 1]
+
+
 def test_one_can_go_back_to_the_checkpoint_that_is_being_written(tmp_path: Path, held: Held) -> None:
     run = Run(tmp_path, staging="overlapped")
     run.train(9)

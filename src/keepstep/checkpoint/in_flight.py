@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -75,6 +76,11 @@ class Saves:
         manifest = loaded.manifest
         self._parts.engine.follow(loaded.name, manifest, loaded.tensors)
         self.lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
+
+    def go_on_from(self, loaded: Checkpoint) -> None:
+        """Go on in the same process with a checkpoint of the same run; see `Store.go_on_from`."""
+        if loaded.manifest.run == self.lineage.run:
+            self.lineage = replace(self.lineage, parent=loaded.manifest.id)
 
     # ------------------------------------------------------------------------------- saving
 

@@ -352,6 +352,13 @@ class Store:
             self._saves.follow(checkpoint)
         return checkpoint
 
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Say that the next save comes after this checkpoint, which was loaded by itself: its parent.
+
+        One of another run changes nothing: that run is gone on with by loading the newest.
+        """
+        self._saves.go_on_from(checkpoint)
+
     # ------------------------------------------------------------------------------------ pruning
 
     def delete(self, checkpoint: Checkpoint | str) -> None:

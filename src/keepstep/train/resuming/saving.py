@@ -107,10 +107,8 @@ class Saver:
 
     def is_in_project(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is one of the project's automatic ones."""
-        place = self._project.checkpoints
-        return isinstance(place, Path) and (
-            isinstance(checkpoint.place, Path) and checkpoint.place.resolve().parent == place.resolve()
-        )
+        root, place = self._project.checkpoints, checkpoint.place
+        return isinstance(root, Path) and isinstance(place, Path) and place.resolve().parent == root.resolve()
 
     @property
     def next_number(self) -> int:
@@ -309,6 +307,8 @@ class Saver:
                 checkpoint = Checkpoint.open(input_dir)
             with self._together("loading a checkpoint") as agree:
                 self.hooks.load_into(checkpoint, self._state.models, live.shared, live.own, agree)
+            if self._store is not None:
+                self._store.go_on_from(checkpoint)
             return checkpoint
 
         return self._restore(load_into)  # it may be the one that is being written
