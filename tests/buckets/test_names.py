@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -189,7 +190,7 @@ def test_of_two_that_begin_at_once_one_hears_of_the_other_and_the_name_stays_usa
     plain = Objects.create
 
     def between(self: Objects, key: str, data: bytes) -> bool:
-        if not others:
+        if not others and "/attempt_" in key:  # it has put its claim
             others.append(None)
             others[0] = names.backend().reserve_named("step_1")
         return plain(self, key, data)
@@ -243,7 +244,7 @@ def test_a_store_deletes_and_sweeps_what_was_saved_under_its_names(
     assert [checkpoint.name for checkpoint in store.list()] == ["checkpoint_7", "checkpoint_10"]
     with pytest.raises(StoreBusyError, match="was not committed"):
         late.commit(b"{}")
-    assert not any(names.sizes("checkpoint_9").values())
+    assert [key for key, size in names.sizes("checkpoint_9").items() if size] == ["checkpoint_9/claim.json"]
     assert any(names.sizes("checkpoint_8").values())  # of this process, and perhaps under way
     store.delete(store.list()[0])
     assert not any(names.sizes("checkpoint_7").values())
@@ -251,6 +252,13 @@ def test_a_store_deletes_and_sweeps_what_was_saved_under_its_names(
         names.save("checkpoint_9", 9.0)
     names.save("checkpoint_7", 8.0)
     assert names.value("checkpoint_7") == 8.0
+    names.save("checkpoint_11", 11.0)  # the number that the store would give next
+    store.save({"n": 2})
+    assert [checkpoint.name for checkpoint in store.list()] == [f"checkpoint_{n}" for n in (7, 10, 11, 12)]
+    aside = store._backend.set_aside(names.backend().at("checkpoint_7"))
+    with pytest.raises(CheckpointException, match="Choose another name"):
+        names.save("checkpoint_7", 9.0)
+    assert any(key.endswith("a.safetensors") for key in names.sizes("checkpoint_7")), aside
 
 
 @pytest.fixture
@@ -299,3 +307,41 @@ def test_what_lies_below_an_attempt_is_a_whole_checkpoint_once_it_is_copied_into
     made = Checkpoint.open(tmp_path)
     assert made.verify().sound
     assert made.load()["a"]["w"].unique().tolist() == [5.0]
+
+
+@pytest.mark.parametrize("what", ["decision", "publication"])
+def test_a_put_without_an_answer_is_a_commit_and_one_that_fails_for_good_leaves_one_or_none(
+    names: Names, server: Server, proxy: Proxy, what: str
+) -> None:
+    ends = {"decision": r"/step_\d/attempt_\w+/manifest.json$", "publication": r"/step_\d/manifest.json$"}[
+        what
+    ]
+    cut: list[str] = []
+
+    def lost(request: Any) -> Answer | None:
+        if request.method != "PUT" or not re.search(ends, request.path) or request.path in cut:
+            return None
+        cut.append(request.path)
+        return Answer(cut=True)
+
+    def refused(request: Any) -> Answer | None:
+        found = request.method == "PUT" and re.search(ends, request.path)
+        return Answer(status=503, applied=False) if found else None
+
+    direct = names.options
+    names.options = server.options(endpoint=proxy.endpoint, max_retries=1, retry_timeout_s=1)
+    proxy.rule = lost
+    names.save("step_1", 1.0)
+    assert names.value("step_1") == 1.0
+    assert cut
+    proxy.rule = refused
+    with pytest.raises(CheckpointException, match="503"):
+        names.save("step_2", 1.0)
+    names.options = direct
+    if what == "decision":  # nobody ever heard of it
+        names.save("step_2", 2.0)
+        assert names.value("step_2") == 2.0
+    else:
+        with pytest.raises(CheckpointException, match="there is a checkpoint at"):
+            names.save("step_2", 2.0)
+        assert names.value("step_2") == 1.0

@@ -20,10 +20,11 @@ from typing import Final
 from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place
-from keepstep.checkpoint.place.backend import INTERNAL_NAME, checkpoint_name
+from keepstep.checkpoint.place.backend import checkpoint_name
 from keepstep.checkpoint.place.bucket_joined import JoinedBucketWorkspace
 from keepstep.checkpoint.place.bucket_named import NamedWorkspace, attempts_in
 from keepstep.checkpoint.place.bucket_reading import (
+    DAMAGED,
     BucketSource,
     FoundLike,
     Listing,
@@ -44,7 +45,6 @@ from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, Store
 
 __all__ = ["BucketBackend", "ObjectsLike"]
 
-_DAMAGED: Final = f"{INTERNAL_NAME}/damaged"
 _NAMES: Final = re.compile(rb"checkpoint_[0-9]+")
 
 log = logging.getLogger(__name__)
@@ -112,10 +112,10 @@ class BucketBackend:
         return sorted({key.partition("/")[0] for key in self._listing().found if _number(key) is not None})
 
     def set_aside_before(self) -> list[tuple[int, Place]]:
-        return self._committed(Listing({f.key: f for f in self._objects.list(_DAMAGED)}), f"{_DAMAGED}/")
+        return self._committed(Listing({f.key: f for f in self._objects.list(DAMAGED)}), f"{DAMAGED}/")
 
     def next_number(self) -> int:
-        seen = (_number(key.removeprefix(f"{_DAMAGED}/")) for key in self._listing().found)
+        seen = (_number(key.removeprefix(f"{DAMAGED}/")) for key in self._listing().found)
         return max((number for number in seen if number is not None), default=-1) + 1
 
     def explained(
@@ -270,7 +270,7 @@ class BucketBackend:
     def _named(self, listing: Listing) -> set[str]:
         """Every object that a remaining manifest names; those set aside count."""
         named: set[str] = set()
-        for place in ("", f"{_DAMAGED}/"):
+        for place in ("", f"{DAMAGED}/"):
             for source in self._all_committed(listing, place):
                 try:
                     manifest = read_manifest(source)
@@ -299,7 +299,7 @@ class BucketBackend:
         self.claim()
         self._writer.check()
         key = f"{place.prefix}/{MANIFEST_NAME}"
-        target = self._source(f"{_DAMAGED}/{place.name}")
+        target = self._source(f"{DAMAGED}/{place.name}")
         self._objects.put(f"{target.prefix}/{MANIFEST_NAME}", self._objects.get(key))
         self._take_back(place.prefix, [found.key for found in self._objects.list(place.prefix)])
         self._objects.delete([key])
@@ -318,7 +318,7 @@ class BucketBackend:
             if CHECKPOINT_NAME.match(name):
                 files[name][file] = found
         committed = {name for name, inside in files.items() if _is_committed(inside)}
-        aside = {source.name for source in self._all_committed(listing, f"{_DAMAGED}/")}
+        aside = {source.name for source in self._all_committed(listing, f"{DAMAGED}/")}
         left = sorted(files.keys() - committed - aside)
         newest = max((_number(name) or 0 for name in committed), default=-1)
         doomed = [f"{name}/{file}" for name in left for file in files[name]]

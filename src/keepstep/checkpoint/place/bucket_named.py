@@ -12,10 +12,16 @@ import contextlib
 import errno
 import secrets
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, WITHIN
-from keepstep.checkpoint.place.bucket_reading import BucketSource, FoundLike, ObjectsLike, is_old
+from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, WITHIN
+from keepstep.checkpoint.place.bucket_reading import (
+    DAMAGED,
+    BucketSource,
+    FoundLike,
+    ObjectsLike,
+    is_old,
+)
 from keepstep.checkpoint.place.bucket_writing import CLAIM_NAME, BucketWorkspace, content_of
 from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_process
 from keepstep.checkpoint.place.in_use import KeysInUse
@@ -24,6 +30,8 @@ from keepstep.errors import BucketError, DirectoryNotOursError, StoreBusyError, 
 __all__ = ["NamedWorkspace", "attempts_in"]
 
 _FIRST: Final = "attempt_"
+_OF_ATTEMPTS: Final = "attempts"
+"""What the claim on a name says that is given to attempts, and to no save of a store."""
 
 
 def attempts_in(files: Iterable[str]) -> set[str]:
@@ -71,6 +79,8 @@ class NamedWorkspace(BucketWorkspace):
     def _begin(self) -> None:
         """Of two that begin at once each one sees the other: both claim before they look."""
         _Name(self._objects, self.final).check()  # writes nothing where something else lies
+        of_attempts = this_process().dump(**{_OF_ATTEMPTS: True})
+        self._objects.create(f"{self.final.prefix}/{CLAIM_NAME}", of_attempts)  # a store gives it to no save
         self._objects.put(self._claim_key, self._claim)
         try:
             stands = not self._objects.create(self._claim_key, self._claim)
@@ -117,20 +127,22 @@ class _Name:
         found = self._found
         if MANIFEST_NAME in found and found[MANIFEST_NAME].bytes:
             raise self._is_committed()
-        for claim in (CLAIM_NAME, *(f"{attempt}/{CLAIM_NAME}" for attempt in self._attempts)):
+        ours = CLAIM_NAME in found and _OF_ATTEMPTS in self._said(CLAIM_NAME)[1]
+        claims = [f"{attempt}/{CLAIM_NAME}" for attempt in self._attempts]
+        for claim in claims if ours else [CLAIM_NAME, *claims]:
             holder = self._holder(claim)
             if holder is not None and holder.lives_here and not holder.is_here:
                 raise StoreBusyError(
                     f"{self._final} is being written by {holder}. Wait for it, stop it, or "
                     "choose another name"
                 )
-        if found.keys() & {MANIFEST_NAME, CLAIM_NAME}:
+        if MANIFEST_NAME in found or (CLAIM_NAME in found and not ours) or self._is_set_aside():
             raise DirectoryNotOursError(
                 errno.EEXIST,
-                f"{self._final} is of a store, which has given that number to a save that was not finished. "
+                f"{self._final} is of a store, which has given that number to a save of its own. "
                 "Nothing was changed. Choose another name",
             )
-        if found and not self._attempts:
+        if found.keys() - {CLAIM_NAME} and not self._attempts:
             raise DirectoryNotOursError(
                 errno.EEXIST,
                 f"{self._final} was not written by keepstep (it holds {min(found)}). Nothing was "
@@ -142,8 +154,15 @@ class _Name:
         mark = f"{claim.removesuffix(CLAIM_NAME)}{MANIFEST_NAME}"
         if claim not in self._found or mark in self._found:
             return None
-        said = content_of(self._objects, f"{self._final.prefix}/{claim}")
-        return parse_claim(said)[0] if said is not None else None
+        return self._said(claim)[0]
+
+    def _said(self, claim: str) -> tuple[Claimant | None, dict[str, Any]]:
+        return parse_claim(content_of(self._objects, f"{self._final.prefix}/{claim}") or b"")
+
+    def _is_set_aside(self) -> bool:
+        """Whether a store has put the manifest of what lies there among the damaged ones."""
+        key = f"{DAMAGED}/{self._final.prefix}/{MANIFEST_NAME}"
+        return bool(CHECKPOINT_NAME.match(self._final.prefix)) and self._objects.size(key) is not None
 
     def give_up_all(self) -> None:
         """See to it that no attempt of another can be committed any more, then remove what it wrote.

@@ -15,7 +15,20 @@ from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, 
 from keepstep.checkpoint.format.names import is_handed_over
 from keepstep.errors import FileSizeError, ManifestError, MissingFileError
 
-__all__ = ["BucketSource", "FoundLike", "Listing", "ObjectsLike", "as_key", "as_name", "is_old", "missing"]
+__all__ = [
+    "DAMAGED",
+    "BucketSource",
+    "FoundLike",
+    "Listing",
+    "ObjectsLike",
+    "as_key",
+    "as_name",
+    "is_old",
+    "missing",
+]
+
+DAMAGED: Final = ".keepstep/damaged"
+"""Below it lie the manifests of checkpoints that were set aside; their files stay where they are."""
 
 _ODD: Final = re.compile(rb"[^A-Za-z0-9/._+@-]")
 _ESCAPED: Final = re.compile(rb"=([0-9A-F]{2})")
