@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from keepstep.errors import RankError, RankFailedError, RankMissingError
+from keepstep.errors import RankError, RankFailedError, RankMissingError, UsageError
 from keepstep.keystore import Connection, KeyValueStore
 
-__all__ = ["LOOK_EVERY_S", "Alone", "Meeting", "Topic", "Watch"]
+__all__ = ["LOOK_EVERY_S", "Alone", "Meeting", "Topic", "Turns", "Watch", "amid_another"]
 
 LOOK_EVERY_S = 5.0
 """How long a rank waits before it looks what the others do, and again before it looks anew."""
@@ -28,6 +28,39 @@ _PART_BYTES = 4 << 20
 """PyTorch's TCP store refuses values of more than 8 MiB."""
 _MOST_STEPS = 8
 """Steps that a meeting may have; who fails marks them all."""
+
+
+def amid_another(what: str) -> UsageError:
+    """What to raise of a call that ranks can't make together, as this one is in the middle of another."""
+    return UsageError(
+        f"{what}: it was called in the middle of another call that ranks make together, by the handler of a "
+        "signal: ranks can't meet for it, as they meet already. Let the handler take note of the signal, and "
+        "make the call when the loop comes by"
+    )
+
+
+class Turns:
+    """What ranks do together on one thread after the other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._taken = False
+
+    @contextlib.contextmanager
+    def take(self, what: str) -> Iterator[None]:
+        """Wait for the turns of other threads.
+
+        Raises:
+            UsageError: this thread is in the middle of one: the handler of a signal asks.
+        """
+        with self._lock:
+            if self._taken:
+                raise amid_another(what)
+            self._taken = True
+            try:
+                yield
+            finally:
+                self._taken = False
 
 
 class Meeting(Protocol):
@@ -103,7 +136,7 @@ class Topic:
         self.rank = rank
         self.size = size
         self._last = 0
-        self._turn = threading.Lock()
+        self._turns = Turns()
         self._old_keys: list[str] = []
 
     @contextlib.contextmanager
@@ -114,7 +147,7 @@ class Topic:
             timeout_s: how long a step waits for the other ranks.
             watch: looks after them meanwhile.
         """
-        with self._turn:
+        with self._turns.take(self.topic):
             self.store.timeout_s = timeout_s
             number = self._last + 1
             while self._was_missed(number):

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,21 @@ def test_a_directory_may_change_once_it_is_saved(tmp_path: Path) -> None:
     with (source / "a").open("r+b") as file:
         file.write(b"2" * MIB)
     assert content(tmp_path / "c")["files/a"] == b"1" * MIB
+
+
+def test_what_is_taken_over_is_durable_too(tmp_path: Path) -> None:
+    """Whoever copied it there, with shutil say, has not waited for the disk."""
+    synced: list[str] = []
+
+    class Noting(LocalFiles):
+        def sync(self, directory: Path, names: Sequence[str]) -> None:
+            synced.extend(names)
+            super().sync(directory, names)
+
+    made_by_keepstep = save_directory(tmp_path / "one", {"w": torch.ones(3)})
+    shutil.copytree(tmp_path / "one", tmp_path / "copied")
+    save(LocalWorkspace(Noting(), tmp_path / "taken"), tmp_path / "copied")
+    assert {*made_by_keepstep.manifest.files} <= {*synced}
 
 
 def test_a_directory_holds_no_state_to_be_loaded(tmp_path: Path) -> None:

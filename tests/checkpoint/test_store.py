@@ -544,3 +544,19 @@ def test_rules_of_another_type_are_refused_before_anything_is_saved(tmp_path: Pa
 def test_a_mistyped_address_is_no_directory() -> None:
     with pytest.raises(UsageError, match="did you mean s3://bucket/run"):
         Store("s3:/bucket/run")
+
+
+def test_a_checkpoint_that_goes_as_soon_as_it_is_loaded_is_loaded_all_the_same(tmp_path: Path) -> None:
+    """The process that trains has pruned it; whoever evaluates has its values."""
+    Store(tmp_path).save({"w": torch.ones(3)}, step=1)
+    store, w = Store(tmp_path), torch.zeros(3)
+
+    def load(checkpoint: Checkpoint, agree: Any) -> None:
+        checkpoint.load_into({"w": w}, agree=agree)
+        shutil.rmtree(checkpoint.path)
+
+    found = store.load_latest_with(load)
+    assert found is not None
+    assert found.step == 1
+    assert w.tolist() == [1, 1, 1]
+    assert store.save({"w": w}, step=2).load()["w"].tolist() == [1, 1, 1]

@@ -30,6 +30,9 @@ __all__ = ["Engine", "Order", "make_engine", "save_directory"]
 _MEMORY_BYTES: Final = 64 << 20
 """For staging a directory of its own, which is not kept for another save."""
 
+_TO_A_DIRECTORY: Final = "saving to a directory of its own"
+"""What ranks meet over, whichever directory it is: a run may save to thousands."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
@@ -88,16 +91,23 @@ class _SharedEngine(Engine):
     Args:
         memory_budget_bytes: most host memory for staging.
         world: the ranks.
+        place: what is saved to; the same on all ranks.
         topic: what they meet over.
         guest: what ranks write into that did not make it.
     """
 
     def __init__(
-        self, memory_budget_bytes: int, world: World, topic: str, guest: Callable[[], GuestWorkspace]
+        self,
+        memory_budget_bytes: int,
+        world: World,
+        place: str,
+        topic: str,
+        guest: Callable[[], GuestWorkspace],
     ) -> None:
         super().__init__(memory_budget_bytes)
         self._guest = guest
         self._world = world
+        self._place = place
         self._topic = topic
         self._ranks = RankPlanner(world.size)
 
@@ -110,6 +120,7 @@ class _SharedEngine(Engine):
     def save(self, reserve: Callable[[], HostWorkspace], order: Order) -> Save:
         return SharedSave(
             world=self._world,
+            place=self._place,
             topic=self._topic,
             reserve=reserve,
             guest=self._guest,
@@ -123,7 +134,12 @@ class _SharedEngine(Engine):
 
 
 def make_engine(
-    memory_budget_bytes: int, world: World, place: str, guest: Callable[[], GuestWorkspace]
+    memory_budget_bytes: int,
+    world: World,
+    place: str,
+    guest: Callable[[], GuestWorkspace],
+    *,
+    topic: str | None = None,
 ) -> Engine:
     """The engine that fits the number of ranks.
 
@@ -132,9 +148,10 @@ def make_engine(
         world: the ranks.
         place: what is saved to; the same on all ranks.
         guest: a workspace there that another rank has made.
+        topic: what the ranks meet over, which keeps a connection of each for good; None: saving there.
     """
     if world.size > 1:
-        return _SharedEngine(memory_budget_bytes, world, f"saving to {place}", guest)
+        return _SharedEngine(memory_budget_bytes, world, place, topic or f"saving to {place}", guest)
     return Engine(memory_budget_bytes)
 
 
@@ -172,7 +189,13 @@ def save_directory(
         step=step, epoch=epoch, metrics=metrics, tags=tags, pinned=pinned, environment=environment
     )
     changing = files if files is not None else LocalFiles()
-    engine = make_engine(_MEMORY_BYTES, world or OneRank(), str(final), lambda: JoinedWorkspace(changing))
+    engine = make_engine(
+        _MEMORY_BYTES,
+        world or OneRank(),
+        str(final),
+        lambda: JoinedWorkspace(changing),
+        topic=_TO_A_DIRECTORY,
+    )
     lineage = Lineage(run=run or secrets.token_hex(8))
     order = Order(state=state, description=description, lineage=lineage, own=per_rank)
 

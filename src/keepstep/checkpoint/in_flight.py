@@ -26,7 +26,8 @@ from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.save import Save
 from keepstep.checkpoint.version import Checkpoint
-from keepstep.errors import BackgroundSaveError, StoreError, UsageError
+from keepstep.errors import BackgroundSaveError, DamagedCheckpointError, StoreError, UsageError
+from keepstep.meetings import amid_another
 from keepstep.outcome import Latch
 
 __all__ = ["Saves", "Staging"]
@@ -37,11 +38,6 @@ AWAITED_UP_TO_BYTES: Final = 256 << 20
 
 AWAITED_UP_TO_BYTES_ON_DEVICES: Final = 16 << 20
 """The same where an accelerator trains and the host's cores are idle."""
-
-_AMID: Final = (
-    "a save was called in the middle of another one, by the handler of a signal: ranks can't meet for it, as "
-    "they meet already. Let the handler take note of the signal, and save when the loop comes by"
-)
 
 Staging = Literal["auto", "awaited", "overlapped"]
 """Whether the training waits until a state is copied, or goes on; see `Store.save_in_background`."""
@@ -74,7 +70,11 @@ class Saves:
     def follow(self, loaded: Checkpoint) -> None:
         """Go on with the run of a checkpoint that was loaded; the next save may take over its files."""
         manifest = loaded.manifest
-        self._parts.engine.follow(loaded.name, manifest, loaded.tensors)
+        try:
+            self._parts.engine.follow(loaded.name, manifest, loaded.tensors)
+        except (DamagedCheckpointError, StoreError, OSError) as error:  # it was deleted meanwhile, say
+            log.debug("nothing will be linked to %s: %s", loaded.path, error)
+            self._parts.engine.forget()
         self.lineage = Lineage(run=manifest.run, attempt=manifest.attempt + 1, parent=manifest.id)
 
     def go_on_from(self, loaded: Checkpoint) -> None:
@@ -148,7 +148,7 @@ class Saves:
         with self._one_save:
             self.wait()
             if self._in_turn and self._rules.world.size > 1:
-                raise UsageError(_AMID)
+                raise amid_another(f"saving to {self._rules.root}")
             before, self._in_turn = self._in_turn, True
             try:
                 yield Engine(self._rules.memory_budget_bytes) if before else self._parts.engine

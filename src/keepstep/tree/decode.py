@@ -6,6 +6,7 @@ import base64
 import collections
 import datetime as dt
 import pathlib
+import re
 import struct
 import zoneinfo
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ def unflatten(tree: Any, tensor_at: Callable[[str], torch.Tensor]) -> Any:
     Raises:
         ValueError: for a tree that `flatten` cannot have made.
         UnsupportedTypeError: a value's codec is not registered.
-        RestoreError: a codec refused what it once wrote.
+        RestoreError: a codec refused what it once wrote, or this installation can't make a value that
+            another one wrote: it lacks the time zone, or its torch the device.
     """
     try:
         return _Unflattener(tensor_at).decode(tree)
@@ -90,7 +92,10 @@ def _decode_zone(node: Any) -> dt.tzinfo | None:
     if node is None:
         return None
     if isinstance(node, str):
-        return zoneinfo.ZoneInfo(node)
+        try:
+            return zoneinfo.ZoneInfo(node)
+        except zoneinfo.ZoneInfoNotFoundError as error:
+            raise _lacking(f"the time zone {node!r}", "the tzdata package") from error
     seconds, *name = node if isinstance(node, list) else [node]
     return dt.timezone(dt.timedelta(seconds=seconds), *name)
 
@@ -126,10 +131,43 @@ def _decode_numpy_scalar(node: dict[str, Any]) -> Any:
 
 
 def _numpy_dtype(text: str) -> np.dtype[Any]:
-    dtype = np.dtype(text)
+    try:
+        dtype = np.dtype(text)
+    except TypeError as error:
+        if isinstance(text, str) and _NUMPY_NUMBER.fullmatch(text):
+            raise _lacking(f"the NumPy dtype {text!r}", "a NumPy for a platform that has it") from error
+        raise
     if dtype.hasobject or dtype.names is not None:
         raise ValueError(f"NumPy dtype {text!r} is never written")
     return dtype
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = ALL_DTYPES.get(name)
+    if dtype is None and isinstance(name, str) and name.isidentifier():
+        raise _lacking(f"torch.{name}", "a torch that has it")
+    return dtype if dtype is not None else ALL_DTYPES[name]
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        if isinstance(text, str) and _DEVICE.fullmatch(text):
+            raise _lacking(f"the device {text!r}", "a torch, or its extension, that has it") from error
+        raise
+
+
+_NUMPY_NUMBER = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
+_DEVICE = re.compile(r"[a-z][a-z0-9_]{0,30}(:[0-9]{1,4})?")
+
+
+def _lacking(what: str, install: str) -> RestoreError:
+    """Nothing is wrong with the bytes of a checkpoint that needs more than this installation has."""
+    return RestoreError(
+        f"this checkpoint holds {what}, which this installation doesn't know. The checkpoint is whole: "
+        f"install {install}, and load it again"
+    )
 
 
 def _decode_codec(u: _Unflattener, node: dict[str, Any]) -> Any:
@@ -177,8 +215,8 @@ KINDS: dict[str, Callable[[_Unflattener, dict[str, Any]], Any]] = {
     "$path": lambda _, n: pathlib.Path(n["$path"]),
     "$pure_posix_path": lambda _, n: pathlib.PurePosixPath(n["$pure_posix_path"]),
     "$pure_windows_path": lambda _, n: pathlib.PureWindowsPath(n["$pure_windows_path"]),
-    "$dtype": lambda _, n: ALL_DTYPES[n["$dtype"]],
-    "$device": lambda _, n: torch.device(n["$device"]),
+    "$dtype": lambda _, n: _dtype(n["$dtype"]),
+    "$device": lambda _, n: _device(n["$device"]),
     "$size": lambda _, n: torch.Size(n["$size"]),
     "$dict": lambda u, n: dict(u.items(n["$dict"])),
     "$ordered": _decode_ordered,

@@ -32,7 +32,7 @@ _topics: weakref.WeakKeyDictionary[Any, dict[str, Topic]] = weakref.WeakKeyDicti
 """By the store that ranks meet in: meetings are numbered, so all worlds over one store count together."""
 _roll_calls: weakref.WeakKeyDictionary[Any, RollCall] = weakref.WeakKeyDictionary()
 """By the same: calls follow each other."""
-_guard = threading.Lock()
+_guard = threading.RLock()
 
 
 class Ranks:

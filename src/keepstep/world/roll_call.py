@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ import xxhash
 from torch.distributed import distributed_c10d
 
 from keepstep.errors import CollectiveMismatchError, RankFailedError, RankMissingError
-from keepstep.meetings import LOOK_EVERY_S
+from keepstep.meetings import LOOK_EVERY_S, Turns
 from keepstep.world.inquiry import Inquiry, Witness
 from keepstep.world.standstill import Lookout
 from keepstep.world.whereabouts import line_of_caller
@@ -57,7 +56,7 @@ class RollCall:
         self.size = size
         self._meeting_place = _client(store, "group")
         self._group: Any = None
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._count = 0
         self._last = "nothing yet"
         self._name = ""
@@ -86,8 +85,9 @@ class RollCall:
             CollectiveMismatchError: ranks are about to do different things, or wait for this one elsewhere.
             RankFailedError: another rank's `prepare` raised.
             RankMissingError: a rank did not come.
+            UsageError: the handler of a signal calls it in the middle of another one.
         """
-        with self._lock:
+        with self._turns.take(name):
             if self._lost is not None:
                 raise RankMissingError(
                     f"{name}: the ranks have lost each other before. {self._lost}",
@@ -111,7 +111,7 @@ class RollCall:
             start: begins it on the group, with a time-out, and returns torch's work.
             timeout_s: how long it may take, seconds.
         """
-        with self._lock:
+        with self._turns.take(name):
             self._name, self._timeout_s = name, timeout_s
             self._wait_for(lambda: start(self._group, dt.timedelta(seconds=timeout_s)))
 

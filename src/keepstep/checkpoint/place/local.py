@@ -202,6 +202,7 @@ class LocalWorkspace:
 
     def adopt(self, name: str, path: Path) -> None:
         self._files.link(path, self._place(name))
+        self._unsynced.add(name)  # who wrote it may not have waited for the disk
 
     def link(self, name: str, checkpoint: str, file: str, committed: FileEntry) -> str | None:
         source = self._committed.find(self.final.parent / checkpoint, file, committed)

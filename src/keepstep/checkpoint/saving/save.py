@@ -13,6 +13,7 @@ import torch
 from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.format.manifest import (
+    ITEMSIZES,
     STATE_NAME,
     FileEntry,
     Manifest,
@@ -29,7 +30,7 @@ from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.staging import BlockPool, SideStreams, TensorBytes
 from keepstep.checkpoint.saving.under_way import UnderWay
 from keepstep.checkpoint.saving.writer import WRITER_THREADS, SegmentWriter
-from keepstep.errors import RanksDifferError, StateChangedError, UsageError
+from keepstep.errors import RanksDifferError, StateChangedError, TensorNotSavableError, UsageError
 from keepstep.outcome import Latch
 from keepstep.tree import DTYPES, Flat, Leaf, flatten, local_part
 
@@ -231,6 +232,8 @@ class Save:
 
     def _open_and_stage(self) -> None:
         self.workspace.open()
+        if not self._held:  # the caller waits
+            self._writer.synchronize()
         self._writer.stage()
         if self._held:
             self._under_way = UnderWay(self._ordered_by)
@@ -324,7 +327,7 @@ for input, and what it ordered is committed."""
 _SHORTEST_PAUSE_S: Final = 0.0005
 _LONGEST_PAUSE_S: Final = 0.005
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name in ITEMSIZES}
 
 
 def publish(workspace: Workspace, content: Content, said: Description, lineage: Lineage) -> Manifest:
@@ -365,15 +368,25 @@ def segment_writer(
 
 
 def info_of(leaf: Leaf) -> TensorInfo:
-    """What the layout has to know of a leaf."""
+    """What the layout has to know of a leaf.
+
+    Raises:
+        TensorNotSavableError: of a dtype that the format does not know.
+    """
     tensor = leaf.tensor
+    dtype = _DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None:
+        raise TensorNotSavableError(
+            f"cannot save {leaf.address!r}: {tensor.dtype} has no place in checkpoints of this keepstep; "
+            "save tensor.view(torch.uint8)"
+        )
     hidden = tensor.is_conj() or tensor.is_neg()  # the bytes in memory are not the values
     memory = None if hidden else (tensor.get_device(), tensor.untyped_storage().data_ptr())
     return TensorInfo(
         leaf.address,
         leaf.group,
         leaf.name,
-        _DTYPE_NAMES[tensor.dtype],
+        dtype,
         tuple(tensor.shape),
         tensor.itemsize,
         tensor.nbytes,

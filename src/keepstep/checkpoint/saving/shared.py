@@ -49,6 +49,7 @@ class SharedSave(Save):
 
     Args:
         world: the ranks.
+        place: what is saved to; the same on all ranks, or none saves.
         topic: what the meeting is about; the same on all ranks.
         reserve: rank 0's workspace; called on rank 0 only.
         guest: the workspace of any other rank.
@@ -67,6 +68,7 @@ class SharedSave(Save):
         self,
         *,
         world: World,
+        place: str,
         topic: str,
         reserve: Callable[[], HostWorkspace],
         guest: Callable[[], GuestWorkspace],
@@ -78,6 +80,7 @@ class SharedSave(Save):
         pool: BlockPool,
     ) -> None:
         self._world = world
+        self._place = place
         self._ranks = ranks
         self._meeting_over = contextlib.ExitStack()
         self._meeting: Meeting = self._meeting_over.enter_context(world.meeting(topic))
@@ -140,7 +143,7 @@ class SharedSave(Save):
         """Compare with the other ranks, find the unfinished directory, and which files are this rank's."""
         described = json.dumps([_described(leaf) for leaf in leaves]).encode()
         pieces = json.dumps(self._pieces).encode()
-        said = [self._description.step, self._description.epoch]
+        said = [self._description.step, self._description.epoch, self._place]
         now = [digest_of(described), digest_of(pieces), said, self._ranks.id, self._planner.remembers]
         told = json.dumps(now).encode()
         everyones = [json.loads(data) for data in self._meeting.collect(told)]
@@ -173,11 +176,16 @@ class SharedSave(Save):
     def _open(self, everyones: Sequence[Any]) -> str:
         """Make the unfinished checkpoint; what the others have to know of it."""
         for rank, one in enumerate(everyones):
-            if one[2] != everyones[0][2]:
+            (step, epoch, place), (first_step, first_epoch, first_place) = one[2], everyones[0][2]
+            if place != first_place:
                 raise RanksDifferError(
-                    f"rank {rank} saves step {one[2][0]} of epoch {one[2][1]}, rank 0 step "
-                    f"{everyones[0][2][0]} of epoch {everyones[0][2][1]}: ranks must save together; nothing "
-                    "was written"
+                    f"rank {rank} saves to {place}, rank 0 to {first_place}: ranks must save together; "
+                    "nothing was written"
+                )
+            if (step, epoch) != (first_step, first_epoch):
+                raise RanksDifferError(
+                    f"rank {rank} saves step {step} of epoch {epoch}, rank 0 step {first_step} of epoch "
+                    f"{first_epoch}: ranks must save together; nothing was written"
                 )
         with self._host.explained():
             self._host.check()

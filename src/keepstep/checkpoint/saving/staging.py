@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -231,13 +231,24 @@ class SideStreams:
         for device, stream in self._streams.items():
             stream.wait_event(torch.accelerator.current_stream(device).record_event())
 
-    def on(self, tensor: torch.Tensor) -> torch.Stream:
-        """The stream on which work on this tensor goes; a context manager."""
-        return self._streams[tensor.device]
+    @contextlib.contextmanager
+    def on(self, tensor: torch.Tensor) -> Iterator[torch.Stream]:
+        """What this thread queues meanwhile goes to the stream of the tensor's device.
+
+        Not by `with stream`: that keeps what to go back to in the stream, which several threads enter, and
+        would leave one of them on the device of another.
+        """
+        stream = self._streams[tensor.device]
+        with torch.accelerator.device_index(tensor.device.index):
+            before = torch.accelerator.current_stream()
+            torch.accelerator.set_stream(stream)
+            try:
+                yield stream
+            finally:
+                torch.accelerator.set_stream(before)
 
     def copy(self, source: torch.Tensor, target: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Copy device bytes into host memory; they are there on return."""
-        stream = self._streams[source.device]
-        with stream:
+        with self.on(source) as stream:
             torch.from_numpy(target).copy_(source, non_blocking=True)
         stream.synchronize()

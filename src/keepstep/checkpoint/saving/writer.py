@@ -93,8 +93,7 @@ class SegmentWriter:
 
     def write(self) -> None:
         """Copy, hash and write everything; durable on return."""
-        for device in self._devices:  # what the caller has queued on a stream of its own comes first
-            torch.accelerator.synchronize(device)
+        self.synchronize()
         try:
             for index in self._to_be_written():
                 for _ in range(min(WRITER_THREADS, self._enter(index))):
@@ -105,6 +104,11 @@ class SegmentWriter:
             self.abort()
             raise
         self.drain()
+
+    def synchronize(self) -> None:
+        """Wait for what was queued on the devices, on whatever stream: the copies begin after it."""
+        for device in self._devices:
+            torch.accelerator.synchronize(device)
 
     def step_back(self) -> None:
         """Let the training's threads go first."""
