@@ -74,7 +74,12 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
-            num_cpus=4, num_gpus=2, resources={"licence": 1}, include_dashboard=False, log_to_driver=False
+            address="local",  # and not what other tests may have started
+            num_cpus=4,
+            num_gpus=2,
+            resources={"licence": 1},
+            include_dashboard=False,
+            log_to_driver=False,
         )
     yield
     ray.shutdown()
