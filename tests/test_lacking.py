@@ -47,7 +47,8 @@ def _none(key: str) -> None:
 @pytest.mark.parametrize(
     ("tree", "what"),
     [
-        ({"$device": "npu:3"}, "the device 'npu:3'"),
+        ({"$device": "npu:3"}, "the device .npu:3."),
+        ({"$datetime": "2020-01-01", "zone": "No/Where", "fold": 0}, "time zone .No/Where."),
         ({"$dtype": "float3_e1m1"}, "torch.float3_e1m1"),
         ({"$numpy_dtype": "<f32"}, "NumPy dtype '<f32'"),
     ],

@@ -136,7 +136,7 @@ class Topic:
         self.rank = rank
         self.size = size
         self._last = 0
-        self._turns = Turns()
+        self._turn = threading.Lock()  # another thread may end a meeting than the one that began it
         self._old_keys: list[str] = []
 
     @contextlib.contextmanager
@@ -147,7 +147,7 @@ class Topic:
             timeout_s: how long a step waits for the other ranks.
             watch: looks after them meanwhile.
         """
-        with self._turns.take(self.topic):
+        with self._turn:
             self.store.timeout_s = timeout_s
             number = self._last + 1
             while self._was_missed(number):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import UsageError
 from keepstep.files import Files, LocalFiles
+from keepstep.meetings import Turns
 from keepstep.world import OneRank, World
 
 __all__ = ["Engine", "Order", "make_engine", "save_directory"]
@@ -32,6 +34,9 @@ _MEMORY_BYTES: Final = 64 << 20
 
 _TO_A_DIRECTORY: Final = "saving to a directory of its own"
 """What ranks meet over, whichever directory it is: a run may save to thousands."""
+
+_of_ranks = Turns()
+"""To save to directories; one after the other, as they meet over one topic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,4 +207,6 @@ def save_directory(
     def reserve() -> HostWorkspace:
         return LocalWorkspace(changing, final, may_replace=True)
 
-    return Checkpoint(Path(directory), engine.save(reserve, order).write())
+    alone = world is None or world.size == 1
+    with contextlib.nullcontext() if alone else _of_ranks.take(f"saving to {final}"):
+        return Checkpoint(Path(directory), engine.save(reserve, order).write())

@@ -144,7 +144,7 @@ def _numpy_dtype(text: str) -> np.dtype[Any]:
 
 def _dtype(name: str) -> torch.dtype:
     dtype = ALL_DTYPES.get(name)
-    if dtype is None and isinstance(name, str) and name.isidentifier():
+    if dtype is None and isinstance(name, str) and _DTYPE.fullmatch(name):
         raise _lacking(f"torch.{name}", "a torch that has it")
     return dtype if dtype is not None else ALL_DTYPES[name]
 
@@ -158,6 +158,7 @@ def _device(text: str) -> torch.device:
         raise
 
 
+_DTYPE = re.compile(r"(q?u?int|b?float|complex|bits)[0-9][0-9a-z_]{0,30}")
 _NUMPY_NUMBER = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
 _DEVICE = re.compile(r"[a-z][a-z0-9_]{0,30}(:[0-9]{1,4})?")
 
