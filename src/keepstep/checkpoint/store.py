@@ -216,7 +216,8 @@ class Store:
             staging: "awaited": the state may change as soon as this returns. "overlapped": the copy is made
                 behind; the state must not change until `PendingSave.wait_staged` has returned. Tensors
                 that torch saw this thread write to before are found out: nothing is committed, and the error
-                names them. "auto": whichever costs less for this size; treat it as "overlapped".
+                names them. Of a device's streams it waits for the current one: join others to that before.
+                "auto": whichever costs less for this size; treat it as "overlapped".
             changing: tensors that may change at once all the same, such as buffers that a forward updates;
                 they are copied before this returns. So are all memory of NumPy's, and DTensors that are not
                 `steady`. If that comes to more than 128 MiB, everything is copied before this returns.
