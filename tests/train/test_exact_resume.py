@@ -84,7 +84,32 @@ def test_inside_an_accumulation_window(precision: str, sync_with_dataloader: boo
     assert_exact(script, tmp_path, make=make)
 
 
-def test_overflow_and_growth_of_the_loss_scale(tmp_path: Path) -> None:
+def test_a_window_that_grows_during_the_run(tmp_path: Path) -> None:
+    def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
+        model = runs.small_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Noisy(), 1, shuffle=True))
+        tape.resume()
+        for _ in accelerator.epochs(1):
+            for inputs, _ in loader:
+                accelerator.gradient_accumulation_steps = 2 if accelerator.step < 3 else 4
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(inputs).pow(2).mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                tape.note(accelerator.sync_gradients, accelerator.step)
+        return outcome(model, optimizer)
+
+    def make(project: Path) -> Accelerator:
+        return Accelerator(cpu=True, project_dir=project, gradient_accumulation_steps=2)
+
+    entries = assert_exact(script, tmp_path, make=make, stops=iter([4, 6, 10]))
+    complete = [number for number, (is_last, _) in enumerate(entries, 1) if is_last]
+    assert complete == [2, 4, 6, 10, 14, 18, 22]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflow_and_growth_of_the_loss_scale(fused: bool, tmp_path: Path) -> None:
     def make(project: Path) -> Accelerator:
         return Accelerator(
             cpu=True,
@@ -97,7 +122,7 @@ def test_overflow_and_growth_of_the_loss_scale(tmp_path: Path) -> None:
 
     def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
         model = runs.small_model()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
         loader = DataLoader(Noisy(), 4, shuffle=True)
         loader, scheduler, optimizer, model = accelerator.prepare(loader, scheduler, optimizer, model)

@@ -54,12 +54,18 @@ def zeroed_and_not_dropped(accelerator: Accelerator, optimizer: Any, loss: torch
     optimizer.zero_grad(set_to_none=False)
 
 
+def zeroed_first(accelerator: Accelerator, optimizer: Any, loss: torch.Tensor, _: bool) -> None:
+    optimizer.zero_grad(set_to_none=False)
+    accelerator.backward(loss)
+    optimizer.step()
+
+
 def never_cleared(accelerator: Accelerator, optimizer: Any, loss: torch.Tensor, _: bool) -> None:
     accelerator.backward(loss)
     optimizer.step()
 
 
-@pytest.mark.parametrize("micro_step", [by_hand, zeroed_and_not_dropped, never_cleared])
+@pytest.mark.parametrize("micro_step", [by_hand, zeroed_and_not_dropped, zeroed_first, never_cleared])
 def test_they_come_back(micro_step: Any, tmp_path: Path) -> None:
     assert_exact(script_with(micro_step), tmp_path, stops=range(1, 9, 2))
 

@@ -42,9 +42,6 @@ class Precision:
             model.forward = model.__dict__["forward"].forward
         return model
 
-    def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Get to know an optimizer before its first step."""
-
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss to call `backward` on."""
         return loss
@@ -124,14 +121,6 @@ class Float16(BFloat16):
         self._unscaled: set[int] = set()
         self._stepped: set[int] = set()
         self._skipped = False
-        self._changed = False
-
-    def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Get to know an optimizer before its first step."""
-        optimizer.register_step_post_hook(self._note_change)
-
-    def _note_change(self, *_: Any) -> None:
-        self._changed = True
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss to call `backward` on."""
@@ -167,13 +156,22 @@ class Float16(BFloat16):
             )
         if id(optimizer) in self._stepped:
             self._update()
-        self._changed = False
         result = self.scaler.step(optimizer)
         self._unscaled.discard(id(optimizer))
-        if self.scaler.is_enabled():
-            self._stepped.add(id(optimizer))
-            self._skipped |= not self._changed
-        return result, self._changed
+        if not self.scaler.is_enabled():
+            return result, True
+        self._stepped.add(id(optimizer))
+        overflow = self._overflowed(optimizer)
+        self._skipped |= overflow
+        return result, not overflow
+
+    def _overflowed(self, optimizer: Optimizer) -> bool:
+        """Whether the step that was just asked for was left out.
+
+        Fused optimizers are called all the same and leave it out inside, so that only the scaler can tell.
+        """
+        found = self.scaler._found_inf_per_device(optimizer)
+        return any(bool(inf.item()) for inf in found.values())
 
     def check_capturable(self) -> None:
         """Raise UsageError if the state of this instant could not be restored."""

@@ -19,6 +19,7 @@ class AccumulationWindow:
     """Counts micro-batches and says whether this one completes an optimizer step.
 
     Attributes:
+        num_steps: micro-batches of a window; another number holds for the window that is open, too.
         sync_gradients: the present micro-batch completes the window; True outside of `accumulate()`.
 
     Args:
@@ -36,12 +37,11 @@ class AccumulationWindow:
         self._micro_batches = 0
 
     def __enter__(self) -> None:
-        if self._with_loader and self._at_last_batch():
+        self._micro_batches += 1
+        at_end = self._with_loader and self._at_last_batch()
+        self.sync_gradients = at_end or self._micro_batches >= self.num_steps
+        if self.sync_gradients:
             self._micro_batches = 0
-            self.sync_gradients = True
-        else:
-            self._micro_batches += 1
-            self.sync_gradients = self._micro_batches % self.num_steps == 0
 
     def __exit__(self, *failure: object) -> None:
         """Leave `sync_gradients` as it is: code after the block asks for it."""
@@ -49,7 +49,7 @@ class AccumulationWindow:
     def state_dict(self) -> dict[str, Any]:
         """Position in the window."""
         return {
-            "micro_batches": self._micro_batches % self.num_steps,
+            "micro_batches": self._micro_batches,
             "num_steps": self.num_steps,
             "sync": self.sync_gradients,
         }
@@ -97,7 +97,6 @@ class PreparedOptimizer(Optimizer):
         self._precision = precision
         self._gate = gate
         self._before_first_step: Callable[[Optimizer], None] | None = before_first_step
-        precision.prepare_optimizer(optimizer)
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -153,7 +152,8 @@ class PreparedOptimizer(Optimizer):
             self.optimizer.zero_grad(set_to_none=set_to_none)
             self.pending = False
             if self._spent:
-                self._spent, self._clears = False, self._clears is not False
+                # Gradients that stay as zeros are there at the next step, those set to None are not.
+                self._spent, self._clears = False, set_to_none and self._clears is not False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add to the wrapped optimizer."""
