@@ -41,6 +41,7 @@ TORCH_FREE = [
     "keepstep.checkpoint.place.registry",
     "keepstep.checkpoint.upkeep",
     "keepstep.checkpoint.uploading",
+    "keepstep.checkpoint.uploads",
     "keepstep.cli.launch",
     "keepstep.cli.main",
     "keepstep.logging",

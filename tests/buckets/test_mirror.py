@@ -113,10 +113,10 @@ def test_the_newest_overtakes_but_never_what_is_tagged(
     may_go, under_way = threading.Event(), threading.Event()
     reserve_for = BucketBackend.reserve_for
 
-    def slow(self: BucketBackend, name: str, checkpoint_id: str) -> Any:
+    def slow(self: BucketBackend, *said: Any) -> Any:
         under_way.set()
         may_go.wait(20)
-        return reserve_for(self, name, checkpoint_id)
+        return reserve_for(self, *said)
 
     monkeypatch.setattr(BucketBackend, "reserve_for", slow)
     store = mirrored(mirror_pending=2, retention=Retention(keep_last=1), mirror_retention=Retention())

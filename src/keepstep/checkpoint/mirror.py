@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, Manifest
-from keepstep.checkpoint.format.names import directories_within
+from keepstep.checkpoint.format.manifest import Manifest
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
@@ -28,6 +27,7 @@ from keepstep.checkpoint.keeping.retention import Retention, decide
 from keepstep.checkpoint.place.backend import INTERNAL_NAME
 from keepstep.checkpoint.place.bucket import BucketBackend
 from keepstep.checkpoint.uploading import upload_checkpoint
+from keepstep.checkpoint.uploads import link_if_whole, link_upload
 from keepstep.checkpoint.waiting import Upload, Waiting
 from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, KeepstepError, MirrorError
 from keepstep.files import Files
@@ -36,6 +36,8 @@ from keepstep.outcome import LOOK_UP_S, Bell
 __all__ = ["Mirror", "MirrorProgress"]
 
 _LOG_EVERY_S: Final = 10.0
+_LASTING: Final = (DirectoryNotOursError, MirrorError)
+"""What is not tried again by this process: it stays to be told."""
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ class Mirror:
         """Have a committed checkpoint uploaded. Never raises: the checkpoint itself is safe."""
         try:
             with self._linking:
-                linked = self._link(directory, manifest)
+                linked = link_upload(self._files, self._uploads, directory, manifest)
         except (OSError, KeepstepError) as error:
             log.error("%s will not be mirrored: %s", directory, error)
             return
@@ -166,24 +168,6 @@ class Mirror:
             log.warning("%s is not mirrored to %s: newer ones overtook it", late.name, self.bucket)
             self._forget(late)
         self._changed.ring()
-
-    def _link(self, directory: Path, manifest: Manifest) -> Path:
-        """The checkpoint's files under a second name; the manifest last."""
-        target = self._uploads / f"{directory.name}.{manifest.id}"
-        if (target / MANIFEST_NAME).exists():
-            return target
-        self._files.make_directory(self._uploads)
-        if target.exists():
-            self._files.remove_tree(target)
-        self._files.make_directory(target)
-        inner = directories_within(manifest.files, manifest.directories)
-        for name in inner:
-            self._files.make_directory(target / name)
-        for name in [*manifest.files, MANIFEST_NAME]:
-            self._files.link(directory / name, target / name)
-        for name in inner:
-            self._files.sync_directory(target / name)
-        return target
 
     def _forget(self, job: Upload) -> None:
         try:
@@ -278,7 +262,10 @@ class Mirror:
         with self._lock:
             self._running = None
             job.failed = error is not None
-            if error is not None:
+            if error is None:
+                self._catching_up = self._behind and not self._draining
+                self._forgive()
+            else:
                 self._note(error)
                 if not isinstance(error, DirectoryNotOursError):
                     self._waiting.put_back(job)
@@ -291,9 +278,15 @@ class Mirror:
             self._changed.ring()
 
     def _note(self, error: Exception) -> None:
-        self._error = error
+        if not isinstance(self._error, _LASTING):
+            self._error = error
         if self._draining:
             self._waiting.give_up()
+
+    def _forgive(self) -> None:
+        """Forget an error once all that failed has been done after all."""
+        if not (self._behind or self._waiting.any_failed or isinstance(self._error, _LASTING)):
+            self._error = None
 
     def _catch_up(self) -> None:
         """What was linked by a process that died, and what was committed without being linked."""
@@ -303,7 +296,9 @@ class Mirror:
             with self._linking:
                 self._take_up({entry.manifest.id for entry in mirrored if entry.manifest})
                 self._link_missing(mirrored)
-            self._behind = False
+            with self._lock:
+                self._behind = False
+                self._forgive()
         except (OSError, KeepstepError) as error:
             log.error("the mirror %s could not be brought up to date: %s", self.bucket, error)
             with self._lock:
@@ -330,9 +325,10 @@ class Mirror:
         both = sorted([*mirrored, *lacking], key=lambda entry: entry.number)
         kept = {choice.entry.number for choice in decide(both, self._retention) if choice.keep}
         for entry in lacking:
-            if entry.number in kept and isinstance(entry.path, Path) and entry.manifest:
-                linked = self._link(entry.path, entry.manifest)
-                self._offer_missing(linked, entry.manifest, entry.name, set(there.values()))
+            if entry.number in kept and entry.manifest:
+                linked = link_if_whole(self._files, self._uploads, entry)
+                if linked is not None:
+                    self._offer_missing(linked, entry.manifest, entry.name, set(there.values()))
         taken = [n for n, e in here.items() if n in there and e.manifest and e.manifest.id != there[n]]
         if taken:
             log.error(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +54,10 @@ def upload_checkpoint(
         raise StoreError(f"{directory} can't be read: {'; '.join(report.problems)}")
     if not report.sound:
         raise DamagedCheckpointError(directory, "; ".join(report.problems))
-    holders = _holders(bucket)
-    workspace = bucket.reserve_for(name, manifest.id)
+    entries = catalog.scan(bucket)
+    holders = _holders(entries)
+    left = _left_of(name, manifest, [entry.manifest for entry in entries if entry.manifest])
+    workspace = bucket.reserve_for(name, manifest.id, left)
     try:
         files = {
             file: _upload_file(workspace, directory, file, entry, holders, advance)
@@ -66,10 +68,22 @@ def upload_checkpoint(
         workspace.discard()
 
 
-def _holders(bucket: BucketBackend) -> _Holders:
+def _left_of(name: str, manifest: Manifest, others: Iterable[Manifest]) -> set[str]:
+    """The files of a checkpoint that others of the mirror name, with this content, below its name."""
+    return {
+        file
+        for other in others
+        for file, entry in other.files.items()
+        if entry.within == name
+        and (mine := manifest.files.get(file)) is not None
+        and (mine.digest, mine.bytes) == (entry.digest, entry.bytes)
+    }
+
+
+def _holders(entries: Iterable[catalog.Entry]) -> _Holders:
     """Which checkpoint of the mirror holds a file of that name, digest and size."""
     holders: _Holders = {}
-    for entry in catalog.scan(bucket):
+    for entry in entries:
         for name, file in entry.manifest.files.items() if entry.manifest else ():
             holders[name, file.digest, file.bytes] = entry.name
     return holders

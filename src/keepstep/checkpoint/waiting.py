@@ -59,6 +59,11 @@ class Waiting:
         """How many have not failed."""
         return sum(not upload.failed for upload in self._uploads)
 
+    @property
+    def any_failed(self) -> bool:
+        """Whether one waits that could not be uploaded."""
+        return any(upload.failed for upload in self._uploads)
+
     def add(self, upload: Upload) -> list[Upload]:
         """Take one in; those that it overtakes are given back, and don't wait any more."""
         self.put_back(upload)

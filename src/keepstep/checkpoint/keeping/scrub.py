@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping.catalog import Entry, Root, scan
 from keepstep.checkpoint.keeping.verify import FileState, Report, verify_checkpoint
+from keepstep.errors import KeepstepError
 from keepstep.files import yield_to_others
 from keepstep.outcome import LOOK_UP_S, Latch
 
@@ -102,7 +103,7 @@ class Scrubber:
                 pause_s = 0.0 if self.turn() else min(self._interval_s / 10, _LONGEST_PAUSE_S)
             except _Stopped:
                 return
-            except OSError as error:
+            except (OSError, KeepstepError) as error:
                 log.warning("the scrub of %s could not go on: %s", self._root, error)
                 pause_s = _LONGEST_PAUSE_S
 

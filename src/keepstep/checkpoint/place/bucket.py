@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from keepstep.checkpoint.format.manifest import CHECKPOINT_NAME, MANIFEST_NAME, Manifest
@@ -22,13 +22,14 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place
 from keepstep.checkpoint.place.backend import checkpoint_name
 from keepstep.checkpoint.place.bucket_joined import JoinedBucketWorkspace
-from keepstep.checkpoint.place.bucket_named import NamedWorkspace, attempts_in
+from keepstep.checkpoint.place.bucket_named import OF_ATTEMPTS, NamedWorkspace, attempts_in, publish_decided
 from keepstep.checkpoint.place.bucket_reading import (
     DAMAGED,
     BucketSource,
     FoundLike,
     Listing,
     ObjectsLike,
+    as_key,
     as_name,
     is_old,
 )
@@ -145,25 +146,50 @@ class BucketBackend:
     def guest(self) -> JoinedBucketWorkspace:
         return JoinedBucketWorkspace(self._objects, self._in_use)
 
-    def reserve_for(self, name: str, checkpoint_id: str) -> BucketWorkspace:
+    def reserve_for(self, name: str, checkpoint_id: str, shared: Collection[str] = ()) -> BucketWorkspace:
         """A workspace for a checkpoint that exists elsewhere, under its own name.
 
         What an earlier attempt at the same checkpoint has uploaded stays and counts.
 
+        Args:
+            name: of the checkpoint.
+            checkpoint_id: of its manifest.
+            shared: those of its files that a checkpoint of that name, deleted since, may have left here, as
+                others name them with the same content.
+
         Raises:
-            DirectoryNotOursError: that name belongs to another checkpoint here.
+            DirectoryNotOursError: that name belongs to another checkpoint here, or has been one's.
         """
-        key = f"{name}/{CLAIM_NAME}"
+        key, claim = f"{name}/{CLAIM_NAME}", self._claim(checkpoint=checkpoint_id)
         with explained_bucket(self):
-            if not self._objects.create(key, self._claim(checkpoint=checkpoint_id)):
-                said = parse_claim(self._objects.get(key))[1]
-                if said.get("checkpoint") != checkpoint_id:
-                    raise DirectoryNotOursError(
-                        errno.EEXIST,
-                        f"{self}/{name} belongs to another checkpoint already, of another run perhaps. Give "
-                        "each run a mirror of its own",
-                    )
+            if self._objects.create(key, claim):
+                known = {key, *(f"{name}/{as_key(file)}" for file in shared)}
+                if {found.key for found in self._objects.list(name)} - known:
+                    self._objects.delete([key])
+                    raise self._belongs_to_another(name)
+            elif parse_claim(self._objects.get(key))[1].get("checkpoint") != checkpoint_id:
+                raise self._belongs_to_another(name)
+            else:
+                self._take_up_again(name, claim)
         return self._workspace(name, keeps_parts=True)
+
+    def _take_up_again(self, name: str, claim: bytes) -> None:
+        """Have a checkpoint uploaded after all whose upload was given up because it had rested for a day.
+
+        Nobody can be at the old attempt any more. The claim is renewed so that this one counts as young.
+        """
+        found = {found.key.removeprefix(f"{name}/"): found for found in self._objects.list(name)}
+        mark = found.pop(MANIFEST_NAME, None)
+        if mark is not None and not mark.bytes and is_old(found):
+            self._objects.delete([f"{name}/{MANIFEST_NAME}"])
+            self._objects.put(f"{name}/{CLAIM_NAME}", claim)
+
+    def _belongs_to_another(self, name: str) -> DirectoryNotOursError:
+        return DirectoryNotOursError(
+            errno.EEXIST,
+            f"{self}/{name} belongs to another checkpoint already, of another run perhaps. Give "
+            "each run a mirror of its own",
+        )
 
     def reserve_named(self, name: str) -> NamedWorkspace:
         """A workspace under a name that the caller has chosen; what others have begun there is given up.
@@ -334,10 +360,13 @@ class BucketBackend:
         attempts = attempts_in(files)
         if MANIFEST_NAME in files or not (attempts or CLAIM_NAME in files):
             return True  # given up before, or the rest of a deletion
+        if publish_decided(self._objects, self._source(prefix), sorted(attempts)):
+            return False
         for claim in files.keys() & {CLAIM_NAME, *(f"{attempt}/{CLAIM_NAME}" for attempt in attempts)}:
             who, said = parse_claim(self._objects.get(f"{prefix}/{claim}"))
             resumable = "checkpoint" in said and not is_old(files)
-            if resumable or (who is not None and who.is_here):
+            named = attempts or OF_ATTEMPTS in said  # its process need not be the one that writes here
+            if resumable or (who is not None and (who.lives_here if named else who.is_here)):
                 return False
         return self._objects.create(f"{prefix}/{MANIFEST_NAME}", b"")
 

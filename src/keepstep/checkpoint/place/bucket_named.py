@@ -27,10 +27,10 @@ from keepstep.checkpoint.place.claimant import Claimant, parse_claim, this_proce
 from keepstep.checkpoint.place.in_use import KeysInUse
 from keepstep.errors import BucketError, DirectoryNotOursError, StoreBusyError, StoreError
 
-__all__ = ["NamedWorkspace", "attempts_in"]
+__all__ = ["OF_ATTEMPTS", "NamedWorkspace", "attempts_in", "publish_decided"]
 
 _FIRST: Final = "attempt_"
-_OF_ATTEMPTS: Final = "attempts"
+OF_ATTEMPTS: Final = "attempts"
 """What the claim on a name says that is given to attempts, and to no save of a store."""
 
 
@@ -79,7 +79,7 @@ class NamedWorkspace(BucketWorkspace):
     def _begin(self) -> None:
         """Of two that begin at once each one sees the other: both claim before they look."""
         _Name(self._objects, self.final).check()  # writes nothing where something else lies
-        of_attempts = this_process().dump(**{_OF_ATTEMPTS: True})
+        of_attempts = this_process().dump(**{OF_ATTEMPTS: True})
         self._objects.create(f"{self.final.prefix}/{CLAIM_NAME}", of_attempts)  # a store gives it to no save
         self._objects.put(self._claim_key, self._claim)
         try:
@@ -127,7 +127,7 @@ class _Name:
         found = self._found
         if MANIFEST_NAME in found and found[MANIFEST_NAME].bytes:
             raise self._is_committed()
-        ours = CLAIM_NAME in found and _OF_ATTEMPTS in self._said(CLAIM_NAME)[1]
+        ours = CLAIM_NAME in found and OF_ATTEMPTS in self._said(CLAIM_NAME)[1]
         claims = [f"{attempt}/{CLAIM_NAME}" for attempt in self._attempts]
         for claim in claims if ours else [CLAIM_NAME, *claims]:
             holder = self._holder(claim)
@@ -206,3 +206,13 @@ def _publish(objects: ObjectsLike, final: BucketSource, manifest: bytes) -> bool
             raise  # who saves under this name next does it, as it was decided
         return True
     return created or content_of(objects, key) == manifest
+
+
+def publish_decided(objects: ObjectsLike, final: BucketSource, attempts: Iterable[str]) -> bool:
+    """Publish the attempt below a name that had been decided, if there is one; whether there was."""
+    for attempt in attempts:
+        decided = content_of(objects, f"{final.prefix}/{attempt}/{MANIFEST_NAME}")
+        if decided:
+            _publish(objects, final, decided)
+            return True
+    return False

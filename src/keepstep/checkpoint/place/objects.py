@@ -27,7 +27,7 @@ from keepstep.checkpoint.place.profile import (
     secrets_in_environment,
     settings_of_azure,
 )
-from keepstep.checkpoint.place.refusals import in_words, in_words_at_opening, says_no_bucket
+from keepstep.checkpoint.place.refusals import in_words, in_words_at_opening, says_no_bucket, status_of
 from keepstep.errors import BucketError, UsageError
 from keepstep.logins import without_logins
 
@@ -268,8 +268,7 @@ class Objects:
             ) from None
         except BaseError as error:
             said = _hidden(str(error), self._secrets)
-            refused = "501" in said and doing == "create"
-            if refused:
+            if doing == "create" and status_of(said) == "501":
                 raise self.refuses_create(key) from None
             # Not chained: the text of the cause may show a signature.
             raise BucketError(in_words(self.address, f"{doing} {key}", said)) from None

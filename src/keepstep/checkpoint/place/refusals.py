@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["in_words", "in_words_at_opening", "says_no_bucket"]
+__all__ = ["in_words", "in_words_at_opening", "says_no_bucket", "status_of"]
 
 _STATUS: Final = re.compile(r"status code: (\d{3})\b")
 _CODE: Final = re.compile(r"<Code>([^<]{1,100})</Code>|\"(?:code|reason)\": ?\"([^\"]{1,100})\"")
@@ -44,6 +44,12 @@ _UNANSWERED: Final = "error sending request"
 _MORE_TIME: Final = "give it more time (storage_options timeout_s, max_retries, retry_timeout_s)"
 
 
+def status_of(said: str) -> str:
+    """The HTTP status that the server answered with; "" if it is not told."""
+    found = _STATUS.search(said)
+    return found[1] if found else ""
+
+
 def says_no_bucket(said: str) -> bool:
     """Whether it is the bucket that is missing, and not an object in it."""
     return any(sign in said for sign in _NO_BUCKET)
@@ -77,8 +83,7 @@ def in_words_at_opening(address: str, said: str) -> str:
 
 def _judged(said: str, bucket: str) -> tuple[str, str]:
     """What happened, and what to do."""
-    found = _STATUS.search(said)
-    status = found[1] if found else ""
+    status = status_of(said)
     reason = _first(_CODE, said) or (f"HTTP {status}" if status else "")
     if says_no_bucket(said):
         return (
