@@ -18,6 +18,7 @@ from keepstep.checkpoint.loading.live import (
     call_load,
     has_loading_code,
     is_live_memory,
+    outermost_loaders,
     state_of,
     takes_plain_state,
 )
@@ -93,11 +94,36 @@ class Fit:
                     self._tensor(saved[key], value, (*path, key), read=False)
             self._plan.handed_over.append(Handed(path, module, node))
             return
+        resized = self._resized(module, state, saved, path)
         for key, value in state.items():
-            if key in saved:
+            if key in saved and not key.startswith(resized):
                 self._tensor(saved[key], value, (*path, key))
         if has_loading_code(module):  # it may rebuild caches; the values are the live ones already
-            self._plan.settling.append(lambda: lambda: call_load(module, state, path))
+            self._plan.settling.append(lambda: lambda: call_load(module, state_of(module, path), path))
+
+    def _resized(
+        self, module: torch.nn.Module, state: dict[str, Any], saved: dict[Any, Any], path: ObjectPath
+    ) -> tuple[str, ...]:
+        """Hand their state to parts that may give tensors another shape as they load; their prefixes.
+
+        Observers of quantization do: their buffers have no size until they have seen a batch.
+        """
+        reshaped = [key for key, value in state.items() if key in saved and self._reshaped(saved[key], value)]
+        names = outermost_loaders(module, reshaped)
+        prefixes = tuple(f"{name}." if name else "" for name in names)
+        for name, prefix in zip(names, prefixes, strict=True):
+            own = {key.removeprefix(prefix): node for key, node in saved.items() if key.startswith(prefix)}
+            place = (*path, name) if name else path
+            self._plan.handed_over.append(Handed(place, module.get_submodule(name), own))
+        return prefixes
+
+    def _reshaped(self, node: Any, live: torch.Tensor) -> bool:
+        address = tensor_address(node)
+        if address is None or live.is_meta or live.layout is not torch.strided:
+            return False
+        entry = self._plan.reader.entry(address)
+        same_kind = entry.dtype == str(live.dtype).removeprefix("torch.")
+        return same_kind and entry.shape != tuple(live.shape)
 
     def _tensor(self, node: Any, live: torch.Tensor, path: ObjectPath, *, read: bool = True) -> None:
         address = tensor_address(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,14 @@ import torch
 from keepstep.errors import RestoreError
 from keepstep.tree import address_of
 
-__all__ = ["call_load", "has_loading_code", "is_live_memory", "state_of", "takes_plain_state"]
+__all__ = [
+    "call_load",
+    "has_loading_code",
+    "is_live_memory",
+    "outermost_loaders",
+    "state_of",
+    "takes_plain_state",
+]
 
 
 def state_of(owner: Any, path: tuple[Any, ...]) -> Any:
@@ -52,10 +59,27 @@ def has_loading_code(module: torch.nn.Module) -> bool:
     return any(
         part._load_state_dict_pre_hooks
         or part._load_state_dict_post_hooks
-        or not type(part)._load_from_state_dict.__module__.startswith("torch.nn.")
+        or _loads_by_itself(part)
         or type(part).load_state_dict is not torch.nn.Module.load_state_dict
         for part in module.modules()
     )
+
+
+def _loads_by_itself(part: torch.nn.Module) -> bool:
+    return not type(part)._load_from_state_dict.__module__.startswith("torch.nn.")
+
+
+def outermost_loaders(module: torch.nn.Module, keys: Iterable[str]) -> list[str]:
+    """Names of submodules that own one of these tensors and load in a way of their own.
+
+    Of one that is inside another of them, the outer one is named.
+    """
+    owners = {key.rpartition(".")[0] for key in keys}
+    found: list[str] = []
+    for name in sorted(owner for owner in owners if _loads_by_itself(module.get_submodule(owner))):
+        if not any(f"{name}.".startswith(f"{outer}.") or not outer for outer in found):
+            found.append(name)
+    return found
 
 
 def takes_plain_state(optimizer: torch.optim.Optimizer) -> bool:
