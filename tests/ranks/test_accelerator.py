@@ -213,21 +213,39 @@ def ranks_decide_together_when_to_save(folder: Path, rank: int, size: int) -> No
     assert accelerator.gather_for_metrics([saved], use_gather_object=True) == [saved] * size
 
 
-def buffers_of_each_rank_come_back(folder: Path, rank: int, size: int) -> None:
-    def make() -> tuple[Accelerator, nn.Module, nn.BatchNorm1d]:
-        accelerator = Accelerator(cpu=True, project_dir=folder / "buffers")
-        norm = nn.BatchNorm1d(6)
-        return accelerator, accelerator.prepare(nn.Sequential(norm, nn.Linear(6, 1))), norm
+class Average(nn.Module):
+    """Puts another buffer in the place of its own at each forward; DDP sends only the first one to all."""
 
-    accelerator, model, norm = make()
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+def buffers_of_each_rank_come_back(folder: Path, rank: int, size: int) -> None:
+    def make() -> tuple[Accelerator, nn.Module, nn.BatchNorm1d, Average]:
+        accelerator = Accelerator(cpu=True, project_dir=folder / "buffers")
+        norm, average = nn.BatchNorm1d(6), Average()
+        torch.manual_seed(0)
+        model = accelerator.prepare(nn.Sequential(average, norm, nn.Linear(6, 1)))
+        return accelerator, model, norm, average
+
+    accelerator, model, norm, average = make()
     model(inputs(rank))
     mine = norm.running_mean.clone()  # type: ignore[union-attr]
     accelerator.save_state()
-    again, _, other = make()
+    again, model_again, other, other_average = make()
     again.resume()
     torch.testing.assert_close(other.running_mean, mine, rtol=0, atol=0)
-    means = accelerator.gather(mine.unsqueeze(0))
-    assert not torch.equal(means[0], means[1])
+    torch.testing.assert_close(other_average.mean, average.mean, rtol=0, atol=0)
+    for of_ranks in (mine, average.mean):
+        means = accelerator.gather(of_ranks.unsqueeze(0))
+        assert not torch.equal(means[0], means[1])
+    torch.testing.assert_close(model_again(inputs(rank)), model(inputs(rank)), rtol=0, atol=0)
+    torch.testing.assert_close(other_average.mean, average.mean, rtol=0, atol=0)
 
 
 def options_of_the_wrapper_are_torchs(folder: Path, rank: int, size: int) -> None:

@@ -141,6 +141,38 @@ def test_overflow_and_growth_of_the_loss_scale(fused: bool, tmp_path: Path) -> N
     assert set(skipped) == {True, False}
 
 
+def test_buffers_that_the_state_of_a_model_leaves_out(tmp_path: Path) -> None:
+    class Drifting(torch.nn.Module):
+        """Moves one buffer in place and puts another one in the place of the other."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+            self.register_buffer("moved", torch.zeros(4), persistent=False)
+            self.register_buffer("replaced", torch.zeros(4), persistent=False)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.moved.lerp_(inputs.mean(0), 0.1)
+                self.replaced = 0.9 * self.replaced + 0.1 * inputs.mean(0)
+            return self.layer(inputs - self.moved - self.replaced)
+
+    def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
+        model = torch.nn.Sequential(Drifting())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Noisy(), 4, shuffle=True))
+        tape.resume()
+        for _ in accelerator.epochs(1):
+            for inputs, _ in loader:
+                accelerator.backward(model(inputs).pow(2).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                tape.note({name: value.tolist() for name, value in model.named_buffers()})
+        return outcome(model, optimizer)
+
+    assert_exact(script, tmp_path)
+
+
 def test_two_models_two_optimizers_and_an_average(tmp_path: Path) -> None:
     class Average:
         """An exponential moving average of the first model's weights."""

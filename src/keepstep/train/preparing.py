@@ -118,6 +118,7 @@ class Preparer:
             wrapped = self._parallel.wrap(wrapped, device)
         wrapped = compiled(wrapped, self._compiling)
         self._wrapped[id(inner)] = wrapped
+        self._state.note_buffers(inner)
         return wrapped
 
     def _settings(self) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +14,15 @@ from keepstep.train.data.order import derive_seed
 from keepstep.train.ranks.parallel import gradient_like, part_here
 from keepstep.train.step import PreparedOptimizer
 
-__all__ = ["Buffers", "Generators", "Gradients", "numbered"]
+__all__ = ["Buffers", "FirstBuffers", "Generators", "Gradients", "buffers_of", "numbered"]
+
+FirstBuffers = Mapping[torch.nn.Module, Mapping[str, "weakref.ref[torch.Tensor]"]]
+"""The buffers that models had when they were prepared."""
+
+
+def buffers_of(model: torch.nn.Module) -> dict[str, weakref.ref[torch.Tensor]]:
+    """What to remember of the buffers that a model has now."""
+    return {name: weakref.ref(buffer) for name, buffer in model.named_buffers()}
 
 
 def numbered(kind: str, index: int) -> str:
@@ -89,42 +99,69 @@ def _has_shape(parameters: list[torch.nn.Parameter], index: int, shape: torch.Si
 
 
 class Buffers:
-    """Buffers that a forward on this rank wrote to, such as a batch norm's averages.
+    """Buffers that a forward on this rank wrote to or replaced, such as a batch norm's averages.
 
     Ranks see different data, so theirs differ between two forwards (at the next one, rank 0's are sent to
-    all). The checkpoint of the model has one rank's; these are put over them.
+    all). The checkpoint of the model has one rank's; these are put over them. Of one rank alone the model's
+    state has all but those with `persistent=False`.
 
     Args:
         models: as they are saved.
-        size: how many ranks there are; one rank's buffers are the model's.
+        size: how many ranks there are.
+        first: the buffers that they had when they were prepared.
     """
 
-    def __init__(self, models: list[torch.nn.Module], size: int) -> None:
-        self._models = models if size > 1 else []
-        self._received: dict[str, dict[str, torch.Tensor]] = {}
+    def __init__(self, models: list[torch.nn.Module], size: int, first: FirstBuffers) -> None:
+        self._models = models
+        self._size = size
+        self._first = first
+        self._received: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
 
-    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{model: {name: buffer}} of the buffers that were ever written to."""
-        found = {
-            numbered("model", number): {
-                name: buffer for name, buffer in model.named_buffers() if buffer._version > 0
-            }
-            for number, model in enumerate(self._models)
+    def state_dict(self) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+        """{model: {"written": {name: buffer}, "replaced": {name: buffer}}}, of those that are either."""
+        found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+        for number, model in enumerate(self._models):
+            first, own = self._first.get(model, {}), self._own(model)
+            replaced = {name: it for name, it in own.items() if name in first and first[name]() is not it}
+            written = {name: it for name, it in own.items() if it._version > 0 and name not in replaced}
+            if written or replaced:
+                found[numbered("model", number)] = {"written": written, "replaced": replaced}
+        return found
+
+    def _own(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Buffers that the saved state of the model may not have as they are on this rank."""
+        if self._size > 1:
+            return dict(model.named_buffers())
+        return {
+            name: buffer
+            for prefix, part in model.named_modules()
+            for name, buffer in part.named_buffers(prefix, recurse=False)
+            if name.rpartition(".")[2] in part._non_persistent_buffers_set
         }
-        return {key: buffers for key, buffers in found.items() if buffers}
 
-    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, dict[str, torch.Tensor]]]) -> None:
         """Keep them."""
         self._received = state
 
     def apply(self) -> None:
-        """Put them over those of the model; what the model no longer has was told when it was restored."""
+        """Put them over those of the model; what the model no longer has was told when it was restored.
+
+        DDP sends rank 0's buffers to all at each forward: those that the model had when it was wrapped, and
+        none that was put in the place of one. So such a one is put in the place of the model's again.
+        """
         for number, model in enumerate(self._models):
-            saved = self._received.get(numbered("model", number), {})
+            saved = self._received.get(numbered("model", number), {"written": {}, "replaced": {}})
+            written, replaced = saved["written"], saved["replaced"]
             with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in saved and saved[name].shape == buffer.shape:
-                        buffer.copy_(saved[name])
+                for name, buffer in self._own(model).items():
+                    if name in written and written[name].shape == buffer.shape:
+                        buffer.copy_(written[name])
+                    elif name in replaced:
+                        owner, _, key = name.rpartition(".")
+                        part = model.get_submodule(owner)
+                        part._buffers[key] = torch.empty_like(replaced[name], device=buffer.device).copy_(
+                            replaced[name]
+                        )
 
 
 class Generators:

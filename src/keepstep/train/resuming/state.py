@@ -31,7 +31,13 @@ from keepstep.train.precision import Precision
 from keepstep.train.progress import Progress
 from keepstep.train.ranks.parallel import Parallel
 from keepstep.train.resuming.options import options_of, warn_of_replaced
-from keepstep.train.resuming.rank_state import Buffers, Generators, Gradients, numbered
+from keepstep.train.resuming.rank_state import (
+    Buffers,
+    Generators,
+    Gradients,
+    buffers_of,
+    numbered,
+)
 from keepstep.train.resuming.shared_state import SharedState
 from keepstep.train.step import AccumulationWindow, PreparedOptimizer, PreparedScheduler
 from keepstep.world import World
@@ -89,6 +95,9 @@ class TrainState:
     ranks_apart: str = ""
     steps_differ: bool = False
     gate: StagingGate = field(default_factory=StagingGate)
+    _first_buffers: weakref.WeakKeyDictionary[torch.nn.Module, Any] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
 
     def __post_init__(self) -> None:
         _states.add(self)
@@ -102,6 +111,10 @@ class TrainState:
     def is_empty(self) -> bool:
         """Whether nothing was prepared or registered."""
         return not (self.models or self.optimizers or self.schedulers or self.loaders or self.registered)
+
+    def note_buffers(self, model: torch.nn.Module) -> None:
+        """Remember the buffers of a model that is about to be trained: those it has later may be others."""
+        self._first_buffers[model] = buffers_of(model)
 
     def register(self, objects: tuple[Any, ...]) -> None:
         """Add objects to what is saved and restored.
@@ -142,7 +155,7 @@ class TrainState:
             own={
                 "generators": Generators().state_dict(),
                 "gradients": Gradients(self.optimizers, self.world.size).state_dict(),
-                "buffers": Buffers(self.models, self.world.size).state_dict(),
+                "buffers": Buffers(self.models, self.world.size, self._first_buffers).state_dict(),
             },
         )
 
@@ -201,7 +214,7 @@ class TrainState:
         """
         shared, generators = SharedState(self), Generators()
         gradients = Gradients(self.optimizers, self.world.size)
-        buffers = Buffers(self.models, self.world.size)
+        buffers = Buffers(self.models, self.world.size, self._first_buffers)
         own = {"generators": generators, "gradients": gradients, "buffers": buffers}
         before = self._options()
         try:
