@@ -79,7 +79,15 @@ def _hooks(accelerator: Any, model: Any, optimizer: Any) -> None:
     accelerator.backward(model(torch.ones(2, 4)).sum())
     optimizer.step()
     optimizer.zero_grad()
+    project = Path(accelerator.project_dir)
+    left, of_another = (project / f".keepstep-hooks-{of}-k1ll_ed0" for of in ("checkpoints", "checkpoints-b"))
+    if accelerator.is_main_process:
+        for directory in (left, of_another):
+            (directory / "below").mkdir(parents=True)
+            (directory / "below" / "weights").write_bytes(b"many")
+    accelerator.wait_for_everyone()
     place = accelerator.save_state()
+    assert list(project.glob(".keepstep-hooks-*")) == [of_another]
     accelerator.load_state(place)
     assert accelerator.resume() is not None
     assert read == [1, 1]

@@ -32,6 +32,48 @@ def test_capture_and_restore() -> None:
     assert draws() == expected
 
 
+class Devices:
+    """What torch says of the accelerators that a process sees, and does to them."""
+
+    def __init__(self, count: int, current: int) -> None:
+        self.count, self.current = count, current
+        self.states = [torch.tensor([100 * current + number]) for number in range(count)]
+
+    def device_count(self) -> int:
+        return self.count
+
+    def current_device(self) -> int:
+        return self.current
+
+    def get_rng_state_all(self) -> list[torch.Tensor]:
+        return self.states
+
+    def set_rng_state_all(self, states: list[torch.Tensor]) -> None:
+        for number, state in enumerate(states):
+            self.states[number] = state
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.states[self.current] = state
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (Devices(8, 5), [500, 501, 502, 503, 504, 505, 506, 507]),
+        (Devices(4, 1), [100, 505, 102, 103]),  # on two machines instead of one
+        (Devices(1, 0), [505]),  # each process sees one device alone
+    ],
+)
+def test_a_device_goes_on_whatever_its_number_is_now(
+    now: Devices, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rng, "_device_module", lambda: Devices(8, 5))
+    saved = rng.capture()
+    monkeypatch.setattr(rng, "_device_module", lambda: now)
+    rng.restore(saved)
+    assert [int(state) for state in now.states] == expected
+
+
 def test_isolation_holds_when_a_block_fails_and_when_nested() -> None:
     inner = []
 

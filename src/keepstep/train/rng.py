@@ -54,20 +54,23 @@ def capture() -> dict[str, Any]:
     device_states = _device_states()
     if device_states:
         tree["accelerator"] = device_states
+        tree["device"] = _device_index()
     return tree
 
 
 def restore(tree: dict[str, Any]) -> None:
     """Put every global generator back to a captured state.
 
-    Devices that this machine lacks keep no generator to restore; the saved ones are ignored then.
+    The device that this process trains on gets the state of the one that it trained on, whatever the numbers
+    of the two: they change with the number of machines and with what a process is let see. Other devices get
+    their own back where that number is the same; those that this machine lacks have none to restore.
     """
     python = tree["python"]
     random.setstate((int(python["version"]), tuple(python["words"].tolist()), python["gauss"]))
     numpy = _numpy()
     if numpy is not None and "numpy" in tree:
         numpy.random.set_state(tree["numpy"])
-    _set_device_states(tree.get("accelerator", []))
+    _set_device_states(tree.get("accelerator", []), tree.get("device"))
     _torch_generator.set_state(tree["torch"])
 
 
@@ -95,14 +98,27 @@ def _device_states() -> list[torch.Tensor]:
     return [module.get_rng_state()]
 
 
-def _set_device_states(states: list[torch.Tensor]) -> None:
+def _device_index() -> int:
+    """Number of the device that this process computes on, among those it sees."""
+    return int(getattr(_device_module(), "current_device", lambda: 0)())
+
+
+def _set_device_states(states: list[torch.Tensor], index: int | None) -> None:
+    """Restore devices.
+
+    Args:
+        states: of each that was seen.
+        index: which of them was the process's own; None if that is not known.
+    """
     module = _device_module()
     if module is None or not states:
         return
-    if hasattr(module, "set_rng_state_all"):
+    if not hasattr(module, "set_rng_state_all"):
+        module.set_rng_state(states[0])
+    elif index is None or index == _device_index():
         module.set_rng_state_all(states[: module.device_count()])
     else:
-        module.set_rng_state(states[0])
+        module.set_rng_state(states[index])
 
 
 def seed_globals(seed: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -31,6 +32,8 @@ __all__ = ["FILES", "LoadHook", "SaveHook", "StateHooks"]
 
 FILES = "files"
 """The root key under which a checkpoint has the files of hooks."""
+
+_PREFIX = ".keepstep-hooks-"
 
 SaveHook = Callable[[list[torch.nn.Module], list[dict[str, Any]], str], Any]
 LoadHook = Callable[[list[torch.nn.Module], str], Any]
@@ -111,10 +114,13 @@ class StateHooks:
         made = None
         if self._world.rank == 0:
             beside = None
+            prefix = _PREFIX
             if self._world.size > 1 and not is_address(place):  # ranks may be on several machines
-                beside = Path(place).resolve().parent
+                at = Path(place).resolve()
+                beside, prefix = at.parent, f"{_PREFIX}{at.name}-"
                 beside.mkdir(parents=True, exist_ok=True)
-            made = tempfile.mkdtemp(prefix=".keepstep-hooks-", dir=beside)
+                _sweep(beside, prefix)
+            made = tempfile.mkdtemp(prefix=prefix, dir=beside)
         directory = Path(self._world.broadcast(made or ""))
         try:
             yield directory
@@ -149,7 +155,7 @@ class StateHooks:
         names = [str(key) for key, _ in items_of(checkpoint.reader().tree) or ()]
         left = list(models)
         if self._loading:
-            with tempfile.TemporaryDirectory(prefix=".keepstep-hooks-") as directory:
+            with tempfile.TemporaryDirectory(prefix=_PREFIX) as directory:
                 if FILES in names:
                     _unpack(checkpoint.load(FILES)[FILES], Path(directory))
                 for hook in list(self._loading.values()):
@@ -163,6 +169,18 @@ class StateHooks:
         wanted = [name for name in names if name != FILES and name not in left_out]
         only = wanted if len(wanted) < len(names) else None
         checkpoint.load_into(live, only, per_rank=own, rank=self._world.rank, agree=agree)
+
+
+def _sweep(beside: Path, prefix: str) -> None:
+    """Remove directories of earlier saves to the same place.
+
+    A kill leaves one, and so does a network file system that keeps files as long as they are mapped. No other
+    save to this place runs beside the one that is about to begin.
+    """
+    of_this_place = re.compile(re.escape(prefix) + r"[^.-]+")
+    for path in beside.iterdir():
+        if of_this_place.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _mapped(directory: Path) -> dict[str, torch.Tensor]:
