@@ -14,7 +14,7 @@ from tests.train import runs
 
 from keepstep.train import rng
 from keepstep.train.data.generators import Replacement, find_generators
-from keepstep.train.data.memory import SamplerMemory
+from keepstep.train.data.memory import PassMemory, sampler_parts
 from keepstep.train.data.order import Chunked, Listed, Streamed, derive_seed, draw_order
 
 
@@ -233,13 +233,13 @@ def test_a_changed_option_is_not_overwritten_by_what_was_remembered() -> None:
             return super().__iter__()
 
     old = Sampler(10)
-    memory = SamplerMemory(old)
+    memory = PassMemory(sampler_parts(old))
     list(old)
     list(old)
     remembered = memory.read()
     assert remembered == [{"moved": {"times": 2, "later": 1}}]
     new = Sampler(12)
-    SamplerMemory(new).write(remembered)
+    PassMemory(sampler_parts(new)).write(remembered)
     assert (new.length, new.times, new.later) == (12, 2, 1)
 
 

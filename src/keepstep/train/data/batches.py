@@ -16,8 +16,8 @@ from torch.autograd import profiler
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
 
 from keepstep.train.data.agreement import check_alike
-from keepstep.train.data.generators import KeptGenerator, Replacement, find_generators
-from keepstep.train.data.memory import SamplerMemory
+from keepstep.train.data.generators import KeptGenerators, Replacement
+from keepstep.train.data.memory import PassMemory, sampler_parts
 from keepstep.train.data.order import Order, derive_seed, draw_order
 from keepstep.train.data.shares import Plan, Share, check_split
 from keepstep.train.progress import Cursor
@@ -29,8 +29,8 @@ __all__ = ["BatchSource", "KeyedSource", "announce_pass", "clone_loader", "full_
 _log = logging.getLogger(__name__)
 _BASE_SEED, _ORDER_SEED = -1, -2
 _PROFILED_AS = "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
-Key = tuple[tuple[int, ...], Any]
-"""What a batch's seed is derived from, and its indices."""
+Key = tuple[tuple[int, ...], Any, int]
+"""What a batch's seed is derived from, its indices, and the number of the pass."""
 
 
 class BatchSource(Protocol):
@@ -94,9 +94,8 @@ class KeyedSource:
         self.share = share
         self._world = world
         self._batch_size = full_batch(loader)
-        self._dataset = loader.dataset
         self._sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        self._memory = SamplerMemory(self._sampler)
+        self._memory = PassMemory(sampler_parts(self._sampler))
         self._keys = _KeyStream()
         self._base_generator = torch.Generator()
         self._in_workers = loader.num_workers > 0
@@ -118,7 +117,7 @@ class KeyedSource:
 
     def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
         """Yield the batches of one pass from the cursor's position on."""
-        announce_pass(self._dataset, cursor.pass_number)
+        self._keyed.begin(cursor.pass_number)
         order = draw_order(self._sampler, seed=derive_seed(seed, _ORDER_SEED), pass_number=cursor.pass_number)
         if self.share.size > 1:
             self._check_alike(cursor, seed, order)
@@ -131,7 +130,7 @@ class KeyedSource:
         )
         cursor.length, cursor.remainder = plan.end, plan.remainder
         self._base_generator.manual_seed(derive_seed(seed, _BASE_SEED))
-        self._keys.arm(plan, seed, self.share.size)
+        self._keys.arm(plan, seed, self.share.size, cursor.pass_number)
         for batch in self._loaded_here() if self._here else iter(self._inner):
             if cursor.length is None:
                 cursor.length, cursor.remainder = plan.end, plan.remainder
@@ -216,19 +215,20 @@ class _KeyStream:
     """The inner loader's batch sampler: yields the keys of the pass it was armed for."""
 
     def __init__(self) -> None:
-        self._armed: tuple[Plan, int, int] | None = None
+        self._armed: tuple[Plan, int, int, int] | None = None
 
-    def arm(self, plan: Plan, seed: int, ranks: int) -> None:
+    def arm(self, plan: Plan, seed: int, ranks: int, pass_number: int) -> None:
         """Set what the next iteration yields."""
-        self._armed = (plan, seed, ranks)
+        self._armed = (plan, seed, ranks, pass_number)
 
     def __iter__(self) -> Iterator[Key]:
         if self._armed is None:
             return
-        plan, seed, ranks = self._armed
+        plan, seed, ranks, pass_number = self._armed
         for unit, part, indices in plan.portions():
             # What a split unit draws depends on the cut; all else on the unit alone, on any number of ranks.
-            yield ((seed, unit) if part is None or ranks == 1 else (seed, unit, part, ranks)), indices
+            seeds = (seed, unit) if part is None or ranks == 1 else (seed, unit, part, ranks)
+            yield seeds, indices, pass_number
 
 
 class _KeyedDataset(Dataset[Any]):
@@ -240,20 +240,28 @@ class _KeyedDataset(Dataset[Any]):
         self._in_batches = loader.batch_sampler is not None
         # Nothing of these draws a number, so there is nothing to seed: it would be most of a batch's cost.
         self._draws_nothing = type(self.dataset) is TensorDataset and self._collate is default_collate
-        self._kept: list[KeptGenerator] | None = None
+        self._pass: int | None = None
+        self._kept: KeptGenerators | None = None
+        self._fetched, self._looks_at = 0, 1
 
     def __getstate__(self) -> dict[str, Any]:
         # Where generators are kept is found anew in each worker: the entries point into live objects.
         return {**self.__dict__, "_kept": None}
 
+    def begin(self, pass_number: int) -> None:
+        """Announce a pass; what keeps generators may be another than in the one before."""
+        announce_pass(self.dataset, pass_number)
+        self._pass, self._kept = pass_number, None
+        self._fetched, self._looks_at = 0, 1
+
     def __getitems__(self, key: Key) -> Any:
-        seeds, indices = key
+        seeds, indices, pass_number = key
+        if pass_number != self._pass:  # in a worker that outlived the pass before
+            self.begin(pass_number)
         if self._draws_nothing:
             drop_held_gaussian()  # as where something is seeded
             return self._collate(self._samples(indices))
         seed = derive_seed(*seeds)
-        if self._kept is None:
-            self._kept = [*find_generators(self.dataset), *find_generators(self._collate)]
         if get_worker_info() is not None:
             # Between batches nobody looks at a worker's global generators, so they are not put back.
             seed_globals(seed)
@@ -262,8 +270,22 @@ class _KeyedDataset(Dataset[Any]):
             return self._fetch(seed, indices)
 
     def _fetch(self, seed: int, indices: Any) -> Any:
-        if self._kept:
-            with Replacement(self._kept, seed):
+        kept = self._kept
+        if kept is None:
+            kept = self._kept = KeptGenerators(self.dataset, self._collate)
+        batch = self._load(kept, seed, indices)
+        self._fetched += 1
+        if self._fetched == self._looks_at:  # after 1, 2, 4 ... batches: the search costs more than a batch
+            self._looks_at *= 2
+            if kept.grew():
+                # A generator that this batch has made was not replaced: what it drew depends on history.
+                seed_globals(seed)
+                batch = self._load(kept, seed, indices)
+        return batch
+
+    def _load(self, kept: KeptGenerators, seed: int, indices: Any) -> Any:
+        if kept.found:
+            with Replacement(kept.found, seed):
                 return self._collate(self._samples(indices))
         return self._collate(self._samples(indices))
 

@@ -3,6 +3,9 @@
 A generator that is kept goes on from where it was last left, so what it gives depends on history: on
 earlier passes, and on how many workers share the work. While a piece of such an object runs, each kept
 generator is replaced by one seeded for exactly that piece, and the object's own is put back untouched.
+
+Some objects make theirs only when they first draw. Such a one could not be replaced in time, so it is looked
+for once more after the first use, and what was drawn from it is drawn again.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["KeptGenerator", "Replacement", "find_generators", "fresh_generator", "reseed"]
+__all__ = ["KeptGenerator", "KeptGenerators", "Replacement", "find_generators", "fresh_generator", "reseed"]
 
 _MAX_DEPTH = 5
 _MAX_ITEMS = 64
@@ -51,6 +54,27 @@ def find_generators(root: object) -> list[KeptGenerator]:
             elif not isinstance(value, _PLAIN):
                 waiting.append((value, depth + 1))
     return found
+
+
+class KeptGenerators:
+    """The generators that some objects keep, looked for again where there may be new ones.
+
+    Args:
+        roots: the objects.
+    """
+
+    def __init__(self, *roots: object) -> None:
+        self._roots = roots
+        self.found = self._search()
+
+    def grew(self) -> bool:
+        """Look again; whether there are generators that weren't there before."""
+        before = {(id(holder), name) for holder, name in self.found}
+        self.found = self._search()
+        return any((id(holder), name) not in before for holder, name in self.found)
+
+    def _search(self) -> list[KeptGenerator]:
+        return [kept for root in self._roots for kept in find_generators(root)]
 
 
 def _contents(holder: object) -> tuple[Any, list[tuple[Any, Any]]]:

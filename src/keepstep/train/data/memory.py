@@ -1,36 +1,34 @@
-"""What a sampler remembers between passes, so that a fresh one can be brought to the same point.
+"""What a sampler or a stream remembers between passes, so that a fresh one can be brought to the same point.
 
-A sampler with `state_dict` and `load_state_dict` is asked. Of any other one, the plain attributes that have
+One with `state_dict` and `load_state_dict` is asked. Of any other one, the plain attributes that have
 moved since it was prepared are what it remembers: `self.epoch += 1` in `__iter__` is the common case. Options
 given at construction don't move, so a changed option is never overwritten by a saved one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from keepstep.train.data.order import sampler_parts
-
-__all__ = ["SamplerMemory"]
+__all__ = ["PassMemory", "sampler_parts"]
 
 _PLAIN = (bool, int, float, str, type(None))
 _ABSENT = object()
 
 
-class SamplerMemory:
-    """Reads and writes what a loader's samplers remember.
+class PassMemory:
+    """Reads and writes what a loader's samplers, or its stream, remember.
 
     Args:
-        sampler: the outermost sampler of a loader, as it is before its first pass.
+        parts: the samplers or streams, outermost first, as they are before the first pass.
     """
 
-    def __init__(self, sampler: Any) -> None:
-        self._parts = sampler_parts(sampler)
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = parts
         self._at_start = [_plain_attributes(part) for part in self._parts]
 
     def read(self) -> list[dict[str, Any]]:
-        """Return what each sampler remembers now, outermost first."""
+        """Return what each part remembers now, in their order."""
         return [self._read(part, start) for part, start in zip(self._parts, self._at_start, strict=True)]
 
     @staticmethod
@@ -42,15 +40,31 @@ class SamplerMemory:
         return {"moved": moved} if moved else {}
 
     def write(self, remembered: list[dict[str, Any]]) -> None:
-        """Bring each sampler to where it was when `remembered` was read."""
+        """Bring each part to where it was when `remembered` was read."""
         for part, start, memory in zip(self._parts, self._at_start, remembered, strict=False):
             if "state" in memory and _has_state(part):
                 part.load_state_dict(memory["state"])
             elif not _has_state(part):
-                # What had not moved when it was read may have moved since.
+                # What had not moved when it was read may have moved since; what was made since is kept.
                 for name, value in {**start, **memory.get("moved", {})}.items():
-                    if getattr(part, name, _ABSENT) != value:
+                    now = getattr(part, name, _ABSENT)
+                    if now is _ABSENT or (isinstance(now, _PLAIN) and now != value):
                         setattr(part, name, value)
+
+
+def sampler_parts(sampler: Any) -> list[Any]:
+    """A sampler and those that it wraps, outermost first."""
+    parts: list[Any] = []
+    waiting = [sampler]
+    while waiting:
+        part = waiting.pop(0)
+        if any(part is seen for seen in parts):
+            continue
+        parts.append(part)
+        waiting += [
+            inner for name in ("batch_sampler", "sampler") if (inner := getattr(part, name, None)) is not None
+        ]
+    return parts
 
 
 def _has_state(part: Any) -> bool:

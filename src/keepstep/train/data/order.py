@@ -24,7 +24,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from keepstep.train.data.generators import Replacement, find_generators, fresh_generator
+from keepstep.train.data.generators import KeptGenerators, Replacement, fresh_generator
+from keepstep.train.data.memory import PassMemory, sampler_parts
 from keepstep.train.rng import PausedRandomness, isolated
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "ahead",
     "derive_seed",
     "draw_order",
-    "sampler_parts",
 ]
 
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -134,7 +134,8 @@ class Streamed:
     def start_at(self, position: int) -> Iterator[Any]:
         """Yield items from `position` on; earlier ones are drawn and dropped."""
         drawn = 0
-        for item, is_last in ahead(lambda: iter(self._sampler), self._sampler, self._seed):
+        memory = PassMemory(sampler_parts(self._sampler))
+        for item, is_last in ahead(lambda: iter(self._sampler), [self._sampler], memory, self._seed):
             drawn += 1
             if is_last:
                 self.length = drawn
@@ -147,21 +148,36 @@ class Streamed:
         return ""
 
 
-def ahead(begin: Callable[[], Iterator[Any]], holder: object, seed: int) -> Iterator[tuple[Any, bool]]:
+def ahead(
+    begin: Callable[[], Iterator[Any]], holders: Sequence[object], memory: PassMemory, seed: int
+) -> Iterator[tuple[Any, bool]]:
     """Yield items, read one ahead, each with whether it is the last.
 
     They are drawn from generators that nothing else uses, wherever the items are asked for.
 
     Args:
         begin: makes the iterator.
-        holder: what may keep generators of its own, which are replaced meanwhile.
+        holders: what may keep generators of its own, which are replaced meanwhile. If one is made by the
+            first item, the iterator is made once more.
+        memory: of what is iterated, to bring it back for that.
         seed: of the generators.
     """
-    randomness = PausedRandomness(seed)
-    replacement = Replacement(find_generators(holder), seed)
-    with randomness, replacement:
-        iterator = begin()
-        upcoming = next(iterator, _END)
+    kept = KeptGenerators(*holders)
+    at_start = memory.read()
+
+    def open_it() -> tuple[Any, Any, Iterator[Any], Any]:
+        randomness, replacement = PausedRandomness(seed), Replacement(kept.found, seed)
+        with randomness, replacement:
+            iterator = begin()
+            return randomness, replacement, iterator, next(iterator, _END)
+
+    opened: Any = open_it()
+    if kept.grew():
+        opened = None  # ends the first iterator before the second begins
+        memory.write(at_start)
+        opened = open_it()
+    randomness, replacement, iterator, upcoming = opened
+    del opened
     while upcoming is not _END:
         item = upcoming
         with randomness, replacement:
@@ -191,8 +207,16 @@ def draw_order(sampler: Any, *, seed: int, pass_number: int) -> Order:
             announce(pass_number)
     if not _is_sized(sampler):
         return Streamed(sampler, seed)
-    with isolated(seed), Replacement(find_generators(sampler), seed):
-        return Listed(items=list(sampler))
+    kept = KeptGenerators(sampler)
+    memory = PassMemory(sampler_parts(sampler))
+    at_start = memory.read()
+    with isolated(seed), Replacement(kept.found, seed):
+        items = list(sampler)
+    if kept.grew():  # one that was made by this run is replaced in a second one
+        memory.write(at_start)
+        with isolated(seed), Replacement(kept.found, seed):
+            items = list(sampler)
+    return Listed(items=items)
 
 
 def _draw_indices(sampler: Any, seed: int) -> Sequence[Any]:
@@ -205,21 +229,6 @@ def _draw_indices(sampler: Any, seed: int) -> Sequence[Any]:
         return list(sampler)
     finally:
         sampler.generator = mine
-
-
-def sampler_parts(sampler: Any) -> list[Any]:
-    """A sampler and those that it wraps, outermost first."""
-    parts: list[Any] = []
-    waiting = [sampler]
-    while waiting:
-        part = waiting.pop(0)
-        if any(part is seen for seen in parts):
-            continue
-        parts.append(part)
-        waiting += [
-            inner for name in ("batch_sampler", "sampler") if (inner := getattr(part, name, None)) is not None
-        ]
-    return parts
 
 
 def _is_sized(sampler: Any) -> bool:

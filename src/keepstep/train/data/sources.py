@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from keepstep.errors import UsageError
 from keepstep.train.data.batches import BatchSource, KeyedSource, full_batch
 from keepstep.train.data.dealt import DispatchedSource, SharedSource
-from keepstep.train.data.order import sampler_parts
+from keepstep.train.data.memory import sampler_parts
 from keepstep.train.data.shares import ALL_OF_IT, Share, check_split
 from keepstep.train.data.streams import ReplayedSource, StatefulSource
 from keepstep.tree import is_stateful

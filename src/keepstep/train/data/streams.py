@@ -6,21 +6,24 @@ is, by `state_dict` and `load_state_dict`, it is asked and told instead (`Statef
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from keepstep.train.data.batches import announce_pass
-from keepstep.train.data.generators import KeptGenerator, Replacement, find_generators, reseed
+from keepstep.train.data.generators import KeptGenerator, KeptGenerators, Replacement, reseed
+from keepstep.train.data.memory import PassMemory
 from keepstep.train.data.order import ahead, derive_seed
 from keepstep.train.data.parcels import packed_text, unpacked_text
 from keepstep.train.data.shares import ALL_OF_IT
 from keepstep.train.progress import Cursor
 from keepstep.train.rng import isolated
+from keepstep.tree import is_stateful
 
 __all__ = ["ReplayedSource", "StatefulSource"]
 
@@ -32,14 +35,17 @@ class ReplayedSource:
     """Batches of a loader that cannot seek: a position is reached by running up to it.
 
     The loader runs under generators of its own, so its randomness is the same at every attempt as long as
-    the number of workers is.
+    the number of workers is. Workers start anew with each pass: those that went on would go on with what
+    they drew and counted, too.
 
     Args:
         loader: the user's.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
+        self._loader = _with_new_workers(loader)
+        # What workers count is over with them.
+        self._memory = PassMemory([] if loader.num_workers else _streams_in(loader.dataset))
         self.share = ALL_OF_IT
 
     def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
@@ -52,7 +58,8 @@ class ReplayedSource:
                 "A dataset with state_dict and load_state_dict, in a loader with num_workers=0, can.",
                 start,
             )
-        batches = ahead(lambda: _opened(self._loader, seed), self._loader.dataset, seed)
+        holders = [self._loader.dataset, self._loader.collate_fn]
+        batches = ahead(lambda: _opened(self._loader, seed), holders, self._memory, seed)
         for drawn, (batch, is_last) in enumerate(batches, 1):
             if is_last:
                 cursor.length = drawn
@@ -60,11 +67,12 @@ class ReplayedSource:
                 yield batch
 
     def memory(self) -> list[dict[str, Any]]:
-        """Nothing: iterable datasets have no sampler."""
-        return []
+        """What the data set counts."""
+        return self._memory.read()
 
     def remember(self, memory: list[dict[str, Any]]) -> None:
-        """Do nothing."""
+        """Bring the data set to where `memory` was read."""
+        self._memory.write(memory)
 
     def bookmark(self) -> str | None:
         """Nothing: only running it leads to a position."""
@@ -105,24 +113,20 @@ class StatefulSource:
             raise
 
     def _read(self, cursor: Cursor, seed: int) -> Iterator[Any]:
-        kept = find_generators(self._loader.dataset)
-        replacement = Replacement(kept, seed)
+        kept = KeptGenerators(self._loader.dataset, self._loader.collate_fn)
         announce_pass(self._loader.dataset, cursor.pass_number)
-        with isolated(seed), replacement:
-            reached = self._enter(cursor)
-            if reached is None:
-                cursor.length = cursor.position
-                return
-            iterator = _opened(self._loader, seed)
-
-        def read(number: int) -> tuple[Any, str]:
-            unit_seed = derive_seed(seed, number)
-            with isolated(unit_seed), replacement:
-                _reseed_all(kept, unit_seed)
-                batch = next(iterator, _END)
-                return batch, self._mark(cursor, number, ended=batch is _END)
-
+        with isolated(seed), Replacement(kept.found, seed):
+            reached, entered = self._enter(cursor)
+        if reached is None:
+            cursor.length = cursor.position
+            return
+        read: Any = self._reader(cursor, kept, seed)
         upcoming, mark = read(reached)
+        if kept.grew():  # one that was made by this batch is replaced while it is read again
+            read = None  # ends the first iterator before the second begins
+            self._stateful.load_state_dict(unpacked_text(entered))
+            read = self._reader(cursor, kept, seed)
+            upcoming, mark = read(reached)
         while upcoming is not _END:
             batch, behind = upcoming, mark
             reached += 1
@@ -134,13 +138,32 @@ class StatefulSource:
                 self._bookmark = behind
                 yield batch
 
-    def _enter(self, cursor: Cursor) -> int | None:
-        """Bring the stream to the bookmark, if that helps; the position that it is at, None for its end."""
+    def _reader(self, cursor: Cursor, kept: KeptGenerators, seed: int) -> Callable[[int], tuple[Any, str]]:
+        """Open the stream; what is returned reads a unit, given its number, and says what is behind it."""
+        replacement = Replacement(kept.found, seed)
+        with isolated(seed), replacement:
+            iterator = _opened(self._loader, seed)
+
+        def read(number: int) -> tuple[Any, str]:
+            unit_seed = derive_seed(seed, number)
+            with isolated(unit_seed), replacement:
+                _reseed_all(kept.found, unit_seed)
+                batch = next(iterator, _END)
+                return batch, self._mark(cursor, number, ended=batch is _END)
+
+        return read
+
+    def _enter(self, cursor: Cursor) -> tuple[int | None, str]:
+        """Bring the stream to the bookmark, if that helps.
+
+        Returns:
+            The position that it is at, None for its end; and its state there, as text.
+        """
         wanted, self._wanted = self._wanted, None
         if wanted is None or wanted["pass"] != cursor.pass_number or wanted["position"] > cursor.position:
-            return 0
+            return 0, packed_text(self._stateful.state_dict())
         self._stateful.load_state_dict(unpacked_text(wanted["state"]))
-        return None if wanted["ended"] else int(wanted["position"])
+        return None if wanted["ended"] else int(wanted["position"]), wanted["state"]
 
     def _mark(self, cursor: Cursor, read: int, *, ended: bool) -> str:
         place = {"pass": cursor.pass_number, "position": read if ended else read + 1, "ended": ended}
@@ -168,6 +191,32 @@ class StatefulSource:
         """Enter the next pass by a bookmark."""
         self._bookmark = bookmark
         self._wanted = None if bookmark is None else json.loads(bookmark)
+
+
+def _with_new_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader itself, or one like it, of whatever class, whose workers end with each pass."""
+    if not loader.persistent_workers:
+        return loader
+    other = copy.copy(loader)
+    # Frozen, since workers that run would not heed it; this one has none yet.
+    object.__setattr__(other, "persistent_workers", False)
+    other._iterator = None
+    return other
+
+
+def _streams_in(dataset: Any) -> list[Any]:
+    """A data set and the iterable ones in it, outermost first; none that has a state of its own."""
+    parts: list[Any] = []
+    waiting = [dataset]
+    while waiting:
+        part = waiting.pop(0)
+        if any(part is seen for seen in parts) or is_stateful(part):
+            continue
+        parts.append(part)
+        for value in getattr(part, "__dict__", {}).values():
+            inner = value if isinstance(value, list | tuple) else [value]
+            waiting += [item for item in inner if isinstance(item, IterableDataset)]
+    return parts
 
 
 def _opened(loader: DataLoader[Any], seed: int) -> Iterator[Any]:
