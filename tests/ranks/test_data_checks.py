@@ -71,6 +71,7 @@ def check(_: str, rank: int, size: int) -> None:
     _batches_of_every_kind(rank)
     _refused(rank, size)
     _differing(rank)
+    _left_and_entered_again()
     _failing(rank)
     _odd_ones(rank, size)
     _parcels(rank, size)
@@ -289,6 +290,40 @@ class SplitByItself(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank * 10, self.rank * 10 + 10))
+
+
+class Kept(IterableDataset[Any]):
+    """Numbers up to 40; says where it is."""
+
+    at = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.at < 40:
+            self.at += 1
+            yield self.at - 1
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def _left_and_entered_again() -> None:
+    """No step of a stream with a state is lost by a `break`."""
+    for options in ({}, {"dispatch_batches": False}, {"split_batches": True}):
+        accelerator, loader = prepared(DataLoader(Kept(), 2), **options)
+        seen = []
+        for _ in range(2):
+            for batch in loader:
+                seen += accelerator._world.gather(batch).tolist()
+                if loader.position == 3:
+                    break
+        loader.set_epoch(7)
+        for batch in loader:
+            seen += accelerator._world.gather(batch).tolist()
+        assert sorted(seen) == list(range(40)), options
 
 
 def _differing(rank: int) -> None:

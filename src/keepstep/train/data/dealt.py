@@ -7,7 +7,7 @@ step ahead, so that a step is known to be the last when it is given out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +56,7 @@ class _Dealer:
         self._share = share
         self._drop_last = drop_last and not share.split
 
-    def steps(self, cursor: Cursor, seed: int) -> Iterator[_Step]:
+    def steps(self, cursor: Cursor, seed: int) -> Generator[_Step]:
         """Yield the steps of a pass from the cursor's position on."""
         inner = Cursor(cursor.index, cursor.pass_number, cursor.position)
         groups = self._groups(inner, seed)
@@ -124,6 +124,11 @@ class _Dealt:
     def _check(self, cursor: Cursor, units: list[Any]) -> None:
         """Look at the first units of a pass."""
 
+    def _leave(self, steps: Generator[_Step]) -> None:
+        """End a pass early: the source steps back to the step given out last, not to the one read ahead."""
+        self._source.go_to(self._bookmark)
+        steps.close()
+
     def memory(self) -> list[dict[str, Any]]:
         """What the source remembers now."""
         return self._source.memory()
@@ -159,17 +164,21 @@ class SharedSource(_Dealt):
     def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
         """Yield this rank's batches of one pass from the cursor's position on."""
         rank = self.share.rank
-        dealer = self._begin(cursor, seed)
         begun = False
-        for step in dealer.steps(cursor, seed):
-            begun = True
-            if step.batches[rank] is NOTHING:
-                break
-            cursor.length, cursor.remainder = step.ends[rank], step.remainder
-            self._bookmark = step.bookmark
-            yield step.batches[rank]
-            if cursor.length is not None:
-                break
+        steps = self._begin(cursor, seed).steps(cursor, seed)
+        try:
+            for step in steps:
+                begun = True
+                if step.batches[rank] is NOTHING:
+                    break
+                cursor.length, cursor.remainder = step.ends[rank], step.remainder
+                self._bookmark = step.bookmark
+                yield step.batches[rank]
+                if cursor.length is not None:
+                    break
+        except GeneratorExit:
+            self._leave(steps)
+            raise
         if not begun or cursor.length is None:
             cursor.length = cursor.position
 
@@ -209,7 +218,11 @@ class DispatchedSource(_Dealt):
             waiting = [rank for rank in waiting if step.ends[rank] is None]
             cursor.length, cursor.remainder = step.ends[0], step.remainder
             self._bookmark = step.bookmark
-            yield step.batches[0]
+            try:
+                yield step.batches[0]
+            except GeneratorExit:
+                self._leave(steps)
+                raise
 
     def _parcels(self, step: _Step | None, cursor: Cursor) -> list[tuple[bytes, torch.Tensor]]:
         if step is None:
