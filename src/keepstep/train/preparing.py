@@ -238,7 +238,7 @@ class Preparer:
         state = self._state
         for known in (state.models, state.optimizers, state.schedulers, state.loaders, state.registered):
             known.clear()
-        state.progress.cursors.clear()
+        state.progress.clear()
         self._wrapped.clear()
 
 

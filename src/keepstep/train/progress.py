@@ -13,6 +13,10 @@ began first in this epoch, the *outermost*, says where the script stands:
 - Passes that outlive the outermost, or the epoch they began in, are *carried*: they say nothing about where
   the script stands. They go on too, like every open pass. Only one that began with gradients off inside an
   outermost one with gradients on is dropped: it is an evaluation that will not be reached again.
+
+`load_state()` in the middle of a script is the one case in which loops run that know nothing of the state
+they run in. They are void from then on: a pass or a loop over epochs that began before it and is asked for
+more raises. Those that begin after it go on where the restored run stood; `loops.py` says which loop that is.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from keepstep.errors import UsageError
+from keepstep.train.loops import Loops
 
 __all__ = ["Cursor", "OpenPass", "Progress"]
 
@@ -68,6 +75,7 @@ class OpenPass:
         carried: it says nothing about where the script stands.
         waiting: it was restored, and its loader was not iterated since.
         handling: id of the exception that was being handled when it began.
+        restores: how often a state had been restored when it began.
     """
 
     cursor: Cursor
@@ -76,6 +84,7 @@ class OpenPass:
     carried: bool = False
     waiting: bool = False
     handling: int = 0
+    restores: int = 0
 
 
 class Progress:
@@ -88,8 +97,10 @@ class Progress:
         self._done = False
         self._inside = False
         self._finished = False
-        self._loops_begun = 0
-        self._resume_loop: int | None = None
+        self._entered = False
+        self._left = False
+        self._loops = Loops()
+        self._restores = 0
         self._open: list[OpenPass] = []
         self._ended: Counter[int] = Counter()
         self._skip: Counter[int] = Counter()
@@ -135,9 +146,22 @@ class Progress:
         cursor.current, cursor.length, cursor.remainder = entry, None, -1
         if first is not None:
             cursor.position = first
-        entry.handling = id(sys.exception())
+        entry.handling, entry.restores = id(sys.exception()), self._restores
         self._before_leaving = None
         return entry
+
+    def check(self, entry: OpenPass) -> None:
+        """Raise UsageError if a pass is asked for more that began before the run went back."""
+        if entry.restores != self._restores:
+            raise self._void(f"a loop over loader {entry.cursor.index} goes on")
+
+    @staticmethod
+    def _void(what: str) -> UsageError:
+        return UsageError(
+            f"The run went back by load_state(), and {what} that began before it: what it would give next is "
+            "not what comes next in the restored run. Leave the loops after load_state(), those over batches "
+            "and those over epochs, and begin them anew: they go on where the checkpoint was made."
+        )
 
     def advance(self, entry: OpenPass, units: int) -> None:
         """Note that a pass gives out its next batch.
@@ -159,6 +183,8 @@ class Progress:
         Which of them can't be told yet. Should a checkpoint be made while an exception is handled and before
         anything else was iterated, it was that one, and the pass is still open in the checkpoint.
         """
+        if entry.cursor.current is not entry:
+            return
         before = self._before_leaving or (entry.handling, self.state_dict())
         self.end(entry)
         self._before_leaving = before
@@ -220,37 +246,64 @@ class Progress:
         checkpoint was made yield nothing in the run that resumes from it. So does one that was left for
         good (see `finish`).
         """
-        loop = self._loops_begun
-        self._loops_begun += 1
+        loops, restores = self._loops, self._restores
+        loop, restored = loops.begin()
+        if loops.waiting:
+            loops.tell_complete(loop)
+            return
+        self._left = False
         first, repeats = 0, False
-        if self._resume_loop is not None:
-            if loop < self._resume_loop:
-                return
-            self._resume_loop = None
+        if restored:
             if self._finished:
                 return
             if self.epoch is not None:
                 first, repeats = self.epoch + self._done, not self._done
+            loops.check_reached(first, count)
         for epoch in range(first, count):
             self._enter_epoch(loop, epoch, repeats and epoch == first)
             yield epoch
+            if restores != self._restores:
+                raise self._void("a loop over epochs goes on")
+            if loops is self._loops:  # else all of it was given up
+                loops.check_not_nested(loop)
         self._loop, self._done, self._inside = loop, True, False
         self.epoch = max(first, count) - 1
 
     def finish(self) -> bool:
-        """Note that a loop over epochs which was left early is not to be gone on with.
+        """Note that the run is not to be gone on with.
+
+        Neither is the loop over epochs that was left early, nor the one that the run went back to after it.
 
         Returns:
             Whether that is news: False if the last loop has yielded all its epochs (a script that asks for
             more goes on), or if it was known.
         """
-        news = self._inside and not self._finished
-        self._finished = self._finished or self._inside
+        over = self._inside or self._left
+        news = over and not self._finished
+        self._finished = self._finished or over
         return news
+
+    def check_end(self) -> None:
+        """Raise UsageError if the script ends and has not come to the loop that it was to go on with."""
+        self._loops.check_end()
+
+    def go_back(self) -> None:
+        """Note that what `load_state_dict` was given was restored in the middle of the script."""
+        self._loops.go_back()
+        self._left = self._entered
+
+    def clear(self) -> None:
+        """Forget all of it; passes that are still being iterated are counted no more."""
+        for entry in self._open:
+            entry.cursor.current = None
+        restores = self._restores
+        vars(self).update(vars(Progress()))
+        self._restores = restores
 
     def _enter_epoch(self, loop: int, epoch: int, repeats: bool) -> None:
         self._before_leaving = None
         self._loop, self.epoch, self._done, self._inside = loop, epoch, False, True
+        self._entered = True
         self._finished = False
         self._ended.clear()
         outermost = self._outermost()
@@ -302,13 +355,13 @@ class Progress:
         return [entry for entry in self._open if entry.with_gradients]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take on what was saved; passes that are still open here are forgotten."""
+        """Take on what was saved; passes that are still open here are void."""
         self.epoch, self._loop, self._done = state["epoch"], state["loop"], state["done"]
         self._inside = False
         self._finished = state["finished"]
         self._before_leaving = None
-        self._loops_begun = 0
-        self._resume_loop = self._loop if self._loop >= 0 else None
+        self._restores += 1
+        self._loops.restore(self._loop)
         self._ended.clear()
         self._skip.clear()
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):

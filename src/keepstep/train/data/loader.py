@@ -1,13 +1,13 @@
 """The prepared DataLoader: iterate it as before; it knows where it is and goes on from there.
 
 The first iteration after a restore continues the pass that was interrupted, each further one is a new pass. A
-pass that is left early (`break`) is over.
+pass that is left early (`break`) is over, and so is one that runs when another state is restored.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -64,6 +64,7 @@ class PreparedLoader(DataLoader[Any]):
         self._share = share
         self._at_start = at_start
         self._memory = source.memory()
+        self._reading: Callable[[], Iterator[Any] | None] = lambda: None
 
     def __getattr__(self, name: str) -> Any:
         if name == "prepared_from":
@@ -105,9 +106,12 @@ class PreparedLoader(DataLoader[Any]):
         entry = progress.begin(cursor, None if first is None else first * stride)
         try:
             seed = derive_seed(self.seed, cursor.index, cursor.pass_number)
-            for batch in self._source.batches(cursor, seed):
+            batches = self._source.batches(cursor, seed)
+            self._reading = weakref.ref(batches)
+            for batch in batches:
                 progress.advance(entry, stride)
                 yield place(batch)
+                progress.check(entry)
         except GeneratorExit:
             progress.leave(entry)
             raise
@@ -181,6 +185,8 @@ class PreparedLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take on what the samplers remembered; the cursor is restored with the run's progress."""
+        if isinstance(reading := self._reading(), Generator):
+            reading.close()  # later, a pass that is void would disturb the source
         self._memory = state["memory"]
         self._source.remember(self._memory)
         self._source.go_to(state.get("bookmark"))

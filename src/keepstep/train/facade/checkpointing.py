@@ -124,6 +124,8 @@ class Checkpointing(Facade):
         """
         _check_load_options({**(load_kwargs or {}), **load_model_func_kwargs})
         checkpoint = self._saver.load(input_dir)
+        if checkpoint is not None:  # a checkpoint of Accelerate's knows no loops
+            self._state.progress.go_back()
         self._logged(checkpoint, goes_on=False)
         return checkpoint
 
@@ -166,13 +168,15 @@ class Checkpointing(Facade):
         Raises:
             BackgroundSaveError: a save failed, and the policy says `on_error="raise"`. If `finished`, the
                 last steps are saved all the same.
-            UsageError: there is no project_dir to save into.
+            UsageError: there is no project_dir to save into, or the script ends before the loop over
+                `epochs()` in which the checkpoint was made that it went on from: nothing was trained.
         """
         try:
             problem = self._saver.settle()
-            if finished and (self._state.progress.finish() or self._saver.unsaved_steps > 0):
+            if finished and (self._state.progress.finish() or self._saver.is_unsaved):
                 self._saver.save_end()
             self._saver.tell_what_is_unsaved()
+            self._state.progress.check_end()
             if problem is not None:
                 raise problem
         finally:

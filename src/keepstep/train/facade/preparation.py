@@ -122,13 +122,14 @@ class Preparation(Facade):
         return any(len(getattr(module, "hf_device_map", ())) > 1 for module in model.modules())
 
     def free_memory(self, *objects: Any) -> tuple[None, ...]:
-        """Finish saving and let go of everything that was prepared.
+        """Finish saving and let go of everything that was prepared; steps, epochs and loops begin anew.
 
         Returns:
             One None for each argument, to assign to its names.
         """
         self._saver.wait()
         self._preparer.clear()
+        self._saver.begin_anew()
         return tuple(None for _ in objects)
 
     clear = free_memory

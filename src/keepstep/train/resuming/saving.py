@@ -6,17 +6,14 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from keepstep.checkpoint.convert.accelerate import (
     AccelerateState,
     is_accelerate_state,
     newest_accelerate_state,
-    read_accelerate_state,
 )
 from keepstep.checkpoint.engine import save_directory
 from keepstep.checkpoint.in_flight import Staging
@@ -36,8 +33,9 @@ from keepstep.train.pace.pacing import Pacer
 from keepstep.train.pace.schedule import Due
 from keepstep.train.ranks.alike import check_saving_alike
 from keepstep.train.resuming.hooked import StateHooks
-from keepstep.train.resuming.importing import Importer, tell_of_earlier
+from keepstep.train.resuming.importing import tell_of_earlier
 from keepstep.train.resuming.notices import Notices
+from keepstep.train.resuming.restoring import Origins, lies_in, together
 from keepstep.train.resuming.slips import Slips
 from keepstep.train.resuming.state import Captured, TrainState
 from keepstep.train.resuming.told import About, Told
@@ -93,7 +91,9 @@ class Saver:
         self._lonely_run = secrets.token_hex(8)
         self._lost: About | None = None
         self._told = Told()
+        self._gave_up = False
         self.hooks = StateHooks(state.world)
+        self._origins = Origins(state, self.hooks)
 
     @property
     def run(self) -> str:
@@ -107,8 +107,7 @@ class Saver:
 
     def is_in_project(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is one of the project's automatic ones."""
-        root, place = self._project.checkpoints, checkpoint.place
-        return isinstance(root, Path) and isinstance(place, Path) and place.resolve().parent == root.resolve()
+        return lies_in(checkpoint, self._project.checkpoints)
 
     @property
     def next_number(self) -> int:
@@ -172,6 +171,17 @@ class Saver:
             return 0
         return self._state.step - self._pacer.safe_step
 
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether the state is another one than that of the last checkpoint of this run."""
+        return self.unsaved_steps > 0 or self._gave_up
+
+    def begin_anew(self) -> None:
+        """What was prepared is given up, and its steps with it."""
+        self._pacer.safe_up_to(0)
+        self._decision.anew()
+        self._told, self._gave_up = Told(), False
+
     def _compare(self, store: Store) -> None:
         """Once: ranks that save elsewhere, or at other times, would wait for each other."""
         if not self._compared:
@@ -186,7 +196,7 @@ class Saver:
         self._ask_finished()
         if self._lost is not None:
             about = about.in_place_of(self._lost)
-        state, self._lost = self._state, None
+        state, self._lost, self._gave_up = self._state, None, False
         captured = self._captured(store.address)
         try:
             self._pending = store.save_in_background(
@@ -277,6 +287,7 @@ class Saver:
         saved = store.save(captured.shared, pinned=keep, **about)
         self._pacer.saved_by_hand(state.step)
         self._pacer.safe_up_to(state.step)
+        self._gave_up = False
         return saved
 
     def load(self, input_dir: str | os.PathLike[str] | None) -> Checkpoint | None:
@@ -289,29 +300,29 @@ class Saver:
             CheckpointNotFoundError: there is none.
         """
         if input_dir is None:
-            loaded = self._restore(self._newest_of(self._require_store("load_state() without input_dir")))
+            store = self._require_store("load_state() without input_dir")
+            loaded = self._restore(self._origins.newest_of(store))
             input_dir = newest_accelerate_state(self._project.checkpoints) if loaded is None else None
             if loaded is None and input_dir is None:
                 raise CheckpointNotFoundError(
-                    f"load_state() found no checkpoint in {self._require_store('load_state()').address}. Use "
-                    "resume(), which returns None on a first start, or pass input_dir."
+                    f"load_state() found no checkpoint in {store.address}. Use resume(), which returns None "
+                    "on a first start, or pass input_dir."
                 )
         if input_dir is None:
             return loaded
         if is_accelerate_state(input_dir):
-            self._import(input_dir)
+            self._go_back(self._origins.of_accelerate(input_dir))
             return None
+        # It may be the one that is being written.
+        return self._go_back(self._origins.directory(input_dir, self._store))
 
-        def load_into(live: Captured) -> Checkpoint:
-            with self._together("opening a checkpoint"):
-                checkpoint = Checkpoint.open(input_dir)
-            with self._together("loading a checkpoint") as agree:
-                self.hooks.load_into(checkpoint, self._state.models, live.shared, live.own, agree)
-            if self._store is not None:
-                self._store.go_on_from(checkpoint)
-            return checkpoint
-
-        return self._restore(load_into)  # it may be the one that is being written
+    def _go_back(self, load: Callable[[Captured], _Loaded | None]) -> _Loaded | None:
+        """Restore; what was done since the last checkpoint, and what later ones hold, is given up."""
+        gives_up = self._gave_up or self.unsaved_steps > 0
+        loaded = self._restore(load)
+        # Only now have all ranks heard of what was being written.
+        self._gave_up = self._store is not None and (gives_up or self.counts.saved > 0)
+        return loaded
 
     def resume(self) -> Checkpoint | None:
         """Restore the newest valid automatic checkpoint; None if there is none."""
@@ -319,38 +330,13 @@ class Saver:
         if self._state.is_empty:
             raise NotPreparedError("resume() has nothing to restore into. Call prepare() first.")
         self._compare(store)
-        with self._together("claiming the store"):
+        with together(self._world, "claiming the store"):
             store.claim()  # whoever still writes there is named now, not at the first checkpoint
-        loaded = self._restore(self._newest_of(store))
+        loaded = self._restore(self._origins.newest_of(store))
         self._notices.resumed(store, loaded)
         if loaded is None:
             tell_of_earlier(self._project.checkpoints)
         return loaded
-
-    @contextmanager
-    def _together(self, topic: str) -> Iterator[Callable[[], object]]:
-        """What raises on one rank raises on all; hands out what lets ranks agree on the way, once."""
-        with self._world.meeting(topic) as meeting:
-            yield lambda: meeting.exchange(b"")
-            meeting.exchange(b"")
-
-    def _newest_of(self, store: Store) -> Callable[[Captured], Checkpoint | None]:
-        models = self._state.models
-        return lambda live: store.load_latest_with(
-            lambda checkpoint, agree: self.hooks.load_into(checkpoint, models, live.shared, live.own, agree)
-        )
-
-    def _import(self, input_dir: str | os.PathLike[str]) -> None:
-        """Restore what Accelerate saved."""
-        with self._together("reading a checkpoint of Accelerate's"):
-            importer = Importer(self._state, read_accelerate_state(input_dir, self._world.rank))
-            importer.check()
-
-        def load(live: Captured) -> AccelerateState:
-            with self._together("loading a checkpoint of Accelerate's") as agree:
-                return importer.run(live.own["generators"], agree)
-
-        self._restore(load)
 
     def _restore(self, load: Callable[[Captured], _Loaded | None]) -> _Loaded | None:
         self._world.barrier("restoring a run")
@@ -360,6 +346,7 @@ class Saver:
         self._decision.anew()
         if loaded is not None:
             self._pacer.safe_up_to(self._state.step)
+            self._gave_up = False
             self._told = Told()  # it was said of a step that may come again, and be another one
         return loaded
 
