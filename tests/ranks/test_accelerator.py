@@ -248,6 +248,33 @@ def buffers_of_each_rank_come_back(folder: Path, rank: int, size: int) -> None:
     torch.testing.assert_close(other_average.mean, average.mean, rtol=0, atol=0)
 
 
+def compressed_gradients_go_on(folder: Path, rank: int, size: int) -> None:
+    options = DistributedDataParallelKwargs(
+        comm_hook="power_sgd", comm_state_option={"start_powerSGD_iter": 2, "warm_start": True}
+    )
+
+    def make() -> tuple[Accelerator, nn.Module, Any]:
+        accelerator = Accelerator(cpu=True, project_dir=folder / "compressed", kwargs_handlers=[options])
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16))
+        return accelerator, *accelerator.prepare(inner, torch.optim.SGD(inner.parameters(), lr=0.1))
+
+    def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, numbers: range) -> None:
+        for number in numbers:
+            accelerator.backward(model(inputs(rank, number)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole_run, again = make(), make()
+    train(*whole_run, range(5))
+    whole_run[0].save_state()
+    train(*whole_run, range(5, 8))
+    again[0].resume()
+    train(*again, range(5, 8))
+    for went_on, resumed in zip(whole_run[1].parameters(), again[1].parameters(), strict=True):
+        assert torch.equal(went_on, resumed)
+
+
 def options_of_the_wrapper_are_torchs(folder: Path, rank: int, size: int) -> None:
     options = DistributedDataParallelKwargs(comm_hook="fp16", bucket_cap_mb=1, broadcast_buffers=False)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[options])
@@ -272,6 +299,7 @@ CHECKS: list[Callable[[Path, int, int], None]] = [
     shards_are_saved_by_their_owners,
     ranks_decide_together_when_to_save,
     buffers_of_each_rank_come_back,
+    compressed_gradients_go_on,
     options_of_the_wrapper_are_torchs,
 ]
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -92,6 +93,14 @@ class Parallel:
     def check_capturable(self, models: Sequence[torch.nn.Module], inside_window: bool) -> None:
         """Raise UsageError if the gradients of this instant could not be saved."""
 
+    def compression_of(self, model: torch.nn.Module) -> powerSGD_hook.PowerSGDState | None:
+        """What compresses the gradients of a model, without wrappers, and remembers what it cut off."""
+        return None
+
+    def buckets(self) -> dict[str, Any]:
+        """How gradients are put together to travel."""
+        return {}
+
 
 class Alone(Parallel):
     """One process."""
@@ -111,6 +120,9 @@ class Copies(Parallel):
     def __init__(self, kind: DistributedType, options: DistributedDataParallelKwargs) -> None:
         super().__init__(kind)
         self._options = options
+        self._compressing: weakref.WeakKeyDictionary[torch.nn.Module, powerSGD_hook.PowerSGDState] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def wrap(self, model: torch.nn.Module, device: torch.device | None) -> torch.nn.Module:
         if isinstance(model, torch_parallel.DistributedDataParallel):
@@ -145,6 +157,14 @@ class Copies(Parallel):
         powered = "power_sgd" in options.comm_hook
         state = powerSGD_hook.PowerSGDState(None, **options.comm_state_option) if powered else None
         model.register_comm_hook(state, hook)
+        if state is not None:
+            self._compressing[without_wrappers(model)] = state
+
+    def compression_of(self, model: torch.nn.Module) -> powerSGD_hook.PowerSGDState | None:
+        return self._compressing.get(model)
+
+    def buckets(self) -> dict[str, Any]:
+        return {"bucket_cap_mb": self._options.bucket_cap_mb, "hook": str(self._options.comm_hook)}
 
     def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
         wrapped = _ddp_of(model)

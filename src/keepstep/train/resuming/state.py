@@ -6,7 +6,7 @@
     train                        schedulers, and what is small: progress, loaders, counters, loss scale
 
 and, for each rank, what is its own: generators, gradients that no step has used yet
-({optimizer: {parameter: gradient}}), buffers that its forwards wrote to.
+({optimizer: {parameter: gradient}}), buffers that its forwards wrote to, what compressed gradients left over.
 
 Restoring is all or nothing. The run's own parts only take note of what they are handed, and refuse what
 doesn't fit while nothing is changed yet; `apply` puts it into effect once everything else is in place.
@@ -30,6 +30,7 @@ from keepstep.train.gate import StagingGate, closed_gates
 from keepstep.train.precision import Precision
 from keepstep.train.progress import Progress
 from keepstep.train.ranks.parallel import Parallel
+from keepstep.train.resuming.compression import Compression
 from keepstep.train.resuming.options import options_of, warn_of_replaced
 from keepstep.train.resuming.rank_state import (
     Buffers,
@@ -156,6 +157,7 @@ class TrainState:
                 "generators": Generators().state_dict(),
                 "gradients": Gradients(self.optimizers, self.world.size).state_dict(),
                 "buffers": Buffers(self.models, self.world.size, self._first_buffers).state_dict(),
+                "compression": Compression(self.models, self.parallel, self.world.size).state_dict(),
             },
         )
 
@@ -215,7 +217,13 @@ class TrainState:
         shared, generators = SharedState(self), Generators()
         gradients = Gradients(self.optimizers, self.world.size)
         buffers = Buffers(self.models, self.world.size, self._first_buffers)
-        own = {"generators": generators, "gradients": gradients, "buffers": buffers}
+        compression = Compression(self.models, self.parallel, self.world.size)
+        own = {
+            "generators": generators,
+            "gradients": gradients,
+            "buffers": buffers,
+            "compression": compression,
+        }
         before = self._options()
         try:
             loaded = load(Captured(shared=self._tree(shared), own=own))
@@ -225,6 +233,7 @@ class TrainState:
                         self.parallel.place_state(prepared.optimizer)
                     gradients.apply()
                     buffers.apply()
+                    compression.apply()
                     shared.apply()
                     # Last, so that nothing which restoring draws can shift them.
                     generators.apply(seed=self.seed or 0, rank=self.world.rank, step=self.step)
