@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 from keepstep.checkpoint.format.source import Place, place_exists
+from keepstep.checkpoint.one_for_all import by_rank_0
 from keepstep.checkpoint.parts import Parts
 from keepstep.checkpoint.place.directory import LocalBackend
 from keepstep.checkpoint.pulling import pull_if_newer
@@ -39,7 +40,8 @@ class Newest:
 
     def restore(self, load: Restore) -> Checkpoint | None:
         """See `Store.load_latest_with`."""
-        self.pull()
+        if isinstance(self._backend, LocalBackend):
+            by_rank_0(self._world, f"resuming {self._backend}", self.pull)  # the others have no mirror
         return restore_newest(self._backend, load, self._replace_damaged, self._world)
 
     def pull(self) -> Path | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, dump_manifest
+from keepstep.checkpoint.crew import in_threads
+from keepstep.checkpoint.format.manifest import MANIFEST_NAME, FileEntry, Manifest, dump_manifest
 from keepstep.checkpoint.format.parse import check_files, read_manifest
-from keepstep.checkpoint.format.source import source_of
+from keepstep.checkpoint.format.source import OpenFile, source_of
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.refusal import is_refusal, refused
 from keepstep.checkpoint.keeping.verify import verify_checkpoint
@@ -25,11 +27,13 @@ from keepstep.errors import (
     StoreReadOnlyError,
 )
 from keepstep.files import PAGE_BYTES, Files
+from keepstep.outcome import Latch
 from keepstep.pages import huge_pages
 
 __all__ = ["pull_if_newer"]
 
 _BLOCK_BYTES: Final = 8 << 20
+_FETCHES_AT_ONCE: Final = 8
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ def pull_if_newer(bucket: BucketBackend, local: LocalBackend, files: Files) -> P
     """
     try:
         return _pull_newest(bucket, local, files)
-    except (BucketError, StoreBusyError, StoreReadOnlyError) as error:
+    except BucketError as error:
         if not catalog.scan(local):
             raise
         log.warning("no newer checkpoint could be taken from the mirror: %s", error)
@@ -70,9 +74,9 @@ def _pull_newest(bucket: BucketBackend, local: LocalBackend, files: Files) -> Pa
             be read, or is of another run.
         NoValidCheckpointError: nothing is here, and all that the mirror holds is damaged.
     """
+    mirrored = catalog.scan(bucket)  # first: what another process saves meanwhile is here before it is there
     here = catalog.scan(local)
     newest = max((entry.number for entry in here if not _is_damaged(entry)), default=-1)
-    mirrored = catalog.scan(bucket)
     if mirrored and mirrored[-1].number > newest and not _shares_a_run(here, mirrored):
         raise StoreError(
             f"the mirror {bucket} holds newer checkpoints than {local}, but of another run: nothing was "
@@ -116,21 +120,33 @@ def _pull(entry: catalog.Entry, local: LocalBackend, files: Files) -> Path:
     if entry.manifest is None:
         problem = entry.problem or "its manifest can't be read"
         raise refused(entry.path, problem) if entry.refused else DamagedCheckpointError(entry.path, problem)
-    check_files(entry.path, entry.manifest)
-    local.claim()
     log.info("pulling %s", entry.path)
+    try:
+        return _bring(entry, entry.manifest, local, files)
+    except (BucketError, StoreBusyError, StoreReadOnlyError) as error:
+        raise StoreError(
+            f"{entry.path} is newer than all in {local}, and could not be brought here: {error}. "
+            "Nothing older was taken in its place. Start again when that is mended, or go on "
+            "from what is here without the mirror"
+        ) from error
+
+
+def _bring(entry: catalog.Entry, mirrored: Manifest, local: LocalBackend, files: Files) -> Path:
+    check_files(entry.path, mirrored)
+    local.claim()
     final = local.path / entry.name
     manifest = replace(
-        entry.manifest,
-        files={name: replace(file, within=None) for name, file in entry.manifest.files.items()},
+        mirrored, files={name: replace(file, within=None) for name, file in mirrored.files.items()}
     )
     workspace = LocalWorkspace(files, final, may_replace=False)
+    if not catalog.has_lost_manifest(final):
+        workspace.check()  # what is not ours is in the way: nothing is fetched in vain
     with workspace.explained():
         try:
             workspace.open()
             for name in manifest.directories:
                 workspace.make_directory(name)
-            for name, file in entry.manifest.files.items():
+            for name, file in mirrored.files.items():
                 _fetch(entry, workspace, name, file)
             data = dump_manifest(manifest)
             workspace.write_file(MANIFEST_NAME, data)
@@ -141,20 +157,20 @@ def _pull(entry: catalog.Entry, local: LocalBackend, files: Files) -> Path:
                 raise DamagedCheckpointError(entry.path, "; ".join(report.problems))
             _make_way(final, local)
             workspace.commit(data)
-        except BucketError as error:
-            raise StoreError(
-                f"{entry.path} is newer than all in {local}, and could not be brought here: {error}. "
-                "Nothing older was taken in its place. Start again when the mirror can be reached, or go on "
-                "from what is here without the mirror"
-            ) from error
         finally:
             workspace.discard()
     return final
 
 
 def _make_way(final: Path, local: LocalBackend) -> None:
-    """Set a damaged checkpoint of that name aside; one that is whole was saved meanwhile, and stays."""
-    if source_of(final).has_manifest():
+    """Set a damaged checkpoint of that name aside, one that has lost its manifest included.
+
+    One that is whole was saved meanwhile, and stays.
+    """
+    if catalog.has_lost_manifest(final):
+        log.error("%s is set aside, as the mirror holds it with its manifest", final)
+        local.set_aside(final)
+    elif source_of(final).has_manifest():
         try:
             check_files(final, read_manifest(final))
         except DamagedCheckpointError as error:
@@ -165,22 +181,43 @@ def _make_way(final: Path, local: LocalBackend) -> None:
 
 
 def _fetch(entry: catalog.Entry, workspace: LocalWorkspace, name: str, file: FileEntry) -> None:
-    """One file, in blocks that its segment takes as they are."""
+    """One file, in blocks that its segment takes as they are, several at once."""
     opened = source_of(entry.path).open(name, file)
-    block = huge_pages(_BLOCK_BYTES)
     segment = workspace.create_segment(name, file.bytes)
+    begins = range(0, file.bytes, _BLOCK_BYTES)
+    left, taking, stopped = iter(begins), threading.Lock(), Latch()
+
+    def work() -> None:
+        block = huge_pages(_BLOCK_BYTES)
+        while not stopped.is_open:
+            with taking:
+                begin = next(left, None)
+            if begin is None:
+                return
+            try:
+                size = min(_BLOCK_BYTES, file.bytes - begin)
+                _read_block(entry, opened, name, block[:size], begin)
+                segment.write_at(block[: -(-size // PAGE_BYTES) * PAGE_BYTES], begin)
+            except BaseException:
+                stopped.open()
+                raise
+
     try:
-        for begin in range(0, file.bytes, _BLOCK_BYTES):
-            size = min(_BLOCK_BYTES, file.bytes - begin)
-            done = 0
-            while done < size:
-                count = opened.read_into(block[done:size], begin + done)
-                if count == 0:
-                    raise DamagedCheckpointError(entry.path, f"{name} ends at byte {begin + done}")
-                done += count
-            segment.write_at(block[: -(-size // PAGE_BYTES) * PAGE_BYTES], begin)
+        count = min(_FETCHES_AT_ONCE, len(begins))
+        errors = in_threads(work, count, name="keepstep-pull", stop=stopped.open)
+        if errors:
+            raise errors[0]
         segment.finish()
     except FileNotFoundError as error:
         raise DamagedCheckpointError(entry.path, f"{name} is missing ({error.filename})") from error
     finally:
         segment.abandon()
+
+
+def _read_block(entry: catalog.Entry, opened: OpenFile, name: str, block: memoryview, begin: int) -> None:
+    done = 0
+    while done < len(block):
+        count = opened.read_into(block[done:], begin + done)
+        if count == 0:
+            raise DamagedCheckpointError(entry.path, f"{name} ends at byte {begin + done}")
+        done += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import Place, place_exists
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.refusal import is_refusal, refused
+from keepstep.checkpoint.one_for_all import by_rank_0
 from keepstep.checkpoint.place.backend import checkpoint_name
 from keepstep.checkpoint.version import Checkpoint
 from keepstep.errors import (
@@ -139,9 +141,8 @@ def restore_newest(
         if not found:
             continue  # dropped meanwhile by the process that writes; it has a newer one
         damaged[checkpoint_name(number)] = found
-        if world.rank or entry is None or not place_exists(entry.path):
-            continue
-        if set_aside(entry.path, found) and number not in replaced:
+        put_right = functools.partial(_put_right, entry, found, set_aside)
+        if by_rank_0(world, f"resuming {root}", put_right) and number not in replaced:
             replaced.add(number)
             passed.discard(number)
     if world.rank == 0:
@@ -149,6 +150,11 @@ def restore_newest(
     if checkpoint is None and damaged:
         raise _all_damaged(root, damaged)
     return checkpoint
+
+
+def _put_right(entry: catalog.Entry | None, found: str, set_aside: Callable[[Place, str], bool]) -> bool:
+    """Set a damaged checkpoint aside if it is there still; whether a sound copy of it stands there now."""
+    return entry is not None and place_exists(entry.path) and set_aside(entry.path, found)
 
 
 def _all_damaged(root: catalog.Root, damaged: Mapping[str, str]) -> NoValidCheckpointError:
