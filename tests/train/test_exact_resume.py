@@ -314,7 +314,8 @@ def test_one_loader_after_the_other(tmp_path: Path) -> None:
     assert_exact(script, tmp_path)
 
 
-def test_two_loaders_side_by_side(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_two_loaders_side_by_side(tmp_path: Path, with_gradients: bool) -> None:
     def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
         model = runs.small_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -324,11 +325,12 @@ def test_two_loaders_side_by_side(tmp_path: Path) -> None:
         more = iter(unlabelled)
         for epoch in accelerator.epochs(3):
             for inputs, indices in labelled:
-                try:
-                    others, other_indices = next(more)
-                except StopIteration:
-                    more = iter(unlabelled)
-                    others, other_indices = next(more)
+                with torch.set_grad_enabled(with_gradients):
+                    try:
+                        others, other_indices = next(more)
+                    except StopIteration:
+                        more = iter(unlabelled)
+                        others, other_indices = next(more)
                 loss = model(inputs).pow(2).mean() + model(others).abs().mean()
                 accelerator.backward(loss)
                 optimizer.step()

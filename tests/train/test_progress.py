@@ -70,14 +70,35 @@ def test_an_evaluation_inside_training_is_not_continued() -> None:
     progress, (train, held_out) = make()
     next(progress.epochs(2))
     deliver(progress, train, 2)
-    with torch.no_grad():
-        deliver(progress, held_out)
-    state = progress.state_dict()
+    try:
+        with torch.no_grad():
+            deliver(progress, held_out)
+            state = progress.state_dict()
+            raise ValueError
+    except ValueError:
+        assert progress.state_dict() == state
     assert [cursor["active"] for cursor in state["cursors"]] == [True, False]
     other, (_, again) = make()
     other.load_state_dict(state)
     other.begin(again)
     assert (again.pass_number, again.position) == (1, 0)
+
+
+def test_a_loader_that_is_read_beside_another_without_gradients_is_continued() -> None:
+    progress, (train, unlabelled) = make()
+    epochs = progress.epochs(2)
+    next(epochs)
+    deliver(progress, train)
+    with torch.no_grad():
+        deliver(progress, unlabelled)
+    assert len(progress.state_dict()["open"]) == 2, "at the first batch"
+    train.position += 1
+    with torch.no_grad():
+        assert len(progress.state_dict()["open"]) == 2
+    next(epochs)
+    with torch.no_grad():
+        deliver(progress, train)
+        assert [saved["loader"] for saved in progress.state_dict()["open"]] == [1, 0]
 
 
 def test_an_evaluation_on_its_own_is_continued() -> None:

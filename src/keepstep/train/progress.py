@@ -11,8 +11,10 @@ began first in this epoch, the *outermost*, says where the script stands:
 - With one, it goes on at its position. Passes that had ended before it began yield nothing; those that ended
   inside it don't matter.
 - Passes that outlive the outermost, or the epoch they began in, are *carried*: they say nothing about where
-  the script stands. They go on too, like every open pass. Only one that began with gradients off inside an
-  outermost one with gradients on is dropped: it is an evaluation that will not be reached again.
+  the script stands. They go on too, like every open pass. Only one that began with gradients off, inside an
+  outermost one with gradients on, is dropped if that one still is at the same batch: it is an evaluation that
+  will not be reached again. Loaders read side by side get there as well, at their first batch, but gradients
+  are on again by the time that a checkpoint is made.
 
 `load_state()` in the middle of a script is the one case in which loops run that know nothing of the state
 they run in. They are void from then on: a pass or a loop over epochs that began before it and is asked for
@@ -75,6 +77,8 @@ class OpenPass:
         carried: it says nothing about where the script stands.
         waiting: it was restored, and its loader was not iterated since.
         handling: id of the exception that was being handled when it began.
+        within: where the outermost pass was when it began: loader, pass and position. None for the outermost
+            one itself, and for one that was restored.
         restores: how often a state had been restored when it began.
     """
 
@@ -84,6 +88,7 @@ class OpenPass:
     carried: bool = False
     waiting: bool = False
     handling: int = 0
+    within: tuple[int, int, int] | None = None
     restores: int = 0
 
 
@@ -139,7 +144,8 @@ class Progress:
         else:
             if entry is not None:
                 self.end(entry)
-            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self._ended))
+            within = self._outermost_at()
+            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self._ended), within=within)
             self._open.append(entry)
             cursor.pass_number += 1
             cursor.position = 0
@@ -222,6 +228,13 @@ class Progress:
 
     def _outermost(self) -> OpenPass | None:
         return next((entry for entry in self._open if not entry.carried), None)
+
+    def _outermost_at(self) -> tuple[int, int, int] | None:
+        outermost = self._outermost()
+        if outermost is None:
+            return None
+        cursor = outermost.cursor
+        return cursor.index, cursor.pass_number, cursor.position
 
     def at_last_batch(self) -> bool:
         """Whether the loader that began last among the open ones has given out its last batch."""
@@ -352,7 +365,14 @@ class Progress:
         outermost = self._outermost()
         if outermost is None or not outermost.with_gradients:
             return list(self._open)
-        return [entry for entry in self._open if entry.with_gradients]
+        return [entry for entry in self._open if not self._is_evaluation(entry)]
+
+    def _is_evaluation(self, entry: OpenPass) -> bool:
+        """Whether a pass inside the outermost one is under way now, or was until an exception was raised."""
+        if entry.with_gradients or entry.carried or entry.within != self._outermost_at():
+            return False
+        raised = sys.exception()
+        return not torch.is_grad_enabled() or (raised is not None and id(raised) != entry.handling)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take on what was saved; passes that are still open here are void."""
