@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import sys
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -121,6 +122,9 @@ def place_exists(place: Place) -> bool:
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _INTO = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NORESERVE = 0x4000 if sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64") else 0
+_PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", _NORESERVE)
+"""Only pages that are written to take memory: Linux would ask for room for all of them."""
 
 
 def has_plain_parents(directory: Path, name: str, known: set[str]) -> bool:
@@ -181,7 +185,7 @@ class _LocalFile:
         return os.pread(self._fd, size, offset)
 
     def map(self) -> mmap.mmap:
-        return mmap.mmap(self._fd, self.size_bytes, access=mmap.ACCESS_COPY)
+        return mmap.mmap(self._fd, self.size_bytes, flags=_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
     def forget_cached(self) -> None:
         if hasattr(os, "posix_fadvise"):

@@ -10,8 +10,9 @@ import contextlib
 import functools
 import math
 import mmap
+import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -48,6 +49,11 @@ from keepstep.errors import (
 from keepstep.tree import DTYPES
 
 __all__ = ["Reader", "over_untrusted"]
+
+_MOST_OPEN: Final = 256
+"""Segments that are open at once."""
+_OPEN_ELSEWHERE: Final = 128
+"""Files that the rest of the process may have open."""
 
 
 class Reader:
@@ -122,12 +128,17 @@ class Reader:
                 part_target(target, entry, goals, scattered)
         begun = started if started is not None else set()
         names = {goal.stored.file for goal in goals} | {part.goal.stored.file for part in scattered}
-        with self._open_segments(name for name in names if name is not None) as files:
-            Pass(self._source, files, goals, begun).run()
-            for batch in batches(scattered):
-                Pass(self._source, files, [part.goal for part in batch], begun).run()
-                for part in batch:
-                    part.copy()
+        groups = _some_at_once(name for name in names if name is not None)
+        for group in groups if len(groups) > 1 else ():  # all headers before any memory is touched
+            with self._open_segments(group):
+                pass
+        for group in groups:
+            with self._open_segments(group) as files:
+                Pass(self._source, files, [g for g in goals if g.stored.file in files], begun).run()
+                for batch in batches([part for part in scattered if part.goal.stored.file in files]):
+                    Pass(self._source, files, [part.goal for part in batch], begun).run()
+                    for part in batch:
+                        part.copy()
 
     def fresh(self, addresses: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors into new CPU memory; aliases share their base's."""
@@ -160,7 +171,8 @@ class Reader:
     def mapped(self, addresses: Iterable[str], *, verify: bool) -> dict[str, torch.Tensor]:
         """Tensors as a private mapping of the files: pages are read when touched, writes stay in memory.
 
-        From a place that can't be mapped they are read whole and verified; so are sharded ones, anywhere.
+        From a place that can't be mapped they are read whole and verified; so are sharded ones, anywhere, and
+        all of them if they lie in more files than this process may have open.
 
         Args:
             addresses: any tensors.
@@ -169,6 +181,8 @@ class Reader:
         wanted = list(dict.fromkeys(addresses))
         bases = [base for base in dict.fromkeys(map(self.stored, wanted)) if not self.entry(base).chunks]
         names = {entry.file for base in bases if (entry := self.entry(base)).file is not None}
+        if len(names) > _most_mapped():
+            return self.fresh(wanted)
         with self._open_segments(names) as files:
             mapped = {name: file.map() for name, file in files.items()}
             maps = {name: mapping for name, mapping in mapped.items() if mapping is not None}
@@ -215,6 +229,18 @@ class Reader:
                 self.place,
                 f"the header of {name} (or its index) gives the digest {actual}, not {entry.digest}",
             )
+
+
+def _some_at_once(names: Iterable[str]) -> list[list[str]]:
+    """Files in groups that may be open at once: many ranks have saved more than a process may open."""
+    ordered = sorted(names)
+    return [ordered[begin : begin + _MOST_OPEN] for begin in range(0, len(ordered), _MOST_OPEN)]
+
+
+def _most_mapped() -> float:
+    """Files that can be mapped: until all are, each is open twice, and the process has others."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if allowed == resource.RLIM_INFINITY else (allowed - _OPEN_ELSEWHERE) // 2
 
 
 def _open(source: Source, name: str, entry: FileEntry) -> OpenFile:
