@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from keepstep.train.progress import Cursor, OpenPass, Progress
@@ -49,6 +50,61 @@ def test_an_epoch_is_done_once_a_pass_ended_and_none_is_open() -> None:
     assert list(epochs) == [1, 2]
     assert still_to_run(restored(progress)[0], 3) == []
     assert still_to_run(restored(progress)[0], 5) == [3, 4]
+
+
+def test_an_evaluation_that_comes_first_does_not_end_the_epoch() -> None:
+    progress, (train, held_out) = make()
+    next(progress.epochs(2))
+    with torch.no_grad():
+        progress.end(deliver(progress, held_out))
+    between, (train_again, held_out_again) = restored(progress)
+    assert restored(between)[0].state_dict() == progress.state_dict()
+    assert next(between.epochs(2)) == 0
+    assert between.skips(held_out_again)
+    assert not between.skips(train_again)
+    progress.end(deliver(progress, train))
+    assert still_to_run(restored(progress)[0], 2) == [1]
+
+
+def test_an_evaluation_that_comes_last_is_still_the_epilogue_after_a_resume() -> None:
+    progress, (train, held_out) = make()
+    next(progress.epochs(2))
+    progress.end(deliver(progress, train))
+    with torch.no_grad():
+        deliver(progress, held_out, 2)
+    other, (train_again, again) = restored(progress)
+    epochs = other.epochs(2)
+    next(epochs)
+    assert other.skips(train_again)
+    with torch.no_grad():
+        other.end(other.begin(again))
+    assert still_to_run(restored(other)[0], 2) == [1]
+    assert next(epochs) == 1
+    with torch.no_grad():
+        other.end(deliver(other, again))
+    assert still_to_run(restored(other)[0], 2) == [1]
+
+
+def test_a_checkpoint_between_two_training_loops_of_an_epoch_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    progress, (first, second) = make()
+    epochs = progress.epochs(3)
+    for _ in range(2):
+        next(epochs)
+        progress.end(deliver(progress, first))
+        progress.goes_on(first)
+        with torch.no_grad():
+            progress.end(deliver(progress, second))
+        progress.end(deliver(progress, second))
+        progress.state_dict()
+    assert not caplog.messages
+    with torch.no_grad():
+        progress.end(deliver(progress, second))
+    assert not caplog.messages
+    progress.end(deliver(progress, second))
+    progress.end(deliver(progress, second))
+    assert ["between two loops of epoch 1" in message for message in caplog.messages] == [True]
 
 
 def test_passes_that_ended_before_the_outermost_are_skipped() -> None:

@@ -6,8 +6,8 @@ left. Passes may overlap: an evaluation inside a training loop, two loaders side
 A resumed run executes its script from the top, so it has to be told what to leave out. The open pass that
 began first in this epoch, the *outermost*, says where the script stands:
 
-- With none, an epoch counts as done once a pass has ended in it, since a checkpoint after the last batch is
-  what a loop's epilogue writes. Epochs that are done aren't yielded again.
+- With none, an epoch counts as done once a pass with gradients has ended in it, since a checkpoint after the
+  last batch is what a loop's epilogue writes. Epochs that are done aren't yielded again (see `ended.py`).
 - With one, it goes on at its position. Passes that had ended before it began yield nothing; those that ended
   inside it don't matter.
 - Passes that outlive the outermost, or the epoch they began in, are *carried*: they say nothing about where
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from keepstep.errors import UsageError
+from keepstep.train.ended import EndedPasses
 from keepstep.train.loops import Loops
 
 __all__ = ["Cursor", "OpenPass", "Progress"]
@@ -107,8 +108,7 @@ class Progress:
         self._loops = Loops()
         self._restores = 0
         self._open: list[OpenPass] = []
-        self._ended: Counter[int] = Counter()
-        self._skip: Counter[int] = Counter()
+        self._ended = EndedPasses()
         self._before_leaving: tuple[int, dict[str, Any]] | None = None
 
     def new_cursor(self) -> Cursor:
@@ -121,15 +121,11 @@ class Progress:
 
     def will_skip(self, cursor: Cursor) -> bool:
         """Whether the loader's next iteration had ended before the run was interrupted."""
-        return self._skip[cursor.index] > 0
+        return self._ended.will_skip(cursor.index)
 
     def skips(self, cursor: Cursor) -> bool:
         """As `will_skip`, for the iteration that begins now."""
-        if not self.will_skip(cursor):
-            return False
-        self._skip[cursor.index] -= 1
-        self._ended[cursor.index] += 1
-        return True
+        return self._ended.skip(cursor.index)
 
     def begin(self, cursor: Cursor, first: int | None = None) -> OpenPass:
         """Begin a pass, or go on with a restored one, at unit `cursor.position`.
@@ -145,7 +141,9 @@ class Progress:
             if entry is not None:
                 self.end(entry)
             within = self._outermost_at()
-            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self._ended), within=within)
+            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self._ended.times), within=within)
+            if entry.with_gradients:
+                self._ended.check(cursor.index, self.epoch)
             self._open.append(entry)
             cursor.pass_number += 1
             cursor.position = 0
@@ -191,13 +189,13 @@ class Progress:
         """
         if entry.cursor.current is not entry:
             return
-        before = self._before_leaving or (entry.handling, self.state_dict())
+        before = self._before_leaving or (entry.handling, self._state())
         self.end(entry)
         self._before_leaving = before
 
     def goes_on(self, cursor: Cursor) -> bool:
         """Whether a run that resumes from a checkpoint made now goes on with the loader's last pass."""
-        return any(saved["loader"] == cursor.index for saved in self.state_dict()["open"])
+        return any(saved["loader"] == cursor.index for saved in self._state()["open"])
 
     def next_pass(self, cursor: Cursor, number: int) -> None:
         """Make the loader's next pass number `number`, from its first batch."""
@@ -213,7 +211,7 @@ class Progress:
         self._before_leaving = None
         entry.cursor.current = None
         self._open.remove(entry)
-        self._ended[entry.cursor.index] += 1
+        self._ended.add(entry.cursor.index, trained=self._inside and entry.with_gradients)
         if entry is outermost:
             self._carry_open()
 
@@ -318,29 +316,34 @@ class Progress:
         self._loop, self.epoch, self._done, self._inside = loop, epoch, False, True
         self._entered = True
         self._finished = False
-        self._ended.clear()
         outermost = self._outermost()
-        if repeats:
-            self._skip = Counter(outermost.ended_before) if outermost is not None else Counter()
-        else:
-            self._skip.clear()
+        before = None if outermost is None else outermost.ended_before
+        self._ended.begin_epoch(repeats=repeats, before=before)
+        if not repeats:
             self._carry_open()
 
     # -- state ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain values."""
+        state = self._state()
+        if state["done"] and not self._done:
+            self._ended.saved_as_done()
+        return state
+
+    def _state(self) -> dict[str, Any]:
         if self._before_leaving is not None:
             handling, before = self._before_leaving
             if sys.exception() is not None and id(sys.exception()) != handling:
                 return before
         going_on = self._going_on()
-        ended = self._inside and self._outermost() is None and self._ended.total() > 0
+        ended = self._inside and self._outermost() is None and self._ended.make_it_done
         return {
             "loop": self._loop,
             "epoch": self.epoch,
             "done": self._done or ended,
             "finished": self._finished,
+            "ended": self._ended.state_dict(inside=self._inside),
             "cursors": [
                 {
                     "pass": cursor.pass_number,
@@ -382,8 +385,7 @@ class Progress:
         self._before_leaving = None
         self._restores += 1
         self._loops.restore(self._loop)
-        self._ended.clear()
-        self._skip.clear()
+        self._ended.load_state_dict(state.get("ended", {"trained": True, "times": {}}))
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
             cursor.pass_number, cursor.position = saved["pass"], saved["position"]
             cursor.length, cursor.current = None, None
