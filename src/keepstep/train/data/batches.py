@@ -242,7 +242,7 @@ class _KeyedDataset(Dataset[Any]):
         self._draws_nothing = type(self.dataset) is TensorDataset and self._collate is default_collate
         self._pass: int | None = None
         self._kept: KeptGenerators | None = None
-        self._fetched, self._looks_at = 0, 1
+        self._fetched, self._looks_at, self._looks_again_after = 0, 1, 1
 
     def __getstate__(self) -> dict[str, Any]:
         # Where generators are kept is found anew in each worker: the entries point into live objects.
@@ -252,7 +252,7 @@ class _KeyedDataset(Dataset[Any]):
         """Announce a pass; what keeps generators may be another than in the one before."""
         announce_pass(self.dataset, pass_number)
         self._pass, self._kept = pass_number, None
-        self._fetched, self._looks_at = 0, 1
+        self._looks_at = self._fetched + 1
 
     def __getitems__(self, key: Key) -> Any:
         seeds, indices, pass_number = key
@@ -275,8 +275,10 @@ class _KeyedDataset(Dataset[Any]):
             kept = self._kept = KeptGenerators(self.dataset, self._collate)
         batch = self._load(kept, seed, indices)
         self._fetched += 1
-        if self._fetched == self._looks_at:  # after 1, 2, 4 ... batches: the search costs more than a batch
-            self._looks_at *= 2
+        if self._fetched == self._looks_at:
+            # After each pass's first batch, and ever more seldom: a search may cost more than a batch.
+            self._looks_at += self._looks_again_after
+            self._looks_again_after *= 2
             if kept.grew():
                 # A generator that this batch has made was not replaced: what it drew depends on history.
                 seed_globals(seed)

@@ -27,6 +27,8 @@ __all__ = ["KeptGenerator", "KeptGenerators", "Replacement", "find_generators", 
 _MAX_DEPTH = 5
 _MAX_ITEMS = 64
 _MAX_OBJECTS = 10_000
+_KEEPS_NOTHING = frozenset({str, bytes, int, float, complex, bool, type(None), torch.Tensor})
+_CONTAINERS = frozenset({list, dict, tuple})
 _PLAIN = (str, bytes, int, float, complex, torch.Tensor, torch.nn.Module, type, ModuleType, logging.Logger)
 
 KeptGenerator = tuple[Any, Any]
@@ -44,14 +46,17 @@ def find_generators(root: object) -> list[KeptGenerator]:
     waiting: deque[tuple[object, int]] = deque([(root, 0)])
     while waiting and len(seen) < _MAX_OBJECTS:
         holder, depth = waiting.popleft()
-        if id(holder) in seen or depth > _MAX_DEPTH:
+        if id(holder) in seen:
             continue
         seen.add(id(holder))
         owner, items = _contents(holder)
         for name, value in items:
-            if _is_generator(value) and not isinstance(owner, tuple):
+            kind = type(value)
+            if kind in _KEEPS_NOTHING:  # most values: the search is quick because of this
+                continue
+            if kind not in _CONTAINERS and _is_generator(value) and not isinstance(owner, tuple):
                 found.append((owner, name))
-            elif not isinstance(value, _PLAIN):
+            elif depth < _MAX_DEPTH and len(waiting) < _MAX_OBJECTS and not isinstance(value, _PLAIN):
                 waiting.append((value, depth + 1))
     return found
 

@@ -50,8 +50,11 @@ def derive_seed(*parts: int) -> int:
     Args:
         parts: integers, of which the lowest 64 bits count.
     """
-    packed = b"".join([(part & _MASK).to_bytes(8, "little") for part in parts])
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+    packed = 0
+    for part in reversed(parts):
+        packed = packed << 64 | (part & _MASK)
+    mixed = hashlib.blake2b(packed.to_bytes(8 * len(parts), "little"), digest_size=8)
+    return int.from_bytes(mixed.digest(), "little") >> 1
 
 
 class Order(Protocol):
