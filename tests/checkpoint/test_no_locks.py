@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 
 from keepstep import Store
+from keepstep.checkpoint.place.local import sweep
 from keepstep.errors import StoreBusyError
+from keepstep.files import LocalFiles
 
 PROGRAM = """
 import errno, fcntl, os, sys
@@ -97,3 +101,16 @@ def test_what_another_machine_may_be_saving_stays(tmp_path: Path, other: subproc
     lock.write_text(said.replace('"host": "', '"host": "another-'))
     Store(place).save({"x": 2})
     assert len(unfinished(place)) == 1
+
+
+def test_what_was_left_unfinished_a_day_ago_goes_whoever_left_it(tmp_path: Path) -> None:
+    """Containers that start again under one name can't tell whether their predecessor lives."""
+    left = [tmp_path / f"checkpoint_{number}.tmp-{number:012x}" for number in (1, 2)]
+    for directory in left:
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(b"half")
+    long_ago = time.time() - 25 * 3600
+    for path in (left[0] / "model.safetensors", left[0]):
+        os.utime(path, (long_ago, long_ago))
+    sweep(LocalFiles(), tmp_path)
+    assert [directory.exists() for directory in left] == [False, True]

@@ -179,7 +179,8 @@ def save_directory(
 
     The directory may be new, empty, or an earlier keepstep checkpoint, which is then replaced in one
     step (files that somebody else put into it stay). Arguments are those of `Store` and `Store.save`, and
-    `run`, the id of the run that saves it; None for a new one.
+    `run`, the id of the run that saves it; None for a new one. Many ranks come to such saves in one order,
+    whichever threads make them.
 
     Raises:
         DirectoryNotOursError: it holds something else; nothing was touched.

@@ -135,15 +135,19 @@ def _newest_valid(found: Found) -> Entry:
     """
     if not found.is_store:
         return found.entries[0]
+    gone = 0
     for entry in reversed(found.entries):
         problem = problem_of(entry)
         if problem is None:
             return entry
         if not place_exists(entry.path):  # a training run pruned it while we looked
+            gone += 1
             continue
         if problem.refused:
             raise refused(entry.path, problem.reason)
         click.echo(f"passing over {entry.name}, which is damaged: {Cell(problem.reason).text}", err=True)
+    if gone == len(found.entries):
+        raise NoValidCheckpointError(f"all checkpoints in {found.root} were deleted just now; look again")
     raise NoValidCheckpointError(
         f"every checkpoint in {found.root} is damaged; name one to see what is left of it"
     )

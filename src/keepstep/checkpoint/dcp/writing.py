@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 import re
 import secrets
-import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.distributed.checkpoint import storage
@@ -18,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.futures import Future
 
+from keepstep.checkpoint.dcp.coordinated import CoordinatedSave
 from keepstep.checkpoint.dcp.memory import Memory, give_back, take
 from keepstep.checkpoint.dcp.names import Branch, encoded, plant
 from keepstep.checkpoint.dcp.pieces import (
@@ -33,7 +32,7 @@ from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.saving.layout import Layout, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
-from keepstep.checkpoint.saving.ranks import Plan, Shard, Share, layout_of
+from keepstep.checkpoint.saving.ranks import Share, layout_of
 from keepstep.checkpoint.saving.reports import Report, merge
 from keepstep.checkpoint.saving.save import Content, info_of, publish, segment_writer
 from keepstep.checkpoint.saving.staging import BlockPool
@@ -66,94 +65,6 @@ class _Orders:
     size: int
     shares: Sequence[Share]
     lone: str
-
-
-class _Save:
-    """A save on its way, on the coordinator.
-
-    Attributes:
-        memory: of the saves before.
-        key: what all ranks hold.
-        workspace: the unfinished checkpoint.
-        invitation: to it.
-    """
-
-    def __init__(self, spot: Spot, files: Files, held: Sequence[Sequence[Shard]]) -> None:
-        self._spot = spot
-        self._over = False
-        self._pid = os.getpid()
-        self._thread = threading.current_thread()
-        self._in_call = False
-        for other in list(_under_way):
-            other.make_way()
-        _under_way.add(self)
-        self.key = tuple(map(tuple, held))
-        self.memory = take(spot, len(held))
-        try:
-            ranks = self.memory.ranks
-            if not ranks.fits(self.key, (), ()):
-                ranks.decide((), held)
-            self.workspace = spot.reserve(files)
-            with self.workspace.explained():
-                self.workspace.check()
-                self.workspace.open()
-                self.invitation = self.workspace.invitation()
-        except BaseException:
-            self.discard()
-            raise
-
-    @property
-    def plan(self) -> Plan:
-        """Who writes what."""
-        assert self.memory.ranks.plan is not None, "it was decided"
-        return self.memory.ranks.plan
-
-    def committed(self, resting: Mapping[str, str]) -> None:
-        """The checkpoint is there, and the next one goes on from it; see `RankPlanner.learn`."""
-        self.memory.ranks.learn(self.key, resting)
-        self.memory.last = self.invitation
-        self._end()
-
-    def make_way(self) -> None:
-        """End it if it failed on another rank, of which DCP tells nobody: its thread saves anew, or is gone.
-
-        Raises:
-            UsageError: the thread is in the middle of it.
-        """
-        here = self._thread is threading.current_thread()
-        if here and self._in_call and os.getpid() == self._pid:
-            raise UsageError(
-                "dcp.save was called in the middle of another one, by the handler of a signal. Let the "
-                "handler take note of the signal, and save when the loop comes by"
-            )
-        if here or not self._thread.is_alive():
-            self.discard()
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """DCP has called, and the writer is at work on this save."""
-        self._in_call = True
-        try:
-            yield
-        finally:
-            self._in_call = False
-
-    def discard(self) -> None:
-        """Remove what was written; what was known before is true still."""
-        if not self._over and os.getpid() == self._pid:  # a fork's parent sees to it
-            self._over = True
-            if hasattr(self, "workspace"):
-                self.workspace.discard()
-            self._end()
-
-    def _end(self) -> None:
-        self._over = True
-        _under_way.discard(self)
-        give_back(self._spot, self.memory)
-
-
-_under_way: weakref.WeakSet[_Save] = weakref.WeakSet()
-"""Saves that may not be over: a thread does one after the other."""
 
 
 class StorageWriter(storage.StorageWriter):
@@ -202,7 +113,7 @@ class StorageWriter(storage.StorageWriter):
         self._memory_budget_bytes = memory_budget_bytes
         self._options = storage_options
         self._spot = Spot.of(path, storage_options)
-        self._save: _Save | None = None
+        self._save: CoordinatedSave | None = None
         self._abandon: weakref.finalize[Any, Any] | None = None
         self._lone = ""
 
@@ -263,7 +174,7 @@ class StorageWriter(storage.StorageWriter):
             lone += "_"
         refuse_twins(plans, lone)
         held = [[piece for _, piece in pieces_of(plan, lone)] for plan in plans]
-        self._save = save = _Save(self._spot, self._files, held)
+        self._save = save = CoordinatedSave(self._spot, self._files, held)
         # If another rank fails, DCP calls nothing here any more.
         self._abandon = weakref.finalize(self, save.discard)
         self._lone = lone
@@ -308,6 +219,7 @@ class StorageWriter(storage.StorageWriter):
         """Called by DCP on the coordinator, once all ranks have written: commits."""
         save = self._save
         assert save is not None, "finish() without prepare_global_plan()"
+        save.check_thread()
         try:
             with save.call(), save.workspace.explained():
                 resting = self._commit(save, metadata, results)
@@ -320,9 +232,13 @@ class StorageWriter(storage.StorageWriter):
     # ------------------------------------------------------------------------------------- inside
 
     def _make_way(self) -> None:
-        """Discard a save that failed on another rank."""
+        """Discard a save that failed on another rank.
+
+        Raises:
+            UsageError: it did not fail, and another thread is at it.
+        """
         if self._save is not None:
-            self._save.make_way()
+            self._save.make_way(of_same_writer=True)
         self._discard()
 
     def _discard(self) -> None:
@@ -376,7 +292,7 @@ class StorageWriter(storage.StorageWriter):
         return writer, source_of(guest.final).name
 
     def _commit(
-        self, save: _Save, metadata: Metadata, results: list[list[storage.WriteResult]]
+        self, save: CoordinatedSave, metadata: Metadata, results: list[list[storage.WriteResult]]
     ) -> dict[str, str]:
         """Publish it; what the ranks found to be as before."""
         reports = [Report.load(result.storage_data) for of_rank in results for result in of_rank]

@@ -84,10 +84,10 @@ def verify_checkpoint(
                 hashed += count
                 progress(count)
     except DamagedCheckpointError as error:
+        refused = is_refusal(error) and not problems  # what is known to be damaged stays so
         problems.append(error.message)
-        refused = is_refusal(error)
     except OSError as error:
-        refused = is_refusal(error)
+        refused = is_refusal(error) and not problems
         problems.append(f"can't be read: {error.strerror or error} ({error.filename})")
     return Report(path=place, problems=tuple(problems), bytes=hashed, refused=refused)
 

@@ -64,7 +64,8 @@ class NamedWorkspace(BucketWorkspace):
         self._claim = this_process().dump()
         if not in_use.begin(final.prefix):
             raise StoreBusyError(
-                f"{final} is being saved by this process already. Wait for that save, or choose another name"
+                f"{final} is being saved by this process already. Wait for that save; if it failed on "
+                "another rank, call reset() of its writer; or choose another name"
             )
         try:
             self._begin()
@@ -184,7 +185,11 @@ class _Name:
             decided = content_of(self._objects, mark)
             if decided:
                 _publish(self._objects, self._final, decided)
-                raise self._is_committed()
+                raise DirectoryNotOursError(
+                    errno.EEXIST,
+                    f"an earlier save to {self._final} had been decided, and is published now: a whole "
+                    "checkpoint lies there. Nothing of this save was written. Choose another name for it",
+                )
             if decided is not None:
                 return
 

@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -45,6 +46,8 @@ __all__ = [
 _TMP = ".tmp-"
 _UNFINISHED = re.compile(r"(.+)\.tmp-[0-9a-f]{12}\Z", re.DOTALL)
 _REPLACED = ".replaced"
+
+_LONG_DEAD_S = 24 * 3600.0
 
 _unlocked: set[Path] = set()
 """Unfinished directories of this process on file systems that can't lock them."""
@@ -320,7 +323,8 @@ def sweep(
         parent: where they lie.
         prefix: only those that were to become this name.
         in_flight: whether this process is saving under a name; it may not have come to the lock yet.
-        alone: whether no other process may be at it, so that those go as well that can't be locked.
+        alone: whether no other process may be at it, so that those go as well that can't be locked. Else
+            they go when nobody has touched them for a day.
     """
     for entry in os.listdir(parent):
         match = _UNFINISHED.match(entry)
@@ -332,12 +336,24 @@ def sweep(
         except OSError:  # locked by the process that writes it, or not a directory
             continue
         try:
-            dead = lock.supported or (alone and path.resolve() not in _unlocked)
+            unlocked = path.resolve() not in _unlocked and (alone or _is_old(path))
+            dead = lock.supported or unlocked
             if dead and not in_flight(match[1]) and not path.is_symlink():
                 log.info("removing %s, left unfinished by a process that died", path)
                 _remove_if_possible(files, path)
         finally:
             lock.release()
+
+
+def _is_old(path: Path) -> bool:
+    """Whether nobody has touched a directory and what lies in it for a day: nobody can be at it."""
+    try:
+        touched = [os.lstat(path).st_mtime]
+        for within, _, names in os.walk(path):
+            touched += [os.lstat(os.path.join(within, name)).st_mtime for name in names]
+    except OSError:  # somebody is at it
+        return False
+    return time.time() - max(touched) > _LONG_DEAD_S
 
 
 def _remove_if_possible(files: Files, path: Path) -> None:

@@ -104,6 +104,7 @@ class Save:
         with workspace.explained():
             workspace.check()
         self._held: list[Held] = []
+        self._behind = False  # the caller waits until all is copied
         self._written_to: list[str] = []
         self._sealed = Latch()
         self._ordered_by = threading.current_thread()
@@ -177,6 +178,7 @@ class Save:
                 self._held.append(Held(index, leaf))
         self._streams.follow()
         self._writer.step_back()
+        self._behind = True
         return True
 
     @property
@@ -232,7 +234,7 @@ class Save:
 
     def _open_and_stage(self) -> None:
         self.workspace.open()
-        if not self._held:  # the caller waits
+        if not self._behind:
             self._writer.synchronize()
         self._writer.stage()
         if self._held:

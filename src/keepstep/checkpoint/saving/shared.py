@@ -179,8 +179,8 @@ class SharedSave(Save):
             (step, epoch, place), (first_step, first_epoch, first_place) = one[2], everyones[0][2]
             if place != first_place:
                 raise RanksDifferError(
-                    f"rank {rank} saves to {place}, rank 0 to {first_place}: ranks must save together; "
-                    "nothing was written"
+                    f"rank {rank} saves to {place}, rank 0 to {first_place}: ranks must save together, and "
+                    "if several threads do, in one order; nothing was written"
                 )
             if (step, epoch) != (first_step, first_epoch):
                 raise RanksDifferError(
