@@ -146,11 +146,9 @@ def _newest_valid(found: Found) -> Entry:
         if problem.refused:
             raise refused(entry.path, problem.reason)
         click.echo(f"passing over {entry.name}, which is damaged: {Cell(problem.reason).text}", err=True)
-    if gone == len(found.entries):
-        raise NoValidCheckpointError(f"all checkpoints in {found.root} were deleted just now; look again")
-    raise NoValidCheckpointError(
-        f"every checkpoint in {found.root} is damaged; name one to see what is left of it"
-    )
+    is_so = "is damaged; name one to see what is left of it"
+    is_so = "was deleted just now; look again" if gone == len(found.entries) else is_so
+    raise NoValidCheckpointError(f"every checkpoint in {found.root} {is_so}")
 
 
 def _matching(tensors: Mapping[str, TensorEntry], pattern: str) -> dict[str, TensorEntry]:

@@ -29,12 +29,13 @@ from keepstep.checkpoint.dcp.pieces import (
 )
 from keepstep.checkpoint.dcp.spots import Spot, is_place
 from keepstep.checkpoint.format.source import source_of
+from keepstep.checkpoint.saving.committing import Content, publish
 from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.saving.layout import Layout, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
 from keepstep.checkpoint.saving.ranks import Share, layout_of
 from keepstep.checkpoint.saving.reports import Report, merge
-from keepstep.checkpoint.saving.save import Content, info_of, publish, segment_writer
+from keepstep.checkpoint.saving.save import info_of, segment_writer
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.checkpoint.saving.writer import SegmentWriter
 from keepstep.errors import UsageError

@@ -5,14 +5,45 @@ from __future__ import annotations
 import datetime as dt
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
-from keepstep.checkpoint.format.manifest import FileEntry, Manifest, dump_manifest
+from keepstep.checkpoint.collector import collector_paused
+from keepstep.checkpoint.format.manifest import (
+    STATE_NAME,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    digest_of,
+    dump_manifest,
+    dump_state,
+)
 from keepstep.checkpoint.place.backend import Workspace
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.environment import describe_environment
 
-__all__ = ["commit"]
+__all__ = ["Content", "commit", "publish"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What a checkpoint consists of once its segments are written.
+
+    Attributes:
+        tree: the encoded state.
+        tensors: the index, by address.
+        files: entries of what has been written.
+        small: small files that are still to be written, by name.
+        ranks: the encoded state of each rank's own; None if there is none.
+        world_size: how many ranks saved.
+    """
+
+    tree: Any
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, FileEntry]
+    small: Mapping[str, bytes]
+    ranks: Sequence[Any] | None = None
+    world_size: int = 1
 
 
 def commit(
@@ -55,3 +86,14 @@ def commit(
     )
     workspace.commit(dump_manifest(manifest))
     return manifest
+
+
+def publish(workspace: Workspace, content: Content, said: Description, lineage: Lineage) -> Manifest:
+    """Write state.json and the manifest, and commit."""
+    files = dict(content.files)
+    with collector_paused():
+        state = dump_state(content.tree, content.tensors, content.ranks)
+    for name, data in {**content.small, STATE_NAME: state}.items():
+        workspace.write_file(name, data)
+        files[name] = FileEntry(bytes=len(data), digest=digest_of(data))
+    return commit(workspace, files, said, lineage, world_size=content.world_size)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import torch
@@ -14,16 +13,11 @@ from keepstep.checkpoint.collector import collector_paused
 from keepstep.checkpoint.crew import Crew
 from keepstep.checkpoint.format.manifest import (
     ITEMSIZES,
-    STATE_NAME,
-    FileEntry,
     Manifest,
-    TensorEntry,
-    digest_of,
-    dump_state,
 )
 from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.place.backend import Workspace
-from keepstep.checkpoint.saving.committing import commit
+from keepstep.checkpoint.saving.committing import Content, publish
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo, tensor_entries
 from keepstep.checkpoint.saving.planner import Planner
@@ -35,11 +29,9 @@ from keepstep.outcome import Latch
 from keepstep.tree import DTYPES, Flat, Leaf, flatten, local_part
 
 __all__ = [
-    "Content",
     "Save",
     "flatten_both",
     "info_of",
-    "publish",
     "segment_writer",
 ]
 
@@ -298,27 +290,6 @@ def flatten_both(state: Any, own: Any, rank: int) -> tuple[Flat, Flat]:
     return flat, Flat(tree=mine.tree[key], leaves=mine.leaves)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Content:
-    """What a checkpoint consists of once its segments are written.
-
-    Attributes:
-        tree: the encoded state.
-        tensors: the index, by address.
-        files: entries of what has been written.
-        small: small files that are still to be written, by name.
-        ranks: the encoded state of each rank's own; None if there is none.
-        world_size: how many ranks saved.
-    """
-
-    tree: Any
-    tensors: Mapping[str, TensorEntry]
-    files: Mapping[str, FileEntry]
-    small: Mapping[str, bytes]
-    ranks: Sequence[Any] | None = None
-    world_size: int = 1
-
-
 _HELD_BYTES = 128 << 20
 """Most memory for copies of what changes while the rest is staged: a save beyond that is staged at once."""
 
@@ -330,17 +301,6 @@ _SHORTEST_PAUSE_S: Final = 0.0005
 _LONGEST_PAUSE_S: Final = 0.005
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name in ITEMSIZES}
-
-
-def publish(workspace: Workspace, content: Content, said: Description, lineage: Lineage) -> Manifest:
-    """Write state.json and the manifest, and commit."""
-    files = dict(content.files)
-    with collector_paused():
-        state = dump_state(content.tree, content.tensors, content.ranks)
-    for name, data in {**content.small, STATE_NAME: state}.items():
-        workspace.write_file(name, data)
-        files[name] = FileEntry(bytes=len(data), digest=digest_of(data))
-    return commit(workspace, files, said, lineage, world_size=content.world_size)
 
 
 def segment_writer(

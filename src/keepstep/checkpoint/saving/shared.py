@@ -26,12 +26,13 @@ from keepstep.checkpoint.format.manifest import Manifest, digest_of
 from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.format.source import source_of
 from keepstep.checkpoint.place.backend import GuestWorkspace, HostWorkspace, Workspace
+from keepstep.checkpoint.saving.committing import Content, publish
 from keepstep.checkpoint.saving.description import Description, Lineage
 from keepstep.checkpoint.saving.layout import TensorInfo, tensor_entries
 from keepstep.checkpoint.saving.rank_planner import RankPlanner
 from keepstep.checkpoint.saving.ranks import Shard, Share, differences, layout_of
 from keepstep.checkpoint.saving.reports import Report, merge
-from keepstep.checkpoint.saving.save import Content, Save, flatten_both, info_of, publish
+from keepstep.checkpoint.saving.save import Save, flatten_both, info_of
 from keepstep.checkpoint.saving.staging import BlockPool
 from keepstep.errors import RankError, RanksDifferError
 from keepstep.meetings import Meeting
