@@ -10,11 +10,11 @@ from pathlib import Path
 from keepstep.checkpoint.format.manifest import FileEntry, TensorEntry
 from keepstep.checkpoint.format.parse import read_manifest, read_state
 from keepstep.checkpoint.place.local import LocalWorkspace
+from keepstep.checkpoint.saving.committing import Content, publish
 from keepstep.checkpoint.saving.description import Lineage, describe
 from keepstep.checkpoint.saving.layout import TensorInfo, segment_of
 from keepstep.checkpoint.saving.ranks import Plan, Shard, plan_ranks
 from keepstep.checkpoint.saving.reports import Report, merge
-from keepstep.checkpoint.saving.save import Content, publish
 from keepstep.files import LocalFiles
 
 __all__ = ["SimulatedRanks"]
