@@ -33,10 +33,16 @@ Open = Callable[..., Store]
 # ---------------------------------------------------------------------------------- what is in the way
 
 
-def test_a_directory_that_lost_its_manifest_is_set_aside_for_the_mirrors_copy(mirrored: Open) -> None:
+@pytest.mark.parametrize("what", ["lost", "cut", "overwritten"])
+def test_a_directory_that_lost_its_manifest_is_set_aside_for_the_mirrors_copy(
+    mirrored: Open, what: str
+) -> None:
     store = saved_and_mirrored(mirrored(), 2)
     store.close()
-    (store.path / "checkpoint_1" / "manifest.json").unlink()
+    manifest = store.path / "checkpoint_1" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:100] if what == "cut" else bytes(100))
+    if what == "lost":
+        manifest.unlink()
     live = state(9)
     found = mirrored().load_latest_into(live)
     assert found is not None

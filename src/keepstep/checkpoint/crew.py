@@ -29,12 +29,14 @@ class Crew:
     Args:
         count: how many at most; with one, work is done in the order in which it is handed in.
         name: of the threads.
+        daemon: whether the interpreter does not wait for them after all.
     """
 
-    def __init__(self, count: int, name: str) -> None:
+    def __init__(self, count: int, name: str, *, daemon: bool = False) -> None:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._count = count
         self._name = name
+        self._daemon = daemon
         self._starting = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._closed = False
@@ -65,7 +67,7 @@ class Crew:
 
     def _start_one(self) -> None:
         name = f"{self._name}-{len(self._threads)}"
-        thread = threading.Thread(target=self._run, name=name, daemon=False)
+        thread = threading.Thread(target=self._run, name=name, daemon=self._daemon)
         self._threads.append(thread)  # first: Ctrl-C may come just after it has started
         try:
             thread.start()
@@ -102,7 +104,7 @@ class Crew:
 
 
 def in_threads(
-    work: Callable[[], None], count: int, *, name: str, stop: Callable[[], None]
+    work: Callable[[], None], count: int, *, name: str, stop: Callable[[], None], daemon: bool = False
 ) -> list[BaseException]:
     """Do the same work in several threads, and return once all have ended.
 
@@ -111,11 +113,12 @@ def in_threads(
         count: of threads.
         name: of the threads.
         stop: makes all of them return soon. Called if this thread is interrupted, or gets too few threads.
+        daemon: whether the process may end without them: what they do is begun anew by the next one.
 
     Returns:
         What they raised.
     """
-    crew = Crew(count, name)
+    crew = Crew(count, name, daemon=daemon)
     outcomes: list[Outcome[None]] = []
     try:
         for _ in range(count):

@@ -39,9 +39,10 @@ def by_rank_0(world: World, topic: str, work: Callable[[], T]) -> T | None:
         outcome = Outcome()
         threading.Thread(target=outcome.settle, args=[work], name="keepstep-rank-0", daemon=True).start()
     while True:
-        ended = outcome is not None and outcome.wait(_SIGN_EVERY_S)
         with world.meeting(topic) as meeting:
             meeting.collect(b"")
+            # In the meeting: whatever interrupts rank 0 here is told to the others.
+            ended = outcome is not None and outcome.wait(_SIGN_EVERY_S)
             if ended and outcome is not None:
                 outcome.result()  # its error tells the others
             if meeting.broadcast(b"ended" if ended else b"") == b"ended":

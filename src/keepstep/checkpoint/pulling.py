@@ -139,9 +139,9 @@ def _bring(entry: catalog.Entry, mirrored: Manifest, local: LocalBackend, files:
         mirrored, files={name: replace(file, within=None) for name, file in mirrored.files.items()}
     )
     workspace = LocalWorkspace(files, final, may_replace=False)
-    if not catalog.has_lost_manifest(final):
-        workspace.check()  # what is not ours is in the way: nothing is fetched in vain
     with workspace.explained():
+        if not (catalog.has_lost_manifest(final) or source_of(final).has_manifest()):
+            workspace.check()  # what is not ours is in the way: nothing is fetched in vain
         try:
             workspace.open()
             for name in manifest.directories:
@@ -204,7 +204,7 @@ def _fetch(entry: catalog.Entry, workspace: LocalWorkspace, name: str, file: Fil
 
     try:
         count = min(_FETCHES_AT_ONCE, len(begins))
-        errors = in_threads(work, count, name="keepstep-pull", stop=stopped.open)
+        errors = in_threads(work, count, name="keepstep-pull", stop=stopped.open, daemon=True)
         if errors:
             raise errors[0]
         segment.finish()
