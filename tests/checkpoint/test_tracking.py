@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.forked import in_fork
 
+from keepstep.checkpoint.dcp import memory
 from keepstep.checkpoint.format.manifest import digest_of
 from keepstep.checkpoint.saving import tracking
 from keepstep.checkpoint.saving.tracking import KnownDigests, WriteTracker
@@ -66,7 +67,9 @@ class Asked:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    gc.collect()  # stores of earlier tests, which may still watch the memory that this one is given
+    # What earlier tests saved may still be watched where this one's memory lies.
+    memory._kept.clear()
+    gc.collect()
     return Asked(monkeypatch)
 
 
