@@ -1,8 +1,8 @@
 """What of an epoch has ended: the passes that a resumed run leaves out, and whether the epoch is done.
 
 A checkpoint with no pass open may be that of a loop's epilogue, or stand between two loops of one epoch. If a
-pass with gradients has ended, it counts as the epilogue: what follows is not run again. If only others have,
-an evaluation came first: the epoch is run again without it.
+pass with gradients has ended, or one without after a backward, it counts as the epilogue: what follows is not
+run again. If only others have, an evaluation came first: the epoch is run again without it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class EndedPasses:
         """A pass has ended; `trained`: in an epoch, and it was one with gradients."""
         self.times[loader] += 1
         self._trained = self._trained or trained
+
+    def note_training(self) -> None:
+        """A backward has begun: the epoch trains, whether or not its batches come from a prepared loader."""
+        self._trained = True
 
     def will_skip(self, loader: int) -> bool:
         """Whether the loader's next iteration had ended before the run was interrupted."""

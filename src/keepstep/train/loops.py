@@ -9,6 +9,7 @@ that it begins next is the one that the checkpoint was made in.
 from __future__ import annotations
 
 import logging
+import sys
 
 from keepstep.errors import UsageError
 
@@ -97,7 +98,8 @@ class Loops:
 
     def check_end(self) -> None:
         """Raise UsageError if the script ends, and had begun loops, but none that it was to go on with."""
-        if self._restored is not None and 0 < self.begun <= self._restored:
+        over = self._went_back or sys.exception() is not None  # it ends with another state, or in failure
+        if not over and self._restored is not None and 0 < self.begun <= self._restored:
             raise UsageError(
                 f"The checkpoint that this run went on from was made in loop {self._restored} over epochs() "
                 f"(counted from 0), and the script ends after {self.begun} of them: it has trained nothing. "

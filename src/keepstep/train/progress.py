@@ -108,7 +108,7 @@ class Progress:
         self._loops = Loops()
         self._restores = 0
         self._open: list[OpenPass] = []
-        self._ended = EndedPasses()
+        self.ended = EndedPasses()
         self._before_leaving: tuple[int, dict[str, Any]] | None = None
 
     def new_cursor(self) -> Cursor:
@@ -121,11 +121,11 @@ class Progress:
 
     def will_skip(self, cursor: Cursor) -> bool:
         """Whether the loader's next iteration had ended before the run was interrupted."""
-        return self._ended.will_skip(cursor.index)
+        return self.ended.will_skip(cursor.index)
 
     def skips(self, cursor: Cursor) -> bool:
         """As `will_skip`, for the iteration that begins now."""
-        return self._ended.skip(cursor.index)
+        return self.ended.skip(cursor.index)
 
     def begin(self, cursor: Cursor, first: int | None = None) -> OpenPass:
         """Begin a pass, or go on with a restored one, at unit `cursor.position`.
@@ -141,9 +141,9 @@ class Progress:
             if entry is not None:
                 self.end(entry)
             within = self._outermost_at()
-            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self._ended.times), within=within)
-            if entry.with_gradients:
-                self._ended.check(cursor.index, self.epoch)
+            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self.ended.times), within=within)
+            if entry.with_gradients and self._inside:
+                self.ended.check(cursor.index, self.epoch)
             self._open.append(entry)
             cursor.pass_number += 1
             cursor.position = 0
@@ -211,7 +211,7 @@ class Progress:
         self._before_leaving = None
         entry.cursor.current = None
         self._open.remove(entry)
-        self._ended.add(entry.cursor.index, trained=self._inside and entry.with_gradients)
+        self.ended.add(entry.cursor.index, trained=self._inside and entry.with_gradients)
         if entry is outermost:
             self._carry_open()
 
@@ -318,7 +318,7 @@ class Progress:
         self._finished = False
         outermost = self._outermost()
         before = None if outermost is None else outermost.ended_before
-        self._ended.begin_epoch(repeats=repeats, before=before)
+        self.ended.begin_epoch(repeats=repeats, before=before)
         if not repeats:
             self._carry_open()
 
@@ -328,7 +328,7 @@ class Progress:
         """Return what a resumed run needs, as plain values."""
         state = self._state()
         if state["done"] and not self._done:
-            self._ended.saved_as_done()
+            self.ended.saved_as_done()
         return state
 
     def _state(self) -> dict[str, Any]:
@@ -337,13 +337,13 @@ class Progress:
             if sys.exception() is not None and id(sys.exception()) != handling:
                 return before
         going_on = self._going_on()
-        ended = self._inside and self._outermost() is None and self._ended.make_it_done
+        ended = self._inside and self._outermost() is None and self.ended.make_it_done
         return {
             "loop": self._loop,
             "epoch": self.epoch,
             "done": self._done or ended,
             "finished": self._finished,
-            "ended": self._ended.state_dict(inside=self._inside),
+            "ended": self.ended.state_dict(inside=self._inside),
             "cursors": [
                 {
                     "pass": cursor.pass_number,
@@ -385,7 +385,7 @@ class Progress:
         self._before_leaving = None
         self._restores += 1
         self._loops.restore(self._loop)
-        self._ended.load_state_dict(state.get("ended", {"trained": True, "times": {}}))
+        self.ended.load_state_dict(state.get("ended", {"trained": True, "times": {}}))
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
             cursor.pass_number, cursor.position = saved["pass"], saved["position"]
             cursor.length, cursor.current = None, None

@@ -176,9 +176,9 @@ class Checkpointing(Facade):
             if finished and (self._state.progress.finish() or self._saver.is_unsaved):
                 self._saver.save_end()
             self._saver.tell_what_is_unsaved()
-            self._state.progress.check_end()
             if problem is not None:
                 raise problem
+            self._state.progress.check_end()
         finally:
             self._trackers.finish()
 

@@ -123,7 +123,8 @@ class Buffers:
         for number, model in enumerate(self._models):
             first, own = self._first.get(model, {}), self._own(model)
             replaced = {name: it for name, it in own.items() if name in first and first[name]() is not it}
-            written = {name: it for name, it in own.items() if it._version > 0 and name not in replaced}
+            rest = {name: it for name, it in own.items() if name not in replaced}
+            written = {name: it for name, it in rest.items() if it.is_inference() or it._version > 0}
             if written or replaced:
                 found[numbered("model", number)] = {"written": written, "replaced": replaced}
         return found
@@ -154,14 +155,13 @@ class Buffers:
             written, replaced = saved["written"], saved["replaced"]
             with torch.no_grad():
                 for name, buffer in self._own(model).items():
-                    if name in written and written[name].shape == buffer.shape:
-                        buffer.copy_(written[name])
-                    elif name in replaced:
+                    value = replaced.get(name, written.get(name) if buffer.is_inference() else None)
+                    if value is not None:
                         owner, _, key = name.rpartition(".")
                         part = model.get_submodule(owner)
-                        part._buffers[key] = torch.empty_like(replaced[name], device=buffer.device).copy_(
-                            replaced[name]
-                        )
+                        part._buffers[key] = torch.empty_like(value, device=buffer.device).copy_(value)
+                    elif name in written and written[name].shape == buffer.shape:
+                        buffer.copy_(written[name])
 
 
 class Generators:
