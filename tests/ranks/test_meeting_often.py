@@ -12,7 +12,8 @@ import torch
 from tests.ranks.spawn import run_ranks
 
 from keepstep import Checkpoint, save_directory
-from keepstep.errors import RankError, UsageError
+from keepstep.checkpoint.one_for_all import by_rank_0
+from keepstep.errors import RankError, RankFailedError, UsageError
 from keepstep.world import Ranks
 
 
@@ -21,6 +22,7 @@ def together(folder: str, rank: int, _: int) -> None:
     _many_directories_take_no_more_than_one(root, world)
     _places_of_its_own_are_refused(root, rank, world)
     _a_handler_is_refused(rank, world)
+    _an_interrupted_rank_0_is_not_waited_for(rank, world)
 
 
 def _held() -> tuple[int, int]:
@@ -62,6 +64,20 @@ def _a_handler_is_refused(rank: int, world: Ranks) -> None:
     assert len(refused) == (rank == 0)
     assert all(said.startswith("save_state(): it was called in the middle") for said in refused)
     world.barrier()
+
+
+def _an_interrupted_rank_0_is_not_waited_for(rank: int, world: Ranks) -> None:
+    """Its work goes on on a thread; what interrupts the wait for it ends the other ranks' as well."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3 if rank == 0 else 0)
+    began_s = time.monotonic()
+    with pytest.raises(RankFailedError if rank else KeyboardInterrupt):
+        by_rank_0(world, "pulling", lambda: time.sleep(20))
+    assert time.monotonic() - began_s < 10
 
 
 def test_two_ranks(tmp_path: Path) -> None:

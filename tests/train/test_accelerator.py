@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.train.runs import Noisy, assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from keepstep import Accelerator
@@ -143,6 +144,26 @@ def test_two_optimizers_share_one_scaled_backward() -> None:
     one.step()
     two.step()
     assert torch.allclose(model.bias, before - 0.2)
+
+
+def test_the_device_is_not_waited_for_after_a_scaled_step() -> None:
+    class Operations(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    accelerator, model, one, _ = fp16_pair(4.0)
+    accelerator.backward(model(torch.ones(3, 4)).sum())
+    with Operations() as seen:
+        one.step()
+    assert not one.step_was_skipped
+    waits = [at for at, name in enumerate(seen.names) if name == "_local_scalar_dense"]
+    steps = [at for at, name in enumerate(seen.names) if name in {"add_", "_foreach_add_"}]
+    assert max(waits) < min(steps), seen.names
 
 
 def test_saving_between_clipping_and_stepping_is_refused(tmp_path: Any) -> None:

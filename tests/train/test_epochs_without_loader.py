@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from keepstep import Accelerator
 
 
-def test_an_epoch_that_was_trained_by_hand_is_not_trained_again(tmp_path: Path) -> None:
-    assert _run(tmp_path, stop_after=1) == [0, 1]
-    assert _run(tmp_path, stop_after=9) == [2, 3]
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_an_epoch_that_was_trained_by_hand_is_not_trained_again(tmp_path: Path, own_backward: bool) -> None:
+    assert _run(tmp_path, own_backward, stop_after=1) == [0, 1]
+    assert _run(tmp_path, own_backward, stop_after=9) == [2, 3]
 
 
-def _run(place: Path, *, stop_after: int) -> list[int]:
+def _run(place: Path, own_backward: bool, *, stop_after: int) -> list[int]:
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, project_dir=place)
     model = nn.Linear(3, 1)
@@ -27,7 +29,8 @@ def _run(place: Path, *, stop_after: int) -> list[int]:
         trained.append(epoch)
         for _ in range(2):
             optimizer.zero_grad()
-            accelerator.backward(model(torch.rand(2, 3)).mean())
+            loss = model(torch.rand(2, 3)).mean()
+            loss.backward() if own_backward else accelerator.backward(loss)
             optimizer.step()
         with torch.no_grad():
             assert len([model(batch) for batch in loader]) == 2

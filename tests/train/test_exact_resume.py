@@ -143,19 +143,25 @@ def test_overflow_and_growth_of_the_loss_scale(fused: bool, tmp_path: Path) -> N
 
 def test_buffers_that_the_state_of_a_model_leaves_out(tmp_path: Path) -> None:
     class Drifting(torch.nn.Module):
-        """Moves one buffer in place and puts another one in the place of the other."""
+        """Moves buffers in place or puts others in their place, with gradients off and in inference mode."""
 
         def __init__(self) -> None:
             super().__init__()
             self.layer = torch.nn.Linear(4, 1)
             self.register_buffer("moved", torch.zeros(4), persistent=False)
             self.register_buffer("replaced", torch.zeros(4), persistent=False)
+            with torch.inference_mode():
+                self.register_buffer("inferred", torch.zeros(4), persistent=False)
+            self.register_buffer("cached", torch.zeros(4), persistent=False)
 
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 self.moved.lerp_(inputs.mean(0), 0.1)
                 self.replaced = 0.9 * self.replaced + 0.1 * inputs.mean(0)
-            return self.layer(inputs - self.moved - self.replaced)
+            with torch.inference_mode():
+                self.inferred.lerp_(inputs.mean(0), 0.2)
+                self.cached = 0.8 * self.cached + 0.2 * inputs.mean(0)
+            return self.layer(inputs - self.moved - self.replaced - self.inferred - self.cached)
 
     def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
         model = torch.nn.Sequential(Drifting())

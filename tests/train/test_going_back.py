@@ -170,6 +170,28 @@ def test_a_script_that_never_comes_to_its_loop_does_not_end_well(tmp_path: Path)
     assert len(Store(tmp_path / "checkpoints").list()) == 1
 
 
+def test_a_script_that_ends_with_a_state_of_an_earlier_loop_ends_well(tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    script.run(epochs=1)
+    script.run(saves_at=8, leaves_at=10, epochs=2)
+    script.accelerator.load_state(script.place(0))
+    script.accelerator.end_training(finished=True)
+    assert script.accelerator.step == 8
+
+
+def test_a_script_that_fails_before_its_loop_is_not_accused_of_leaving_it_out(tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    script.run(epochs=1)
+    script.run(saves_at=8, leaves_at=8, epochs=2)
+    other = Script(tmp_path)
+    other.accelerator.resume()
+    other.run()
+    try:
+        raise ValueError
+    except ValueError:
+        other.accelerator.end_training()
+
+
 def test_a_loop_within_a_loop_is_refused_once_the_outer_one_goes_on(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     outer = accelerator.epochs(3)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from keepstep.train.progress import Cursor, OpenPass, Progress
+from keepstep.train.passes import Cursor, OpenPass
+from keepstep.train.progress import Progress
 
 
 def make(loaders: int = 2) -> tuple[Progress, list[Cursor]]:
@@ -105,6 +106,15 @@ def test_a_checkpoint_between_two_training_loops_of_an_epoch_is_warned_of(
     progress.end(deliver(progress, second))
     progress.end(deliver(progress, second))
     assert ["between two loops of epoch 1" in message for message in caplog.messages] == [True]
+
+
+def test_what_follows_the_last_epoch_is_warned_of_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    progress, (train, test) = make()
+    for _ in progress.epochs(1):
+        progress.end(deliver(progress, train))
+        progress.state_dict()
+    progress.end(deliver(progress, test))
+    assert not caplog.messages
 
 
 def test_passes_that_ended_before_the_outermost_are_skipped() -> None:

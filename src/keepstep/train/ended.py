@@ -1,7 +1,7 @@
 """What of an epoch has ended: the passes that a resumed run leaves out, and whether the epoch is done.
 
 A checkpoint with no pass open may be that of a loop's epilogue, or stand between two loops of one epoch. If a
-pass with gradients has ended, or one without after a backward, it counts as the epilogue: what follows is not
+pass with gradients has ended, or one without after a step, it counts as the epilogue: what follows is not
 run again. If only others have, an evaluation came first: the epoch is run again without it.
 """
 
@@ -49,7 +49,7 @@ class EndedPasses:
         self._trained = self._trained or trained
 
     def note_training(self) -> None:
-        """A backward has begun: the epoch trains, whether or not its batches come from a prepared loader."""
+        """An optimizer is stepped: the epoch trains, wherever its batches come from."""
         self._trained = True
 
     def will_skip(self, loader: int) -> bool:

@@ -156,20 +156,23 @@ class Float16(BFloat16):
             )
         if id(optimizer) in self._stepped:
             self._update()
+        if not self.scaler.is_enabled():
+            return self.scaler.step(optimizer), True
+        # Fused optimizers are called whatever was found, and leave the step out themselves. For the others
+        # the scaler reads what was found before the step; read after it, it would be waited for once more.
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not fused:
+            self.unscale(optimizer)
+        overflow = not fused and self._overflowed(optimizer)
         result = self.scaler.step(optimizer)
         self._unscaled.discard(id(optimizer))
-        if not self.scaler.is_enabled():
-            return result, True
         self._stepped.add(id(optimizer))
-        overflow = self._overflowed(optimizer)
+        overflow = overflow or (fused and self._overflowed(optimizer))
         self._skipped |= overflow
         return result, not overflow
 
     def _overflowed(self, optimizer: Optimizer) -> bool:
-        """Whether the step that was just asked for was left out.
-
-        Fused optimizers are called all the same and leave it out inside, so that only the scaler can tell.
-        """
+        """Whether gradients are not finite. The device is waited for."""
         found = self.scaler._found_inf_per_device(optimizer)
         return any(bool(inf.item()) for inf in found.values())
 

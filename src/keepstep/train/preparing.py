@@ -149,6 +149,7 @@ class Preparer:
             precision=state.precision,
             gate=state.gate,
             before_first_step=self._require_models,
+            before_step=state.progress.note_training,
         )
         self._state.optimizers.append(prepared)
         return prepared

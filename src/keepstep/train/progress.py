@@ -1,7 +1,4 @@
-"""How far a run has come: its epoch, the passes over its loaders, and what of it a resumed run repeats.
-
-A *pass* is one iteration over a prepared loader. It is *open* from its first batch until it is exhausted or
-left. Passes may overlap: an evaluation inside a training loop, two loaders side by side.
+"""How far a run has come: its epoch, the passes over its loaders (see `passes.py`), and what is repeated.
 
 A resumed run executes its script from the top, so it has to be told what to leave out. The open pass that
 began first in this epoch, the *outermost*, says where the script stands:
@@ -25,8 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,63 +30,9 @@ import torch
 from keepstep.errors import UsageError
 from keepstep.train.ended import EndedPasses
 from keepstep.train.loops import Loops
+from keepstep.train.passes import Cursor, OpenPass
 
-__all__ = ["Cursor", "OpenPass", "Progress"]
-
-
-@dataclass(eq=False)
-class Cursor:
-    """Where one loader stands.
-
-    Attributes:
-        index: the loader's number, in the order of preparation.
-        pass_number: of the pass that was begun last, from 0; -1 before the first.
-        position: units (see `data/shares.py`) of that pass given out, over all ranks together; with one
-            process that is batches. The same on every rank: another number of ranks can go on from there.
-        length: the position after this rank's last batch of that pass, None while unknown.
-        remainder: samples of the pass's last step that are no fillers; see `shares.Plan`.
-        current: that pass while it is open, or restored and not yet continued.
-        loader: the loader itself, as long as it lives.
-    """
-
-    index: int
-    pass_number: int = -1
-    position: int = 0
-    length: int | None = None
-    remainder: int = -1
-    current: OpenPass | None = None
-    loader: Callable[[], Any] = lambda: None
-
-    @property
-    def at_end(self) -> bool:
-        """Whether this rank was given its last batch of the pass."""
-        return self.length is not None and self.position >= self.length
-
-
-@dataclass(eq=False)
-class OpenPass:
-    """A pass that has begun and has not ended.
-
-    Attributes:
-        cursor: of its loader.
-        with_gradients: gradients were on when it began.
-        ended_before: passes that had ended in this epoch when it began, by loader.
-        carried: it says nothing about where the script stands.
-        waiting: it was restored, and its loader was not iterated since.
-        handling: id of the exception that was being handled when it began.
-        within: where the outermost pass was when it began: loader, pass and position. None for the outermost
-            one itself, and for one that was restored.
-        restores: how often a state had been restored when it began.
-    """
-
-    cursor: Cursor
-    with_gradients: bool
-    ended_before: Counter[int] = field(default_factory=Counter)
-    carried: bool = False
-    waiting: bool = False
-    handling: int = 0
-    within: tuple[int, int, int] | None = None
-    restores: int = 0
+__all__ = ["Progress"]
 
 
 class Progress:
@@ -279,6 +221,10 @@ class Progress:
                 loops.check_not_nested(loop)
         self._loop, self._done, self._inside = loop, True, False
         self.epoch = max(first, count) - 1
+
+    def note_training(self) -> None:
+        """Note that an optimizer is stepped."""
+        self.ended.note_training()
 
     def finish(self) -> bool:
         """Note that the run is not to be gone on with.

@@ -74,6 +74,7 @@ class PreparedOptimizer(Optimizer):
         precision: how to step.
         gate: where steps wait for what is copied in the background.
         before_first_step: called with `optimizer`, once.
+        before_step: called whenever `step` is.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class PreparedOptimizer(Optimizer):
         precision: Precision,
         gate: StagingGate,
         before_first_step: Callable[[Optimizer], None],
+        before_step: Callable[[], None],
     ) -> None:
         # Optimizer.__init__ is left out on purpose: parameters and state are those of the wrapped one, and
         # schedulers only want to see an Optimizer.
@@ -97,6 +99,7 @@ class PreparedOptimizer(Optimizer):
         self._precision = precision
         self._gate = gate
         self._before_first_step: Callable[[Optimizer], None] | None = before_first_step
+        self._before_step = before_step
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":
@@ -132,6 +135,7 @@ class PreparedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step if gradients are complete and did not overflow; otherwise do nothing."""
+        self._before_step()
         if not self._window.sync_gradients:
             self.pending = True
             return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.runs import Noisy, assert_exact
+from tests.train.runs import Told, assert_exact
 from torch.utils.data import ChainDataset, DataLoader, IterableDataset
 
 from keepstep import Accelerator
@@ -27,18 +27,6 @@ def batches(make: Any) -> Any:
         return {}
 
     return script
-
-
-class Told(Noisy):
-    """Gives what it was told."""
-
-    epoch = -1
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> Any:
-        return self.epoch
 
 
 class Drawing(IterableDataset[Any]):

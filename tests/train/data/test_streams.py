@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.train.runs import Noisy, assert_exact, attempt, plain_script
+from tests.train.runs import Noisy, Told, assert_exact, attempt, plain_script
 from torch.utils.data import DataLoader, IterableDataset
 
 from keepstep import Accelerator
@@ -127,15 +127,6 @@ def test_a_state_that_cannot_be_saved_is_refused_with_its_place() -> None:
 
 
 def test_a_dataset_is_told_the_pass() -> None:
-    class Told(Noisy):
-        epoch = -1
-
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
-
-        def __getitem__(self, index: int) -> Any:
-            return self.epoch
-
     class ToldStream(Told, IterableDataset[Any]):
         def __iter__(self) -> Iterator[int]:
             return iter([self.epoch] * 2)

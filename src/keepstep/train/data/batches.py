@@ -20,7 +20,7 @@ from keepstep.train.data.generators import KeptGenerators, Replacement
 from keepstep.train.data.memory import PassMemory, sampler_parts
 from keepstep.train.data.order import Order, derive_seed, draw_order
 from keepstep.train.data.shares import Plan, Share, check_split
-from keepstep.train.progress import Cursor
+from keepstep.train.passes import Cursor
 from keepstep.train.rng import drop_held_gaussian, isolated, seed_globals
 from keepstep.world import World
 

@@ -20,7 +20,7 @@ from keepstep.train.data.batches import BatchSource
 from keepstep.train.data.dealing import NOTHING, CannotCutError, deal
 from keepstep.train.data.parcels import digest, pack, unpack
 from keepstep.train.data.shares import Share
-from keepstep.train.progress import Cursor
+from keepstep.train.passes import Cursor
 from keepstep.world import World
 
 __all__ = ["DispatchedSource", "SharedSource"]

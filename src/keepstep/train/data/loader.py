@@ -19,8 +19,9 @@ from keepstep.train.data.batches import BatchSource, clone_loader, full_batch
 from keepstep.train.data.order import derive_seed
 from keepstep.train.data.shares import ALL_OF_IT, Share
 from keepstep.train.data.sources import drops_last
+from keepstep.train.passes import Cursor
 from keepstep.train.placement import Placement
-from keepstep.train.progress import Cursor, Progress
+from keepstep.train.progress import Progress
 
 __all__ = ["PreparedLoader", "skip_first_batches"]
 

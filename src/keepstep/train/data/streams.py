@@ -21,7 +21,7 @@ from keepstep.train.data.memory import PassMemory
 from keepstep.train.data.order import ahead, derive_seed
 from keepstep.train.data.parcels import packed_text, unpacked_text
 from keepstep.train.data.shares import ALL_OF_IT
-from keepstep.train.progress import Cursor
+from keepstep.train.passes import Cursor
 from keepstep.train.rng import isolated
 from keepstep.tree import is_stateful
 

@@ -29,7 +29,6 @@ class Loop(Facade):
             loss = loss / window.num_steps
         for optimizer in self._state.optimizers:
             optimizer.note_backward()
-        self._state.progress.ended.note_training()
         backwards.begun += window.sync_gradients or window.sync_each_batch
         backwards.inside = True
         try:
