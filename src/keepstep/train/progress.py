@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from keepstep.errors import UsageError
+from keepstep.train.draws import Draws
 from keepstep.train.ended import EndedPasses
 from keepstep.train.loops import Loops
 from keepstep.train.passes import Cursor, OpenPass
@@ -51,6 +52,7 @@ class Progress:
         self._restores = 0
         self._open: list[OpenPass] = []
         self.ended = EndedPasses()
+        self.draws = Draws()
         self._before_leaving: tuple[int, dict[str, Any]] | None = None
 
     def new_cursor(self) -> Cursor:
@@ -79,6 +81,8 @@ class Progress:
         entry = cursor.current
         if entry is not None and entry.waiting:
             entry.waiting = False
+            if entry is self._outermost():
+                self.draws.check(cursor.index)
         else:
             if entry is not None:
                 self.end(entry)

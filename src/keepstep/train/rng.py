@@ -25,6 +25,7 @@ __all__ = [
     "PausedRandomness",
     "begin",
     "capture",
+    "differing",
     "drop_held_gaussian",
     "isolated",
     "restore",
@@ -72,6 +73,21 @@ def restore(tree: dict[str, Any]) -> None:
         numpy.random.set_state(tree["numpy"])
     _set_device_states(tree.get("accelerator", []), tree.get("device"))
     _torch_generator.set_state(tree["torch"])
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Which generators are in other states, of two captures in one process: "torch", "python" ..."""
+    return [name for name in sorted(one.keys() & other.keys()) if not _are_equal(one[name], other[name])]
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return all(_are_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_are_equal, one, other))
+    if hasattr(one, "tolist"):  # of torch, or of NumPy
+        return bool(one.tolist() == other.tolist())
+    return bool(one == other)
 
 
 def begin(seed: int) -> None:

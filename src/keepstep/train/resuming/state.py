@@ -237,6 +237,7 @@ class TrainState:
                     shared.apply()
                     # Last, so that nothing which restoring draws can shift them.
                     generators.apply(seed=self.seed or 0, rank=self.world.rank, step=self.step)
+                    self.progress.draws.note_restored()
                     meeting.exchange(b"")  # a sampler may have refused what it remembered
                 warn_of_replaced(before, self._options())
             return loaded
