@@ -33,9 +33,9 @@ class Draws:
         self._restored = None
         if moved:
             _log.warning(
-                "The script has drawn at random (from %s) after the checkpoint was restored, before loader %d "
-                "goes on. A run that is not interrupted draws nothing there, so what this one draws from now "
-                "on differs; its batches don't. Draw it before resume(), or from a generator of its own.",
+                "The script has drawn at random (from %s) after the checkpoint was restored, before loader %d"
+                " goes on. A run that is not interrupted draws nothing there, so what this one draws from "
+                "now on differs; its batches don't. Draw it before resume(), or from a generator of its own.",
                 " and ".join(moved),
                 loader,
             )
