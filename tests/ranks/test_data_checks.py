@@ -71,7 +71,7 @@ def check(_: str, rank: int, size: int) -> None:
     _batches_of_every_kind(rank)
     _refused(rank, size)
     _differing(rank)
-    _left_and_entered_again()
+    _left_and_entered_again(size)
     _failing(rank)
     _odd_ones(rank, size)
     _parcels(rank, size)
@@ -293,12 +293,13 @@ class SplitByItself(IterableDataset[Any]):
 
 
 class Kept(IterableDataset[Any]):
-    """Numbers up to 40; says where it is."""
+    """Numbers up to a length; says where it is."""
 
-    at = 0
+    def __init__(self, length: int) -> None:
+        self.length, self.at = length, 0
 
     def __iter__(self) -> Iterator[int]:
-        while self.at < 40:
+        while self.at < self.length:
             self.at += 1
             yield self.at - 1
         self.at = 0
@@ -310,10 +311,11 @@ class Kept(IterableDataset[Any]):
         self.at = state["at"]
 
 
-def _left_and_entered_again() -> None:
+def _left_and_entered_again(size: int) -> None:
     """No step of a stream with a state is lost by a `break`."""
     for options in ({}, {"dispatch_batches": False}, {"split_batches": True}):
-        accelerator, loader = prepared(DataLoader(Kept(), 2), **options)
+        length = 10 * size**2
+        accelerator, loader = prepared(DataLoader(Kept(length), size), **options)
         seen = []
         for _ in range(2):
             for batch in loader:
@@ -323,7 +325,7 @@ def _left_and_entered_again() -> None:
         loader.set_epoch(7)
         for batch in loader:
             seen += accelerator._world.gather(batch).tolist()
-        assert sorted(seen) == list(range(40)), options
+        assert sorted(seen) == list(range(length)), options
 
 
 def _differing(rank: int) -> None:
