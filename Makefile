@@ -11,6 +11,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 READY := $(VENV)/.ready
 TEST_PROCESSES ?= 2
+# What pyproject.toml says under requires-python.
+CHECK_PYTHON = import sys; sys.exit(sys.version_info < (3, 11) or (3, 12) <= sys.version_info < (3, 12, 3))
 
 # A venv that is active, or a PYTHONPATH, must not leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -55,9 +57,9 @@ clean:  ## Remove what was built, measured and cached (.venv stays)
 # The stamp is written last, so an installation that was cut off is done again.
 $(READY): pyproject.toml constraints.txt Makefile
 	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) found. Install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); keepstep needs Python 3.11 or newer. Name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	@$(RUN) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || { echo "Making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } || { \
+	@$(PYTHON) -c '$(CHECK_PYTHON)' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); keepstep needs Python 3.11 or newer, but not 3.12.0 to 3.12.2. Name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(RUN) -c 'import pip; $(CHECK_PYTHON)' >/dev/null 2>&1 || { echo "Making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } || { \
 	  echo "$(PYTHON) cannot make a venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV) (torch is large: this takes minutes the first time)"
 	$(PIP) install -c constraints.txt hatchling editables

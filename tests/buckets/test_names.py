@@ -282,9 +282,38 @@ def test_a_claim_whose_answer_was_lost_is_this_process_s_own(
     through = open_bucket(names.address, options)
     through.reserve_in_place_of("trial").discard()
     through.reserve_named("step_1").discard()
+    through.reserve_for("checkpoint_1", "of a mirrored one").discard()
     assert max(seen.values()) > 1
     names.save("step_1", 1.0)
     assert names.value("step_1") == 1.0
+
+
+@pytest.mark.parametrize("cut_off", ["claim", "look"])
+def test_whose_objects_lie_under_a_name_is_asked_by_each_attempt_to_mirror_there(
+    names: Names, server: Server, proxy: Proxy, cut_off: str
+) -> None:
+    """Also if the answer to an earlier one's claim was lost, or it came no further than that."""
+    names.objects().put("checkpoint_0/base.safetensors", b"linked by another run's")
+    before = names.sizes("")
+    met: list[str] = []
+
+    def once(request: Any) -> Answer | None:
+        claims = request.method == "PUT" and request.path.endswith("checkpoint_0/claim.json")
+        looks = request.method == "GET" and "prefix=" in request.path and "checkpoint_0" in request.path
+        if not (claims if cut_off == "claim" else looks) or request.path in met:
+            return None
+        met.append(request.path)
+        return Answer(cut=True) if claims else Answer(status=500, applied=False)
+
+    proxy.rule = once
+    options = server.options(endpoint=proxy.endpoint, max_retries=1 if cut_off == "claim" else 0)
+    through = open_bucket(names.address, options)
+    if cut_off == "look":
+        with pytest.raises(BucketError, match="500"):
+            through.reserve_for("checkpoint_0", "of this run")
+    with pytest.raises(DirectoryNotOursError, match="belongs to another checkpoint"):
+        through.reserve_for("checkpoint_0", "of this run")
+    assert names.sizes("") == before
 
 
 def test_what_is_committed_or_of_others_is_refused_before_anything_is_written(names: Names) -> None:

@@ -57,6 +57,7 @@ def together(argument: str, rank: int, size: int) -> None:
     _shards(open_store("sharded"), rank, size)
     _retention(open_store("pruned", retention=Retention(keep_last=1)))
     _a_run(f"{said['address']}/project", said["options"])
+    _what_the_mirror_alone_has_comes_to_all_or_to_none(said, rank)
     dist.barrier()
 
 
@@ -159,6 +160,28 @@ def _a_run(address: str, options: dict[str, Any]) -> None:
     assert first[1] != second[1]
 
 
+def _what_the_mirror_alone_has_comes_to_all_or_to_none(said: dict[str, Any], rank: int) -> None:
+    def open_mirrored(name: str) -> Store:
+        mirror = f"{said['address']}/mirror"
+        path, world = Path(said["folder"]) / name, Ranks(timeout_s=30)
+        return Store(path, mirror=mirror, storage_options=said["options"], world=world)
+
+    store = open_mirrored("here")
+    store.save({"n": 7}, step=7)
+    store.close()
+    dist.barrier()
+    store, live = open_mirrored("fresh"), {"n": 0}
+    if rank == 0:
+        assert store.latest() is None
+    dist.barrier()
+    assert store.latest() is None, "rank 0 has brought it"
+    assert store.load_latest_into(live) is not None
+    assert live == {"n": 7}
+    latest = store.latest()
+    assert latest is not None
+    assert latest.step == 7
+
+
 def elsewhere(argument: str, rank: int, size: int) -> None:
     """Another number of ranks."""
     said = json.loads(argument)
@@ -175,9 +198,10 @@ def elsewhere(argument: str, rank: int, size: int) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_ranks_save_to_a_bucket_and_load_from_it(server: Server, address: str) -> None:
-    said = json.dumps({"address": address, "options": server.options()})
-    run_ranks(Path(__file__), "together", 2, said, timeout_s=120)
+def test_ranks_save_to_a_bucket_and_load_from_it(server: Server, address: str, tmp_path: Path) -> None:
+    said = json.dumps({"address": address, "options": server.options(), "folder": str(tmp_path)})
+    outputs = run_ranks(Path(__file__), "together", 2, said, timeout_s=120)
+    assert ["latest() does not look into the mirror" in output for output in outputs] == [True, False]
     run_ranks(Path(__file__), "elsewhere", 4, said)
     store = Store(f"{address}/replicated", storage_options=server.options())
     store.delete("checkpoint_0")  # by another process; the links hold what they need

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from tests.ranks.spawn import run_ranks
 
 from keepstep import Checkpoint, save_directory
 from keepstep.checkpoint.one_for_all import by_rank_0
-from keepstep.errors import RankError, RankFailedError, UsageError
+from keepstep.errors import NoThreadError, RankError, RankFailedError, UsageError
 from keepstep.world import Ranks
 
 
@@ -22,7 +23,9 @@ def together(folder: str, rank: int, _: int) -> None:
     _many_directories_take_no_more_than_one(root, world)
     _places_of_its_own_are_refused(root, rank, world)
     _a_handler_is_refused(rank, world)
-    _an_interrupted_rank_0_is_not_waited_for(rank, world)
+    _an_interrupted_rank_is_not_waited_for(0, rank, world)
+    _an_interrupted_rank_is_not_waited_for(1, rank, world)
+    _rank_0_tells_that_it_gets_no_thread(rank, world)
 
 
 def _held() -> tuple[int, int]:
@@ -66,17 +69,37 @@ def _a_handler_is_refused(rank: int, world: Ranks) -> None:
     world.barrier()
 
 
-def _an_interrupted_rank_0_is_not_waited_for(rank: int, world: Ranks) -> None:
-    """Its work goes on on a thread; what interrupts the wait for it ends the other ranks' as well."""
+def _an_interrupted_rank_is_not_waited_for(which: int, rank: int, world: Ranks) -> None:
+    """Rank 0's work goes on on a thread; what interrupts a rank's wait for it ends the others' as well."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.3 if rank == 0 else 0)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    world.barrier()
     began_s = time.monotonic()
-    with pytest.raises(RankFailedError if rank else KeyboardInterrupt):
+    signal.setitimer(signal.ITIMER_REAL, 1 if rank == which else 0)
+    with pytest.raises(KeyboardInterrupt if rank == which else RankFailedError):
         by_rank_0(world, "pulling", lambda: time.sleep(20))
+    assert time.monotonic() - began_s < 10
+    signal.signal(signal.SIGALRM, before)
+
+
+def _rank_0_tells_that_it_gets_no_thread(rank: int, world: Ranks) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("keepstep-rank-0"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with contextlib.ExitStack() as patched:
+        if rank == 0:
+            threading.Thread.start = refuse  # type: ignore[method-assign]
+            patched.callback(setattr, threading.Thread, "start", start)
+        began_s = time.monotonic()
+        with pytest.raises(RankFailedError if rank else NoThreadError, match="can't start new thread"):
+            by_rank_0(world, "without a thread", lambda: None)
     assert time.monotonic() - began_s < 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 
 from keepstep.checkpoint.format.source import Place, place_exists
@@ -17,6 +18,8 @@ from keepstep.files import Files
 from keepstep.world import World
 
 __all__ = ["Newest"]
+
+log = logging.getLogger(__name__)
 
 
 class Newest:
@@ -35,8 +38,18 @@ class Newest:
 
     def whole(self) -> Checkpoint | None:
         """See `Store.latest`."""
-        self.pull()
-        return newest_whole(self._backend)
+        alone = self._world.size == 1
+        if alone:
+            self.pull()  # what came to one rank, others that ask at the same time would not see
+        found = newest_whole(self._backend)
+        if found is None and self._mirror is not None and not alone:
+            log.warning(
+                "%s holds no checkpoint, and on many ranks latest() does not look into the mirror %s: "
+                "load_latest_into() does, called by all of them",
+                self._backend,
+                self._mirror.bucket,
+            )
+        return found
 
     def restore(self, load: Restore) -> Checkpoint | None:
         """See `Store.load_latest_with`."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from keepstep.checkpoint.crew import Crew
 from keepstep.outcome import Outcome
 from keepstep.world import World
 
 __all__ = ["by_rank_0"]
 
 _SIGN_EVERY_S: Final = 2.0
-"""So often rank 0 says that it is at it; well below any time-out of ranks."""
+"""So often rank 0 says that it is at it, and looks whether all wait; well below any time-out of ranks."""
 
 T = TypeVar("T")
 
@@ -29,22 +29,31 @@ def by_rank_0(world: World, topic: str, work: Callable[[], T]) -> T | None:
         On rank 0 what `work` returned, on the others None.
 
     Raises:
-        RankFailedError: on the other ranks: it failed. On rank 0 its own error is raised.
+        RankFailedError: it failed, or a rank was interrupted while it waited. Where that happened its own
+            error is raised.
         RankMissingError: a rank is gone.
+        NoThreadError: the system gives rank 0 no more threads.
     """
     if world.size == 1:
         return work()
     outcome: Outcome[T] | None = None
-    if world.rank == 0:
-        outcome = Outcome()
-        threading.Thread(target=outcome.settle, args=[work], name="keepstep-rank-0", daemon=True).start()
     while True:
+        # All in the meeting: whatever ends rank 0's part here is told to the others.
         with world.meeting(topic) as meeting:
+            if world.rank == 0 and outcome is None:
+                outcome = _begun(work)
             meeting.collect(b"")
-            # In the meeting: whatever interrupts rank 0 here is told to the others.
             ended = outcome is not None and outcome.wait(_SIGN_EVERY_S)
             if ended and outcome is not None:
                 outcome.result()  # its error tells the others
+            meeting.check()  # who was interrupted meanwhile comes to no other meeting
             if meeting.broadcast(b"ended" if ended else b"") == b"ended":
                 break
     return None if outcome is None else outcome.result()
+
+
+def _begun(work: Callable[[], T]) -> Outcome[T]:
+    crew = Crew(1, "keepstep-rank-0", daemon=True)
+    outcome = crew.submit(work)
+    crew.close()
+    return outcome

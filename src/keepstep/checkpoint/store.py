@@ -277,7 +277,8 @@ class Store:
         """The newest checkpoint whose manifest is sound and whose files are all there and whole in size.
 
         Damaged ones are named in a warning and passed over. Data is verified when it is loaded. If the
-        mirror has a newer one, it is brought here first.
+        mirror has a newer one, it is brought here first; not so on many ranks, which may call this one by
+        one: there `load_latest_into` alone brings it.
 
         Raises:
             StoreError: the newest can't be read, and may well be whole: the system refuses to, or a newer

@@ -162,14 +162,15 @@ class BucketBackend:
         """
         key, claim = f"{name}/{CLAIM_NAME}", self._claim(checkpoint=checkpoint_id)
         with explained_bucket(self):
-            if self._objects.create(key, claim):
-                known = {key, *(f"{name}/{as_key(file)}" for file in shared)}
-                if {found.key for found in self._objects.list(name)} - known:
-                    self._objects.delete([key])
+            there = {found.key for found in self._objects.list(name)}
+            if key not in there:
+                # First: whoever meets a claim of its own takes all that lies there for its own.
+                if there - {f"{name}/{as_key(file)}" for file in shared}:
                     raise self._belongs_to_another(name)
-            elif parse_claim(self._objects.get(key))[1].get("checkpoint") != checkpoint_id:
+                self._objects.create(key, claim)
+            if parse_claim(self._objects.get(key))[1].get("checkpoint") != checkpoint_id:
                 raise self._belongs_to_another(name)
-            else:
+            if key in there:
                 self._take_up_again(name, claim)
         return self._workspace(name, keeps_parts=True)
 
