@@ -39,6 +39,7 @@ TORCH_FREE = [
     "keepstep.checkpoint.place.in_use",
     "keepstep.checkpoint.place.objects",
     "keepstep.checkpoint.place.registry",
+    "keepstep.checkpoint.unmirrored",
     "keepstep.checkpoint.upkeep",
     "keepstep.checkpoint.uploading",
     "keepstep.checkpoint.uploads",

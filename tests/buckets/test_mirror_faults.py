@@ -199,6 +199,23 @@ def test_a_thread_that_ends_leaves_nobody_waiting(mirrored: Open, monkeypatch: p
         store.mirror.wait()
 
 
+def test_what_was_under_way_when_the_thread_ended_is_taken_up_again(
+    mirrored: Open, bucket_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("nobody thought of it")
+
+    store = saved_and_mirrored(mirrored(), 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(mirror_module.Mirror, "_try", broken)
+        store.save(state(1))
+        assert store.mirror is not None
+        with pytest.raises(MirrorError, match=r"nobody thought of it.* tried again after the next save"):
+            store.mirror.wait()
+    saved_and_mirrored(store, 1)
+    assert names(bucket_store()) == ["checkpoint_0", "checkpoint_1", "checkpoint_2"]
+
+
 def mirror_threads() -> int:
     return sum(thread.name == "keepstep-mirror" for thread in threading.enumerate())
 
@@ -249,7 +266,7 @@ def test_what_is_being_linked_is_not_taken_for_the_rest_of_a_dead_process(
     store.save(state(0))
     store.mirror.wait()
     assert not opened
-    assert "will not be mirrored" not in caplog.text
+    assert "could not be linked for the mirror" not in caplog.text
     assert "could not be brought up to date" not in caplog.text
     assert names(bucket_store()) == ["checkpoint_0"]
 

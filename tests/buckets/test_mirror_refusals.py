@@ -18,7 +18,7 @@ from tests.checkpoint.test_refused import REFUSED
 from keepstep import Store
 from keepstep.checkpoint import pulling
 from keepstep.checkpoint.keeping.verify import Report
-from keepstep.errors import StoreError
+from keepstep.errors import MirrorError, StoreError
 
 __all__ = ["mirrored"]
 
@@ -74,5 +74,6 @@ def test_an_upload_that_can_not_be_read_is_kept_for_later(mirrored: Open) -> Non
         shutil.copytree(store.path / f"checkpoint_{number}", left / f"checkpoint_{number}.left_over")
     newer_format(left / "checkpoint_0.left_over")
     cut(left / "checkpoint_1.left_over" / "manifest.json")
-    saved_and_mirrored(mirrored(), 1)
+    with pytest.raises(MirrorError, match="upgrade keepstep"):
+        saved_and_mirrored(mirrored(), 1)
     assert [path.name for path in left.iterdir()] == ["checkpoint_0.left_over"]

@@ -13,31 +13,28 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
 from keepstep.checkpoint.format.manifest import Manifest
-from keepstep.checkpoint.format.parse import read_manifest
 from keepstep.checkpoint.keeping import catalog
 from keepstep.checkpoint.keeping.pruning import prune
-from keepstep.checkpoint.keeping.refusal import is_refusal
-from keepstep.checkpoint.keeping.retention import Retention, decide
+from keepstep.checkpoint.keeping.retention import Retention
 from keepstep.checkpoint.place.backend import INTERNAL_NAME
 from keepstep.checkpoint.place.bucket import BucketBackend
+from keepstep.checkpoint.unmirrored import HOPELESS, LASTING, is_damage_here, told
 from keepstep.checkpoint.uploading import upload_checkpoint
-from keepstep.checkpoint.uploads import link_if_whole, link_upload
+from keepstep.checkpoint.uploads import lacking, left_over, link_if_there, link_upload
 from keepstep.checkpoint.waiting import Upload, Waiting
-from keepstep.errors import DamagedCheckpointError, DirectoryNotOursError, KeepstepError, MirrorError
+from keepstep.errors import DirectoryNotOursError, KeepstepError, MirrorError, StoreError
 from keepstep.files import Files
 from keepstep.outcome import LOOK_UP_S, Bell
 
 __all__ = ["Mirror", "MirrorProgress"]
 
 _LOG_EVERY_S: Final = 10.0
-_LASTING: Final = (DirectoryNotOursError, MirrorError)
-"""What is not tried again by this process: it stays to be told."""
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +72,7 @@ class Mirror:
         retention: what the mirror keeps.
         most_pending: checkpoints that may wait (`Waiting`); those that are overtaken are skipped.
         reached: is told the next number of the mirror each time that it was found in reach.
+        damaged: is called when what was to be uploaded turns out to be damaged here.
     """
 
     def __init__(
@@ -86,13 +84,14 @@ class Mirror:
         retention: Retention,
         most_pending: int = 2,
         reached: Callable[[int], None],
+        damaged: Callable[[], None],
     ) -> None:
         self.bucket = bucket
         self._root = root
         self._uploads = root / INTERNAL_NAME / "uploads"
         self._files = files
         self._retention = retention
-        self._reached = reached
+        self._reached, self._damaged = reached, damaged
         self._pid = os.getpid()
         self._runs: set[str] = set()
         self._linking = threading.RLock()  # the handler of a signal may save as well
@@ -152,15 +151,18 @@ class Mirror:
 
     def offer(self, directory: Path, manifest: Manifest) -> None:
         """Have a committed checkpoint uploaded. Never raises: the checkpoint itself is safe."""
-        try:
-            with self._linking:
+        with self._linking:
+            try:
                 linked = link_upload(self._files, self._uploads, directory, manifest)
-        except (OSError, KeepstepError) as error:
-            log.error("%s will not be mirrored: %s", directory, error)
-            return
-        with self._lock:
-            self._waiting.try_again()
-            self._add(Upload(linked, manifest, directory.name))
+            except (OSError, KeepstepError) as error:
+                log.error("%s could not be linked for the mirror: %s", directory, error)
+                with self._lock:
+                    self._note(error)
+                    self._behind = True  # the next upload that succeeds is followed by what is lacking
+                return
+            with self._lock:
+                self._waiting.try_again()
+                self._add(Upload(linked, manifest, directory.name))
 
     def _add(self, job: Upload) -> None:
         for late in self._waiting.add(job):
@@ -180,7 +182,8 @@ class Mirror:
 
         Raises:
             MirrorError: one could not be uploaded; the cause is chained. It is tried again after the next
-                save, or by the next process. With `on_error="warn"` this is a warning.
+                save, or by the next process, unless that can't help: the message says so. With
+                `on_error="warn"` this is a warning.
         """
         while True:
             with self._lock:
@@ -191,10 +194,7 @@ class Mirror:
             changed.wait(LOOK_UP_S)
         if error is None:
             return
-        said = MirrorError(
-            f"not everything could be mirrored to {self.bucket}: {error}. It is safe in {self._root}, and is "
-            "tried again after the next save and when the next process writes to the store"
-        )
+        said = told(error, str(self.bucket), self._root)
         if on_error == "raise":
             raise said from error
         warnings.warn(str(said), stacklevel=2)
@@ -232,6 +232,7 @@ class Mirror:
             with self._lock:
                 self._error = MirrorError(f"the thread of the mirror {self.bucket} ended: {error!r}")
                 self._running, self._thread, self._catching_up = None, None, False
+                self._behind = True  # what was under way is still linked
                 self._changed.ring()
 
     def _next_job(self) -> Upload | None:
@@ -267,6 +268,7 @@ class Mirror:
                 self._forgive()
             else:
                 self._note(error)
+                self._give_up_at_the_end()
                 if not isinstance(error, DirectoryNotOursError):
                     self._waiting.put_back(job)
             self._progress = replace(
@@ -278,14 +280,16 @@ class Mirror:
             self._changed.ring()
 
     def _note(self, error: Exception) -> None:
-        if not isinstance(self._error, _LASTING):
+        if not isinstance(self._error, LASTING):
             self._error = error
+
+    def _give_up_at_the_end(self) -> None:
         if self._draining:
             self._waiting.give_up()
 
     def _forgive(self) -> None:
         """Forget an error once all that failed has been done after all."""
-        if not (self._behind or self._waiting.any_failed or isinstance(self._error, _LASTING)):
+        if not (self._behind or self._waiting.any_failed or isinstance(self._error, LASTING)):
             self._error = None
 
     def _catch_up(self) -> None:
@@ -294,49 +298,45 @@ class Mirror:
             mirrored = [entry for entry in catalog.scan(self.bucket) if entry.manifest]
             self._reached(self.bucket.next_number())
             with self._linking:
-                self._take_up({entry.manifest.id for entry in mirrored if entry.manifest})
-                self._link_missing(mirrored)
-            with self._lock:
-                self._behind = False
-                self._forgive()
+                unread = [
+                    *self._take_up({entry.manifest.id for entry in mirrored if entry.manifest}),
+                    *self._link_missing(mirrored),
+                ]
+                with self._lock:
+                    self._behind = bool(unread)
+                    for refused in unread:
+                        self._note(refused)
+                    self._forgive()
         except (OSError, KeepstepError) as error:
             log.error("the mirror %s could not be brought up to date: %s", self.bucket, error)
             with self._lock:
                 self._note(error)
+                self._give_up_at_the_end()
                 self._changed.ring()
 
-    def _take_up(self, mirrored: set[str]) -> None:
-        for directory in sorted(self._uploads.iterdir()) if self._uploads.is_dir() else []:
-            try:
-                manifest = read_manifest(directory)
-            except DamagedCheckpointError as error:
-                if is_refusal(error):  # it may be the only copy of a whole checkpoint
-                    log.warning("%s stays, and is not mirrored by this process: %s", directory, error.message)
-                else:
-                    self._files.remove_tree(directory)
-                continue
+    def _take_up(self, mirrored: set[str]) -> Sequence[StoreError]:
+        """What an earlier process linked; why some of it can't be read."""
+        found, unread = left_over(self._files, self._uploads)
+        for directory, manifest in found:
             self._offer_missing(directory, manifest, directory.name.partition(".")[0], mirrored)
+        return unread
 
-    def _link_missing(self, mirrored: list[catalog.Entry]) -> None:
-        """What is only here, and would stay in the mirror."""
-        there = {entry.name: entry.manifest.id for entry in mirrored if entry.manifest}
-        here = {entry.name: entry for entry in catalog.scan(self._root) if entry.manifest}
-        lacking = [entry for name, entry in here.items() if name not in there]
-        both = sorted([*mirrored, *lacking], key=lambda entry: entry.number)
-        kept = {choice.entry.number for choice in decide(both, self._retention) if choice.keep}
-        for entry in lacking:
-            if entry.number in kept and entry.manifest:
-                linked = link_if_whole(self._files, self._uploads, entry)
-                if linked is not None:
-                    self._offer_missing(linked, entry.manifest, entry.name, set(there.values()))
-        taken = [n for n, e in here.items() if n in there and e.manifest and e.manifest.id != there[n]]
-        if taken:
+    def _link_missing(self, mirrored: Sequence[catalog.Entry]) -> Sequence[StoreError]:
+        """What is only here, and would stay in the mirror; why some of it can't be read."""
+        found = lacking(self._root, mirrored, self._retention)
+        ids = {entry.manifest.id for entry in mirrored if entry.manifest}
+        for entry in found.entries:
+            linked = link_if_there(self._files, self._uploads, entry)
+            if linked is not None and entry.manifest:
+                self._offer_missing(linked, entry.manifest, entry.name, ids)
+        if found.taken:
             log.error(
                 "%s holds other checkpoints under the names %s: these are not mirrored. Numbers that it has "
                 "are not given again from now on",
                 self.bucket,
-                ", ".join(taken),
+                ", ".join(found.taken),
             )
+        return found.unread
 
     def _offer_missing(self, directory: Path, manifest: Manifest, name: str, mirrored: set[str]) -> None:
         job = Upload(directory, manifest, name)
@@ -354,7 +354,9 @@ class Mirror:
             upload_checkpoint(self.bucket, job.directory, job.name, job.manifest, self._advance)
         except Exception as error:  # noqa: BLE001  (the thread goes on)
             log.error("%s was not mirrored to %s: %s", job.name, self.bucket, error)
-            job.hopeless = isinstance(error, DamagedCheckpointError | DirectoryNotOursError)
+            job.hopeless = isinstance(error, HOPELESS)
+            if is_damage_here(error):
+                self._damaged()
             if isinstance(error, DirectoryNotOursError):
                 self._forget(job)
             return error

@@ -94,13 +94,14 @@ class Blueprint:
         """Make them; nothing is connected to, read or written yet."""
         backend = self._backend()
         kind = Bystander if self.world.rank else Upkeep
+        upkeep = kind(
+            backend, scrub_interval_s=self.scrub_interval_s, scrub_bytes_per_s=self.scrub_bytes_per_s
+        )
         return Parts(
             backend=backend,
             engine=make_engine(self.memory_budget_bytes, self.world, str(self.root), backend.guest),
-            upkeep=kind(
-                backend, scrub_interval_s=self.scrub_interval_s, scrub_bytes_per_s=self.scrub_bytes_per_s
-            ),
-            mirror=self._mirror(backend),
+            upkeep=upkeep,
+            mirror=self._mirror(backend, upkeep),
         )
 
     def _backend(self) -> Backend:
@@ -108,7 +109,7 @@ class Blueprint:
             return LocalBackend(self.files, self.root)
         return open_bucket(os.fspath(self.root), self.storage_options)
 
-    def _mirror(self, backend: Backend) -> Mirror | None:
+    def _mirror(self, backend: Backend, upkeep: Upkeep) -> Mirror | None:
         if self.mirror is None or self.world.rank or not isinstance(backend, LocalBackend):
             return None
         return Mirror(
@@ -118,4 +119,5 @@ class Blueprint:
             retention=self.mirror_retention if self.mirror_retention is not None else self.retention,
             most_pending=self.mirror_pending,
             reached=backend.raise_floor,
+            damaged=upkeep.note_damage,
         )

@@ -61,8 +61,8 @@ class Waiting:
 
     @property
     def any_failed(self) -> bool:
-        """Whether one waits that could not be uploaded."""
-        return any(upload.failed for upload in self._uploads)
+        """Whether one waits that could not be uploaded, and will be tried again."""
+        return any(upload.failed and not upload.hopeless for upload in self._uploads)
 
     def add(self, upload: Upload) -> list[Upload]:
         """Take one in; those that it overtakes are given back, and don't wait any more."""
