@@ -235,6 +235,37 @@ def test_what_is_said_to_change_is_copied_at_once(tmp_path: Path, held: Held) ->
     assert loaded["memory"].tolist() == [0, 1, 2, 3]
 
 
+def _sparse_gradient() -> torch.Tensor:
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1, 3])).sum().backward()
+    assert table.weight.grad is not None
+    return table.weight.grad
+
+
+WITHOUT_MEMORY: dict[str, Callable[[], torch.Tensor]] = {
+    "sparse": _sparse_gradient,
+    "meta": lambda: torch.ones(3, device="meta"),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "lazy": torch.nn.UninitializedBuffer,
+}
+
+
+@pytest.mark.parametrize("make", WITHOUT_MEMORY.values(), ids=WITHOUT_MEMORY)
+def test_what_changes_may_be_of_a_kind_that_no_state_holds(
+    tmp_path: Path, held: Held, make: Callable[[], torch.Tensor]
+) -> None:
+    """A sparse gradient, or a buffer that is not saved; what lies beside it is still found to change."""
+    w, statistics, other = torch.ones(3), torch.zeros(3), make()
+    state = {"w": w, "statistics": statistics}
+    pending = Store(tmp_path).save_in_background(
+        state, staging="overlapped", changing=[other, statistics], steady=[other]
+    )
+    statistics.fill_(7)
+    assert not pending.done()
+    held.opened.set()
+    assert_same(pending.wait().load(), {"w": w, "statistics": torch.zeros(3)})
+
+
 def test_tensors_without_a_version_are_copied_at_once(tmp_path: Path, held: Held) -> None:
     with torch.inference_mode():
         w = torch.ones(3)

@@ -170,6 +170,37 @@ def test_gradients_that_count_may_be_cleared_at_once(tmp_path: Path, held: Held)
     assert_same(list(saved["optimizer"].values()), gradients)
 
 
+class Graph(torch.nn.Module):
+    """Its table has sparse gradients, its edges are a sparse buffer that is not part of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(5, 2, sparse=True)
+        self.register_buffer("edges", torch.eye(5).to_sparse(), persistent=False)
+
+    def forward(self, nodes: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(self.edges, torch.ones(5, 2))[nodes] + self.table(nodes)
+
+
+def test_spent_sparse_gradients_and_sparse_buffers_keep_no_checkpoint_from_being_made(
+    tmp_path: Path, held: Held
+) -> None:
+    accelerator, *_ = make(tmp_path)
+    model = Graph()
+    model, optimizer = accelerator.prepare(model, torch.optim.SparseAdam(model.parameters(), lr=0.1))
+    for _ in range(2):  # at the second step it is known that this script clears what a step has used
+        optimizer.zero_grad()
+        accelerator.backward(model(torch.tensor([1, 3])).square().sum())
+        optimizer.step()
+    held.opened.clear()
+    accelerator.checkpoint()
+    expected = {"table.weight": model.table.weight.detach().clone()}
+    held.holds_up(optimizer.step)
+    accelerator.wait_for_checkpoint()
+    saved = Store(tmp_path / "checkpoints").latest().load("model_1/*")  # type: ignore[union-attr]
+    assert_same(dict(saved["model_1"]), expected)
+
+
 def test_a_slip_is_named_and_the_checkpoint_made_again(
     tmp_path: Path, held: Held, caplog: pytest.LogCaptureFixture
 ) -> None:

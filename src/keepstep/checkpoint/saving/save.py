@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -63,6 +64,20 @@ class Held:
 def _memory(tensor: torch.Tensor) -> tuple[torch.device, int]:
     held = local_part(tensor)
     return held.device, held.untyped_storage().data_ptr()
+
+
+def _memories(tensors: Iterable[torch.Tensor]) -> set[tuple[torch.device, int]]:
+    """Where they lie. Some say of no memory that it is theirs, so none that a part of a state may lie in.
+
+    Such are sparse and mkldnn ones (NotImplementedError, a RuntimeError), wrappers of other tensors
+    (RuntimeError; a write goes through what they wrap, and is counted there) and those of lazy modules that
+    are not made yet (ValueError).
+    """
+    found = set()
+    for tensor in tensors:
+        with contextlib.suppress(RuntimeError, ValueError):
+            found.add(_memory(tensor))
+    return found
 
 
 class Save:
@@ -155,10 +170,10 @@ class Save:
             False if that is too much to be held in memory beside the blocks; then nothing was copied, and
             everything has to be staged at once.
         """
-        memories = {_memory(tensor) for tensor in changing}
+        memories = _memories(changing)
         memories |= {_memory(leaf.tensor) for leaf in self._flat.leaves if not leaf.counted}
         shards = {_memory(leaf.tensor) for leaf in self._flat.leaves if leaf.whole is not None}
-        memories |= shards - set(map(_memory, steady)) if shards else set()
+        memories |= shards - _memories(steady) if shards else set()
         pairs = list(zip(self._flat.leaves, self._sources, strict=True))
         moving = [not leaf.counted or _memory(leaf.tensor) in memories for leaf, _ in pairs]
         if sum(source.bytes for (_, source), moves in zip(pairs, moving, strict=True) if moves) > _HELD_BYTES:
