@@ -110,20 +110,24 @@ class TensorBytes:
     """A tensor's bytes in row-major order, made when first asked for.
 
     A dense CPU tensor is looked at where it lies. Any other (another device, strided, conjugated) is made
-    dense while its bytes are being staged.
+    dense while its bytes are being staged; on another device, where memory is short, until the last is here.
     """
 
-    __slots__ = ("_dense", "_making_dense", "_streams", "_tensor", "bytes")
+    __slots__ = ("_dense", "_left_bytes", "_lock", "_streams", "_tensor", "bytes")
 
     def __init__(self, tensor: torch.Tensor, streams: SideStreams | None = None) -> None:
         self._tensor: torch.Tensor | None = tensor
         self.bytes = tensor.nbytes
         self._streams = None if tensor.device.type == "cpu" else streams
         self._dense: torch.Tensor | None = None
-        self._making_dense = threading.Lock()
+        self._left_bytes = tensor.nbytes  # on another device: what is not on the host yet
+        self._lock = threading.Lock()
 
     def copy_into(self, block: Block, at: int, begin: int, end: int) -> None:
-        """Copy bytes `begin` to `end` into `block`, from `at` on; several threads may do so at once."""
+        """Copy bytes `begin` to `end` into `block`, from `at` on; several threads may do so at once.
+
+        Each byte is copied once: another device's tensor is let go of with its last one.
+        """
         dense = self._tensor
         if self._dense is not None or dense is None or self._streams is not None or not _is_dense(dense):
             dense = self._dense_bytes()
@@ -133,6 +137,10 @@ class TensorBytes:
             ctypes.memmove(block.address + at, dense.data_ptr() + begin, end - begin)
         else:
             self._streams.copy(dense[begin:end], block.array[at : at + end - begin])
+            with self._lock:
+                self._left_bytes -= end - begin
+                if not self._left_bytes:
+                    self.release()
 
     def provably_matches(self, expected: str, known: KnownDigests) -> bool:
         """Whether the bytes have this digest, as far as that is known without reading them."""
@@ -161,7 +169,7 @@ class TensorBytes:
     def _dense_bytes(self) -> torch.Tensor:
         dense = self._dense
         if dense is None:
-            with self._making_dense:
+            with self._lock:
                 if self._dense is None:
                     self._dense = self._make_dense()
                 dense = self._dense
@@ -218,12 +226,15 @@ def dense_bytes(tensor: torch.Tensor) -> torch.Tensor:
 class SideStreams:
     """Copies from devices to the host on streams of their own, beside the training's.
 
+    All saves of the process have the same ones: torch keeps memory that was given back for the stream that
+    it was taken on, so that what is made dense on another stream each time would take new memory each time.
+
     They begin after what the training had queued when the save began, and before nothing: the optimizer
     waits on the host until everything is staged.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._streams = {device: torch.Stream(device) for device in devices}
+        self._streams = {device: _stream_of(device) for device in devices}
         self.follow()
 
     def follow(self) -> None:
@@ -252,3 +263,13 @@ class SideStreams:
         with self.on(source) as stream:
             torch.from_numpy(target).copy_(source, non_blocking=True)
         stream.synchronize()
+
+
+def _stream_of(device: torch.device) -> torch.Stream:
+    # No lock: the handler of a signal may begin a save in the middle of this.
+    stream = _streams.get(device)
+    return stream if stream is not None else _streams.setdefault(device, torch.Stream(device))
+
+
+_streams: Final[dict[torch.device, torch.Stream]] = {}
+"""The side stream of each device."""
