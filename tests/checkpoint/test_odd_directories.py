@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
 
-from keepstep import Store
-from keepstep.checkpoint.place.local import sweep
+import keepstep
+from keepstep import Checkpoint, Store, save_directory
+from keepstep.checkpoint.place.local import replaced_path, sweep
 from keepstep.errors import StoreError
 from keepstep.files import LocalFiles
 
@@ -48,6 +54,65 @@ def test_what_refuses_to_go_keeps_no_run_out(tmp_path: Path, caplog: pytest.LogC
     (tmp_path / ".keepstep" / "trash" / "link").symlink_to(tmp_path)
     assert Store(tmp_path, files=Stubborn()).save({"x": 1}).load() == {"x": 1}
     assert "busy" in caplog.text
+
+
+class HeldOpen(LocalFiles):
+    """On NFS a file that is still open leaves its directory one of another name, and that stays."""
+
+    def __init__(self, *, exchange: bool = True) -> None:
+        self.held = True
+        self._exchange = exchange
+
+    def exchange(self, first: Path, second: Path) -> bool:
+        return self._exchange and super().exchange(first, second)
+
+    def remove_tree(self, path: Path) -> None:
+        super().remove_tree(path)
+        if self.held:
+            path.mkdir()
+            (path / ".nfs0001").touch()
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+
+def by_save_directory(path: Path, value: int, files: LocalFiles) -> None:
+    save_directory(path, {"x": torch.tensor([value])}, files=files)
+
+
+def by_dcp(path: Path, value: int, files: LocalFiles) -> None:
+    writer = keepstep.dcp.StorageWriter(path, files=files)
+    torch_dcp.save({"x": torch.tensor([value])}, storage_writer=writer, no_dist=True)
+
+
+def value(path: Path) -> int:
+    return int(Checkpoint.open(path).load()["x"])
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchanged", "two renames"])
+@pytest.mark.parametrize("save", [by_save_directory, by_dcp])
+def test_a_checkpoint_is_saved_though_the_one_in_its_place_does_not_go(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, save: Callable[..., None], exchange: bool
+) -> None:
+    files, best = HeldOpen(exchange=exchange), tmp_path / "best"
+    for number in range(3):
+        save(best, number, files)
+        assert value(best) == number
+    assert "Directory not empty" in caplog.text
+    assert len(list(tmp_path.iterdir())) > 1
+    files.held = False
+    save(best, 3, files)
+    assert value(best) == 3
+    assert list(tmp_path.iterdir()) == [best], "what did not go was not tried again"
+
+
+def test_a_save_is_made_though_what_a_dead_one_replaced_does_not_go(tmp_path: Path) -> None:
+    files, best = HeldOpen(), tmp_path / "best"
+    by_save_directory(best, 1, files)
+    shutil.copytree(best, replaced_path(best))
+    by_save_directory(best, 2, files)
+    assert value(best) == 2
+    files.held = False
+    by_save_directory(best, 3, files)
+    assert list(tmp_path.iterdir()) == [best]
 
 
 def test_a_sweep_passes_over_links_and_over_what_is_in_flight(tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def replaced_path(directory: Path) -> Path:
     return directory.with_name(directory.name + _REPLACED)
 
 
+def _unfinished_path(directory: Path) -> Path:
+    """A new name of a directory that is not a checkpoint yet, or no longer."""
+    return directory.with_name(f"{directory.name}{_TMP}{secrets.token_hex(6)}")
+
+
 def explained(directory: Path, doing: str = "saving") -> contextlib.AbstractContextManager[None]:
     """Turn the operating system's refusals into keepstep's errors; `doing` says what was under way.
 
@@ -149,7 +154,7 @@ class LocalWorkspace:
     def __init__(self, files: Files, final: Path, *, may_replace: bool = True) -> None:
         self.final = final
         self._may_replace = may_replace
-        self.path = final.with_name(f"{final.name}{_TMP}{secrets.token_hex(6)}")
+        self.path = _unfinished_path(final)
         self._files = files
         self._lock: DirectoryLock | None = None
         self._unsynced: set[str] = set()
@@ -246,7 +251,7 @@ class LocalWorkspace:
             self._files.sync_directory(self.final.parent)
         elif self._files.exchange(self.path, self.final):  # <- commit, in place of an older one
             self._files.sync_directory(self.final.parent)
-            self._files.remove_tree(self.path)
+            _remove_if_possible(self._files, self.path)
         else:
             self._replace_in_two_steps()
         self._release()
@@ -293,9 +298,10 @@ class LocalWorkspace:
         self._remove_aside(aside)
 
     def _remove_aside(self, aside: Path) -> None:
-        self._files.rename(aside, self.path)  # a name that is swept, should the removal be cut off
+        doomed = _unfinished_path(self.final)  # a name that is swept, should the removal be cut off
+        self._files.rename(aside, doomed)
         self._files.sync_directory(self.final.parent)
-        self._files.remove_tree(self.path)
+        _remove_if_possible(self._files, doomed)
 
 
 def _link_tree(files: Files, source: Path, target: Path) -> None:
