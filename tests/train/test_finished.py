@@ -107,6 +107,28 @@ def test_finishing_needs_a_place(tmp_path: Path) -> None:
         accelerator.end_training(finished=True)
 
 
+def test_a_run_whose_end_could_not_be_saved_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    accelerator.prepare(torch.nn.Linear(1, 1))
+    for _ in accelerator.epochs(2):
+        break
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(5, "the disk is on fire")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "save", refuse)
+        with pytest.raises(OSError, match="on fire"):
+            accelerator.end_training(finished=True)
+    accelerator.end_training(finished=True)
+    other = Accelerator(cpu=True, project_dir=tmp_path)
+    other.prepare(torch.nn.Linear(1, 1))
+    other.resume()
+    assert list(other.epochs(2)) == []
+
+
 def test_the_last_steps_of_a_finished_run_are_saved_once(tmp_path: Path) -> None:
     for attempt in range(3):
         accelerator = Accelerator(

@@ -249,10 +249,13 @@ class Stopping:
         self.project = project
         self.by_break = by_break
 
-    def __call__(self) -> tuple[int, dict[str, torch.Tensor]]:
+    def __call__(self, *, killed: bool = False) -> tuple[int, dict[str, torch.Tensor]]:
         script = Script(self.project)
         script.accelerator.resume()
         script.run(saves_at=7, leaves_at=10 if self.by_break else 0)
+        if killed:
+            script.accelerator.save_state()
+            return len(script.done), {}
         script.accelerator.load_state(script.place(0))
         script.accelerator.end_training(finished=True)
         return len(script.done), script.weights()
@@ -270,6 +273,48 @@ def test_a_run_that_is_finished_with_its_best_state_stays_so(tmp_path: Path, by_
     script.accelerator.resume()
     assert_same(script.weights(), best)
     assert len(Store(tmp_path / "checkpoints").list()) == 2, "nothing new, nothing saved"
+
+
+def test_a_run_that_is_killed_before_it_took_its_best_state_takes_it_when_started_again(
+    tmp_path: Path,
+) -> None:
+    process = Stopping(tmp_path, by_break=False)
+    assert process(killed=True)[0] == 18
+    assert process()[0] == 0
+    done, best = process()
+    assert done == 0
+    saved = Store(tmp_path / "checkpoints").list()
+    assert [checkpoint.step for checkpoint in saved] == [7, 18, 7]
+    script = Script(tmp_path)
+    script.accelerator.resume()
+    assert_same(script.weights(), best)
+
+
+def test_all_loops_of_a_run_that_ends_with_a_state_of_the_first_are_over(tmp_path: Path) -> None:
+    def process(loops: int) -> int:
+        script = Script(tmp_path)
+        script.accelerator.resume()
+        script.run(saves_at=5, epochs=1)
+        for _ in range(1, loops):
+            script.run(epochs=1)
+        script.accelerator.load_state(script.place(0))
+        script.accelerator.end_training(finished=True)
+        return len(script.done)
+
+    assert process(2) == 12
+    assert process(2) == 0
+
+
+def test_going_back_needs_no_place_to_end_in(tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    script.accelerator = Accelerator(cpu=True)
+    script.model, script.optimizer, script.loader = script.accelerator.prepare(
+        script.model, script.optimizer, script.loader
+    )
+    script.accelerator.save_state(tmp_path / "best")
+    script.run(epochs=1)
+    script.accelerator.load_state(tmp_path / "best")
+    script.accelerator.end_training(finished=True)
 
 
 def test_a_run_without_epochs_is_finished_with_the_state_that_it_went_back_to(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tests.train.runs import (
     CountingSampler,
@@ -55,6 +56,66 @@ def test_a_checkpoint_in_the_handler_of_an_exception_goes_on_in_the_epoch(tmp_pa
         result, after = attempt(script, project)
         assert before + after == entries
         assert_same(result, whole)
+
+
+def test_an_interrupt_while_the_next_batch_is_loaded_ends_no_pass(tmp_path: Path) -> None:
+    class Interrupting(Noisy):
+        """Is interrupted once, as it is asked for a sample."""
+
+        left: int | None = None
+
+        def __getitem__(self, index: int) -> Any:
+            if self.left is not None:
+                Interrupting.left = self.left - 1
+                if self.left < 0:
+                    Interrupting.left = None
+                    raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
+        model = small_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        train = DataLoader(Interrupting(), 4, shuffle=True)
+        model, optimizer, train = accelerator.prepare(model, optimizer, train)
+        tape.resume()
+        try:
+            for epoch in accelerator.epochs(2):
+                for inputs, indices in train:
+                    accelerator.backward(model(inputs).pow(2).mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    tape.note(epoch, indices.tolist())
+        except KeyboardInterrupt:
+            accelerator.save_state()
+            raise Interrupted from None
+        return outcome(model, optimizer)
+
+    whole, entries = attempt(script, tmp_path / "whole")
+    for left in (2, 13, 20, 30):
+        Interrupting.left = left
+        nothing, before = attempt(script, tmp_path / f"left_{left}")
+        assert nothing is None
+        result, after = attempt(script, tmp_path / f"left_{left}")
+        assert before + after == entries
+        assert_same(result, whole)
+
+
+def test_a_batch_that_could_not_be_placed_was_not_given(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    loader = accelerator.prepare(DataLoader(range(12), 4))
+    batches = iter(loader)
+    next(batches)
+
+    def full(_: Any) -> Any:
+        raise MemoryError
+
+    again = iter(loader)
+    loader._placement = full
+    with pytest.raises(MemoryError):
+        next(again)
+    loader._placement = lambda batch: batch
+    cursor = loader.cursor
+    assert (cursor.pass_number, cursor.position) == (1, 0)
 
 
 def test_a_sampler_that_counts_is_in_the_left_pass_again(tmp_path: Path) -> None:

@@ -108,6 +108,65 @@ def test_a_checkpoint_between_two_training_loops_of_an_epoch_is_warned_of(
     assert ["between two loops of epoch 1" in message for message in caplog.messages] == [True]
 
 
+def test_an_epoch_that_is_trained_by_hand_is_done_once_an_evaluation_has_ended_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    progress, (held_out, _) = make()
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            progress.end(deliver(progress, held_out))
+
+    for epoch in progress.epochs(2):
+        evaluate()
+        assert still_to_run(restored(progress)[0], 2)[0] == epoch
+        for _ in range(3):
+            progress.note_training()
+            assert still_to_run(restored(progress)[0], 2)[0] == epoch, "the rest is still to come"
+        other, (again, _) = restored(progress)
+        next(other.epochs(2))
+        assert not other.skips(again), "with the steps, what followed them comes again"
+        assert not caplog.messages
+        evaluate()
+        assert still_to_run(restored(progress)[0], 2) == list(range(epoch + 1, 2))
+    progress.note_training()
+    assert not caplog.messages
+
+
+def test_steps_after_an_evaluation_that_seemed_to_end_the_epoch_are_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    progress, (held_out, _) = make()
+    for _ in progress.epochs(1):
+        for _ in range(3):
+            progress.note_training()
+            assert still_to_run(restored(progress)[0], 1) == [0]
+            with torch.no_grad():
+                progress.end(deliver(progress, held_out))
+            progress.state_dict()
+    assert ["does not come to the optimizer's step" in message for message in caplog.messages] == [True] * 2
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_passes_within_one_that_has_ended_are_not_skipped(beside: bool) -> None:
+    progress, (first, second, held_out) = make(3)
+    next(progress.epochs(2))
+    outer = deliver(progress, first)
+    for _ in range(2):
+        progress.end(deliver(progress, held_out))
+    inner = deliver(progress, second)
+    for entry in (outer, inner) if beside else (inner, outer):
+        progress.end(entry)
+    deliver(progress, second)
+    other, (first_again, second_again, held_out_again) = restored(progress)
+    next(other.epochs(2))
+    assert other.skips(first_again)
+    assert not other.skips(second_again)
+    other.begin(second_again)
+    assert not other.skips(held_out_again)
+    assert other.state_dict() == progress.state_dict()
+
+
 def test_what_follows_the_last_epoch_is_warned_of_no_more(caplog: pytest.LogCaptureFixture) -> None:
     progress, (train, test) = make()
     for _ in progress.epochs(1):

@@ -585,3 +585,19 @@ def test_a_checkpoint_that_could_not_be_begun_counts_as_failed_and_its_steps_as_
     caplog.clear()
     run.accelerator.end_training()
     assert "ends 1 optimizer steps after its last checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_models_are_exported_and_memory_is_freed_though_a_checkpoint_failed(
+    tmp_path: Path, on_error: Any
+) -> None:
+    run = Run(tmp_path / "project", checkpoint_policy=CheckpointPolicy(every_n_steps=1, on_error=on_error))
+    accelerator, store = run.accelerator, run.accelerator._saver._store
+    for use in (lambda: accelerator.save_model(run.model, tmp_path / "final"), accelerator.clear):
+        fail_once(store)
+        run.step()
+        accelerator.checkpoint()
+        with pytest.raises(BackgroundSaveError) if on_error == "raise" else contextlib.nullcontext():
+            use()
+    assert (tmp_path / "final" / "model.safetensors").exists()
+    assert accelerator._state.is_empty

@@ -23,12 +23,12 @@ class Loops:
 
     Attributes:
         begun: loops so far, those of the run that was resumed included; the next one has this number.
-        any_begun: this script has begun one.
+        most_begun: as `begun` was before the script went back.
     """
 
     def __init__(self) -> None:
         self.begun = 0
-        self.any_begun = False
+        self.most_begun = 0
         self._restored: int | None = None
         self._went_back = False
 
@@ -40,7 +40,7 @@ class Loops:
         """
         number = self.begun
         self.begun += 1
-        self.any_begun = True
+        self.most_begun = max(self.most_begun, self.begun)
         restored = number == self._restored
         if restored:
             self._restored = None
@@ -63,7 +63,7 @@ class Loops:
 
     def go_back(self) -> None:
         """As `restore` said, but in the middle of the script: the next loop is the restored one."""
-        if self.any_begun:
+        if self.most_begun:
             self.begun = self._restored or 0
             self._went_back = True
 

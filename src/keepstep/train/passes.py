@@ -50,7 +50,8 @@ class OpenPass:
     Attributes:
         cursor: of its loader.
         with_gradients: gradients were on when it began.
-        ended_before: passes that had ended in this epoch when it began, by loader.
+        ended_before: passes that had ended in this epoch when it began, by loader; no nested ones.
+        nested: it began within the outermost one.
         carried: it says nothing about where the script stands.
         waiting: it was restored, and its loader was not iterated since.
         handling: id of the exception that was being handled when it began.
@@ -62,6 +63,7 @@ class OpenPass:
     cursor: Cursor
     with_gradients: bool
     ended_before: Counter[int] = field(default_factory=Counter)
+    nested: bool = False
     carried: bool = False
     waiting: bool = False
     handling: int = 0

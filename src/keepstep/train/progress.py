@@ -5,8 +5,8 @@ began first in this epoch, the *outermost*, says where the script stands:
 
 - With none, an epoch counts as done once a pass with gradients has ended in it, since a checkpoint after the
   last batch is what a loop's epilogue writes. Epochs that are done aren't yielded again (see `ended.py`).
-- With one, it goes on at its position. Passes that had ended before it began yield nothing; those that ended
-  inside it don't matter.
+- With one, it goes on at its position. Passes that had ended before it began yield nothing. Those *nested*
+  in it don't matter, nor those in one that yields nothing.
 - Passes that outlive the outermost, or the epoch they began in, are *carried*: they say nothing about where
   the script stands. They go on too, like every open pass. Only one that began with gradients off, inside an
   outermost one with gradients on, is dropped if that one still is at the same batch: it is an evaluation that
@@ -45,8 +45,8 @@ class Progress:
         self._loop = -1
         self._done = False
         self._inside = False
-        self._finished = False
-        self._entered = False
+        self._finished = 0
+        self._was_finished = False
         self._left = False
         self._loops = Loops()
         self._restores = 0
@@ -87,9 +87,10 @@ class Progress:
             if entry is not None:
                 self.end(entry)
             within = self._outermost_at()
-            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self.ended.times), within=within)
+            entry = OpenPass(cursor, torch.is_grad_enabled(), Counter(self.ended.times))
+            entry.within, entry.nested = within, within is not None
             if entry.with_gradients and self._inside:
-                self.ended.check(cursor.index, self.epoch)
+                self.ended.check(f"the pass over loader {cursor.index}", self.epoch)
             self._open.append(entry)
             cursor.pass_number += 1
             cursor.position = 0
@@ -157,7 +158,7 @@ class Progress:
         self._before_leaving = None
         entry.cursor.current = None
         self._open.remove(entry)
-        self.ended.add(entry.cursor.index, trained=self._inside and entry.with_gradients)
+        self.ended.add(entry.cursor.index, trained=self._inside and entry.with_gradients, nested=entry.nested)
         if entry is outermost:
             self._carry_open()
 
@@ -208,11 +209,11 @@ class Progress:
         if loops.waiting:
             loops.tell_complete(loop)
             return
+        if loop < self._finished:
+            return
         self._left = False
         first, repeats = 0, False
         if restored:
-            if self._finished:
-                return
             if self.epoch is not None:
                 first, repeats = self.epoch + self._done, not self._done
             loops.check_reached(first, count)
@@ -229,6 +230,8 @@ class Progress:
     def note_training(self) -> None:
         """Note that an optimizer is stepped."""
         self.ended.note_training()
+        if self.ended.taken_for_done and self._inside and self._outermost() is None:
+            self.ended.check("the optimizer's step", self.epoch)
 
     def finish(self) -> bool:
         """Note that the run is not to be gone on with.
@@ -239,19 +242,27 @@ class Progress:
             Whether that is news: False if the last loop has yielded all its epochs (a script that asks for
             more goes on), or if it was known.
         """
-        over = self._inside or self._left
-        news = over and not self._finished
-        self._finished = self._finished or over
-        return news
+        if self._finished or not (self._inside or self._left):
+            return False
+        self._finished = self._loops.most_begun
+        return True
+
+    def unfinish(self) -> None:
+        """Take back what `finish` has noted: it could not be saved."""
+        self._finished = 0
 
     def check_end(self) -> None:
         """Raise UsageError if the script ends and has not come to the loop that it was to go on with."""
         self._loops.check_end()
 
-    def go_back(self) -> None:
-        """Note that what `load_state_dict` was given was restored in the middle of the script."""
+    def go_back(self, *, kept: bool) -> None:
+        """Note that what `load_state_dict` was given was restored in the middle of the script.
+
+        Args:
+            kept: the run has a place for its checkpoints: the state that it ends with is to be the newest.
+        """
         self._loops.go_back()
-        self._left = self._entered
+        self._left = kept and self._loops.most_begun > 0 and not self._was_finished
 
     def clear(self) -> None:
         """Forget all of it; passes that are still being iterated are counted no more."""
@@ -264,8 +275,7 @@ class Progress:
     def _enter_epoch(self, loop: int, epoch: int, repeats: bool) -> None:
         self._before_leaving = None
         self._loop, self.epoch, self._done, self._inside = loop, epoch, False, True
-        self._entered = True
-        self._finished = False
+        self._finished, self._was_finished = 0, False
         outermost = self._outermost()
         before = None if outermost is None else outermost.ended_before
         self.ended.begin_epoch(repeats=repeats, before=before)
@@ -287,7 +297,7 @@ class Progress:
             if sys.exception() is not None and id(sys.exception()) != handling:
                 return before
         going_on = self._going_on()
-        ended = self._inside and self._outermost() is None and self.ended.make_it_done
+        ended = self._inside and self._outermost() is None and self.ended.is_epilogue
         return {
             "loop": self._loop,
             "epoch": self.epoch,
@@ -306,6 +316,7 @@ class Progress:
                 {
                     "loader": entry.cursor.index,
                     "with_gradients": entry.with_gradients,
+                    "nested": entry.nested,
                     "carried": entry.carried,
                     "ended_before": {str(index): times for index, times in entry.ended_before.items()},
                 }
@@ -331,11 +342,12 @@ class Progress:
         """Take on what was saved; passes that are still open here are void."""
         self.epoch, self._loop, self._done = state["epoch"], state["loop"], state["done"]
         self._inside = False
+        self._was_finished = self._was_finished or self._finished > 0
         self._finished = state["finished"]
         self._before_leaving = None
         self._restores += 1
         self._loops.restore(self._loop)
-        self.ended.load_state_dict(state.get("ended", {"trained": True, "times": {}}))
+        self.ended.load_state_dict(state["ended"])
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
             cursor.pass_number, cursor.position = saved["pass"], saved["position"]
             cursor.length, cursor.current = None, None
@@ -344,6 +356,11 @@ class Progress:
             cursor = self.cursors[saved["loader"]]
             ended_before = Counter({int(index): times for index, times in saved["ended_before"].items()})
             cursor.current = OpenPass(
-                cursor, saved["with_gradients"], ended_before, saved["carried"], waiting=True
+                cursor,
+                saved["with_gradients"],
+                ended_before,
+                nested=saved["nested"],
+                carried=saved["carried"],
+                waiting=True,
             )
             self._open.append(cursor.current)

@@ -57,6 +57,16 @@ class Counting(IterableDataset[Any]):
         return iter(torch.randperm(12, generator=torch.Generator().manual_seed(self.times)).tolist())
 
 
+class Asked(Counting):
+    """Can say where it is between passes, where nobody asks it."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"times": self.times}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise AssertionError
+
+
 class Within(IterableDataset[Any]):
     """Gives what another one does."""
 
@@ -83,7 +93,13 @@ def test_workers_that_persist_remember_no_pass(kind: Any, dataset: Any, tmp_path
 
 
 @pytest.mark.parametrize(
-    "make", [Counting, lambda: Within(Within(Counting())), lambda: ChainDataset([Counting(), Counting()])]
+    "make",
+    [
+        Counting,
+        lambda: Within(Within(Counting())),
+        lambda: Within(Asked()),
+        lambda: ChainDataset([Counting(), Counting()]),
+    ],
 )
 def test_a_stream_that_counts_its_passes(make: Any, tmp_path: Path) -> None:
     entries = assert_exact(batches(lambda: DataLoader(make(), 4)), tmp_path, stops=range(2, 9, 2))

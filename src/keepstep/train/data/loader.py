@@ -110,10 +110,11 @@ class PreparedLoader(DataLoader[Any]):
             batches = self._source.batches(cursor, seed)
             self._reading = weakref.ref(batches)
             for batch in batches:
+                placed = place(batch)
                 progress.advance(entry, stride)
-                yield place(batch)
+                yield placed
                 progress.check(entry)
-        except GeneratorExit:
+        except BaseException:  # of the loop's body, or of what gives the next batch
             progress.leave(entry)
             raise
         finally:

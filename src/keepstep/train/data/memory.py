@@ -21,30 +21,35 @@ class PassMemory:
 
     Args:
         parts: the samplers or streams, outermost first, as they are before the first pass.
+        asked: those with a state of their own are asked for it. Otherwise their plain attributes are what
+            they remember, too.
     """
 
-    def __init__(self, parts: Sequence[Any]) -> None:
+    def __init__(self, parts: Sequence[Any], *, asked: bool = True) -> None:
         self._parts = parts
+        self._asked = asked
         self._at_start = [_plain_attributes(part) for part in self._parts]
 
     def read(self) -> list[dict[str, Any]]:
         """Return what each part remembers now, in their order."""
         return [self._read(part, start) for part, start in zip(self._parts, self._at_start, strict=True)]
 
-    @staticmethod
-    def _read(part: Any, at_start: dict[str, Any]) -> dict[str, Any]:
-        if _has_state(part):
+    def _read(self, part: Any, at_start: dict[str, Any]) -> dict[str, Any]:
+        if self._is_asked(part):
             return {"state": part.state_dict()}
         now = _plain_attributes(part)
         moved = {name: value for name, value in now.items() if value != at_start.get(name, _ABSENT)}
         return {"moved": moved} if moved else {}
 
+    def _is_asked(self, part: Any) -> bool:
+        return self._asked and _has_state(part)
+
     def write(self, remembered: list[dict[str, Any]]) -> None:
         """Bring each part to where it was when `remembered` was read."""
         for part, start, memory in zip(self._parts, self._at_start, remembered, strict=False):
-            if "state" in memory and _has_state(part):
+            if "state" in memory and self._is_asked(part):
                 part.load_state_dict(memory["state"])
-            elif not _has_state(part):
+            elif not self._is_asked(part):
                 # What had not moved when it was read may have moved since; what was made since is kept.
                 for name, value in {**start, **memory.get("moved", {})}.items():
                     now = getattr(part, name, _ABSENT)

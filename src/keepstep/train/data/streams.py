@@ -23,7 +23,6 @@ from keepstep.train.data.parcels import packed_text, unpacked_text
 from keepstep.train.data.shares import ALL_OF_IT
 from keepstep.train.passes import Cursor
 from keepstep.train.rng import isolated
-from keepstep.tree import is_stateful
 
 __all__ = ["ReplayedSource", "StatefulSource"]
 
@@ -44,8 +43,9 @@ class ReplayedSource:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = _with_new_workers(loader)
-        # What workers count is over with them.
-        self._memory = PassMemory([] if loader.num_workers else _streams_in(loader.dataset))
+        # What workers count is over with them. A stream within one that can't be asked isn't asked either:
+        # the pass is run from its start, and the state at the end of the last one may lead to nothing more.
+        self._memory = PassMemory([] if loader.num_workers else _streams_in(loader.dataset), asked=False)
         self.share = ALL_OF_IT
 
     def batches(self, cursor: Cursor, seed: int) -> Iterator[Any]:
@@ -205,12 +205,12 @@ def _with_new_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _streams_in(dataset: Any) -> list[Any]:
-    """A data set and the iterable ones in it, outermost first; none that has a state of its own."""
+    """A data set and the iterable ones in it, outermost first."""
     parts: list[Any] = []
     waiting = [dataset]
     while waiting:
         part = waiting.pop(0)
-        if any(part is seen for seen in parts) or is_stateful(part):
+        if any(part is seen for seen in parts):
             continue
         parts.append(part)
         for value in getattr(part, "__dict__", {}).values():

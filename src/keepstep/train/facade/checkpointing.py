@@ -125,7 +125,7 @@ class Checkpointing(Facade):
         _check_load_options({**(load_kwargs or {}), **load_model_func_kwargs})
         checkpoint = self._saver.load(input_dir)
         if checkpoint is not None:  # a checkpoint of Accelerate's knows no loops
-            self._state.progress.go_back()
+            self._state.progress.go_back(kept=self._saver.keeps)
         self._logged(checkpoint, goes_on=False)
         return checkpoint
 
@@ -173,14 +173,25 @@ class Checkpointing(Facade):
         """
         try:
             problem = self._saver.settle()
-            if finished and (self._state.progress.finish() or self._saver.is_unsaved):
-                self._saver.save_end()
+            if finished:
+                self._finish()
             self._saver.tell_what_is_unsaved()
             if problem is not None:
                 raise problem
             self._state.progress.check_end()
         finally:
             self._trackers.finish()
+
+    def _finish(self) -> None:
+        progress = self._state.progress
+        news = progress.finish()
+        if news or self._saver.is_unsaved:
+            try:
+                self._saver.save_end()
+            except BaseException:
+                if news:
+                    progress.unfinish()
+                raise
 
     def _logged(self, checkpoint: Checkpoint | None, *, goes_on: bool) -> Checkpoint | None:
         """Tell the log what was loaded."""

@@ -63,6 +63,8 @@ class Models(Facade):
             safe_serialization: only True: the other format is pickle.
 
         Raises:
+            BackgroundSaveError: a checkpoint could not be saved, and the policy says `on_error="raise"`. The
+                weights are saved all the same.
             UsageError: the size is none, or pickle was asked for.
             DirectoryNotOursError: the directory is a file, or a checkpoint.
             TensorNotSavableError: a tensor has no values.
@@ -70,13 +72,15 @@ class Models(Facade):
             RankFailedError: the main process could not write.
         """
         check_export(save_directory, max_shard_size, safe_serialization)
-        self._saver.wait()
+        problem = self._saver.settle()
         inner = self._preparer.unwrap_model(model, keep_precision=True)
         with self._world.meeting("export", _EXPORT_TIMEOUT_S) as meeting:
             state = full_state(inner, keep=self._world.rank == 0)
             if self._world.rank == 0:
                 export_weights(state, save_directory, max_shard_size=max_shard_size)
             meeting.exchange(b"")
+        if problem is not None:
+            raise problem
 
     def save(self, obj: Any, f: str | os.PathLike[str] | io.IOBase, safe_serialization: bool = False) -> None:
         """Write a value to a file, atomically and durably, on the main process; `keepstep.load` reads it.

@@ -126,10 +126,16 @@ class Preparation(Facade):
 
         Returns:
             One None for each argument, to assign to its names.
+
+        Raises:
+            BackgroundSaveError: a checkpoint could not be saved, and the policy says `on_error="raise"`. It
+                is raised once all is let go of.
         """
-        self._saver.wait()
+        problem = self._saver.settle()
         self._preparer.clear()
         self._saver.begin_anew()
+        if problem is not None:
+            raise problem
         return tuple(None for _ in objects)
 
     clear = free_memory

@@ -101,6 +101,11 @@ class Saver:
         return self._lonely_run if self._store is None else self._store.run
 
     @property
+    def keeps(self) -> bool:
+        """Whether there is a place for automatic checkpoints."""
+        return self._store is not None
+
+    @property
     def may_resume(self) -> bool:
         """Whether `resume()` may find something."""
         return self._store is not None and (self._project.mirror is not None or bool(self._store.list()))
@@ -158,6 +163,7 @@ class Saver:
 
     def save_end(self) -> None:
         """Save the last steps, with what `checkpoint` was told of them."""
+        self._require_store("end_training(finished=True)")
         self.save(None, metrics=self._told.at(self._state.step), tags=(), pinned=None)
 
     def tell_what_is_unsaved(self) -> None:
