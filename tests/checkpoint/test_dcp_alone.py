@@ -7,10 +7,14 @@ import signal
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from tests.checkpoint.equality import assert_same
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 import keepstep
 from keepstep import Checkpoint
@@ -86,3 +90,61 @@ def test_an_address_of_another_kind_is_no_place_for_a_checkpoint(tmp_path: Path)
         assert not kind.validate_checkpoint_id("hdfs://x/y")
     with pytest.raises(UsageError, match="hdfs:// is no kind of bucket"):
         keepstep.dcp.StorageWriter("hdfs://x/y")
+
+
+def taken_steps(count: int) -> dict[str, Any]:
+    """A state with values that are no tensors below keys that are no text; DCP knows the keys as text."""
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
+    for _ in range(count):
+        optimizer.zero_grad()
+        table(torch.tensor([1, 3])).square().sum().backward()
+        optimizer.step()
+    return {
+        "optimizer": optimizer.state_dict(),
+        "shards": {0: {"offset": count}, "0": {"name": f"s{count}"}},
+        "losses": {0: count / 2, None: "none", True: [count]},
+        "listed": [{"a": count}, {7: {8: count}}],
+    }
+
+
+def by_text(node: Any) -> Any:
+    """Mappings by the text of their keys, as DCP takes them; of two alike the later, which torch adds."""
+    if isinstance(node, list):
+        return [by_text(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    merged: dict[str, Any] = {}
+    for key, child in node.items():
+        child, before = by_text(child), merged.get(str(key))
+        merged[str(key)] = {**before, **child} if isinstance(before, dict) else child
+    return merged
+
+
+def test_values_below_keys_that_are_no_text_are_loaded_as_by_torch(tmp_path: Path) -> None:
+    saved, live, theirs = taken_steps(3), taken_steps(1), taken_steps(1)
+    assert saved["optimizer"]["state"][0]["step"] == 3
+    torch_dcp.save(saved, checkpoint_id=tmp_path / "torch", no_dist=True)
+    torch_dcp.load(theirs, checkpoint_id=tmp_path / "torch", no_dist=True)
+    torch_dcp.save(saved, storage_writer=keepstep.dcp.StorageWriter(tmp_path / "here"), no_dist=True)
+    torch_dcp.load(live, storage_reader=keepstep.dcp.StorageReader(tmp_path / "here"), no_dist=True)
+    assert_same(live, saved)
+    assert_same(by_text(live), by_text(theirs))
+
+
+class Renaming(DefaultLoadPlanner):
+    """Loads what is saved under another name, and does not say where it belongs."""
+
+    def set_up_planner(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super().set_up_planner({"a": state_dict["b"]}, *args, **kwargs)
+        self.original_state_dict = state_dict
+
+
+def test_a_value_that_has_no_place_is_told_before_anything_is_overwritten(tmp_path: Path) -> None:
+    writer = keepstep.dcp.StorageWriter(tmp_path / "c")
+    torch_dcp.save({"a": {"w": torch.ones(3), "n": 1}}, storage_writer=writer, no_dist=True)
+    live = {"b": {"w": torch.zeros(3), "n": 0}}
+    reader = keepstep.dcp.StorageReader(tmp_path / "c")
+    with pytest.raises(CheckpointException, match=r"Renaming asks for 'a\.n'"):
+        torch_dcp.load(live, storage_reader=reader, planner=Renaming(), no_dist=True)
+    assert_same(live, {"b": {"w": torch.zeros(3), "n": 0}})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from keepstep.tree import inside_object, items_of
 
-__all__ = ["Branch", "encoded", "leaves", "plant"]
+__all__ = ["Branch", "Places", "encoded", "leaves", "plant"]
 
 
 class Branch(dict[Any, Any]):
@@ -51,3 +51,38 @@ def _is_inner(node: Any) -> bool:
     if type(node) is list:
         return any(map(_is_inner, node))
     return items_of(node) is not None or (type(node) is dict and "$tensor" in node)
+
+
+class Places:
+    """Where a live state keeps its values, by DCP's paths: these hold the text of each key of a mapping.
+
+    Args:
+        state: nested mappings and lists.
+    """
+
+    def __init__(self, state: Mapping[Any, Any]) -> None:
+        self._state = state
+        self._by_text: dict[int, tuple[Any, dict[str, list[Any]]]] = {}  # holds it: ids are reused
+
+    def find(self, path: Sequence[Any]) -> tuple[Any, Any] | None:
+        """The container and the key of a value there; None if there is none."""
+        return next(self._along(self._state, path), None)
+
+    def _along(self, container: Any, path: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        for key in self._keys(container, path[0]):
+            if len(path) == 1:
+                yield container, key
+            else:  # of {0: {"a": x}, "0": {"b": y}} only one leads on
+                yield from self._along(container[key], path[1:])
+
+    def _keys(self, container: Any, key: Any) -> Sequence[Any]:
+        if isinstance(container, list):
+            return [key] if type(key) is int and key < len(container) else []
+        if not isinstance(container, Mapping):
+            return []
+        if id(container) not in self._by_text:
+            keys: dict[str, list[Any]] = {}
+            for each in container:
+                keys.setdefault(str(each), []).append(each)
+            self._by_text[id(container)] = container, keys
+        return self._by_text[id(container)][1].get(str(key), [])

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from keepstep.checkpoint.dcp.memory import follow
-from keepstep.checkpoint.dcp.names import leaves
+from keepstep.checkpoint.dcp.names import Places, leaves
 from keepstep.checkpoint.dcp.spots import is_place
 from keepstep.checkpoint.format.boxes import Box
 from keepstep.checkpoint.format.manifest import Chunk, TensorEntry, stored_parts
@@ -50,7 +50,8 @@ class StorageReader(storage.StorageReader):
 
     Raises:
         DamagedCheckpointError: from `dcp.load`, as the cause of its CheckpointException.
-        UsageError: the planner unpickles values that are no tensors.
+        UsageError: the planner unpickles values that are no tensors; the cause as well.
+        MismatchError: the planner's mappings lead nowhere, or a shape differs; the cause as well.
     """
 
     def __init__(
@@ -118,11 +119,13 @@ class StorageReader(storage.StorageReader):
             self.read_metadata()
         assert self._reader is not None
         items = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        places = _places_of_objects(objects, planner)  # what has none is told before anything is overwritten
         for batch in _in_batches(_Wanted.of(self._reader, self._saved, planner, item) for item in items):
             self._reader.read_into([target for wanted in batch if (target := wanted.target) is not None])
             for wanted in batch:
                 wanted.settle(self._reader, planner)
-        self._set_objects([item for item in plan.items if item.type == LoadItemType.BYTE_IO], planner)
+        self._set_objects(objects, places)
         self._remember(planner)
         future: Future[None] = Future()
         future.set_result(None)
@@ -134,12 +137,13 @@ class StorageReader(storage.StorageReader):
         if self._saved.keys() <= getattr(planner, "state_dict", {}).keys():
             follow(self._reader.place, self._reader.manifest, self._reader.tensors)
 
-    def _set_objects(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
+    def _set_objects(self, items: Sequence[ReadItem], places: Mapping[str, tuple[Any, Any]]) -> None:
         assert self._reader is not None
         nodes = {item.dest_index.fqn: self._saved[item.storage_index.fqn].node for item in items}
         tensors = self._reader.fresh(address for node in nodes.values() for address in tensors_in(node))
         for fqn, node in nodes.items():
-            _set_object(planner, fqn, unflatten(node, tensors.__getitem__))
+            container, key = places[fqn]
+            container[key] = unflatten(node, tensors.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -229,20 +233,27 @@ def _in_batches(wanted: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
         yield batch
 
 
-def _set_object(planner: LoadPlanner, fqn: str, value: Any) -> None:
-    """Set a value that is no tensor: `load_bytes` would unpickle it."""
+def _places_of_objects(items: Sequence[ReadItem], planner: LoadPlanner) -> dict[str, tuple[Any, Any]]:
+    """The container and the key that take each value that is no tensor: `load_bytes` would unpickle it."""
+    fqns = [item.dest_index.fqn for item in items]
+    if not fqns:
+        return {}
     default = DefaultLoadPlanner
     if not (isinstance(planner, default) and type(planner).load_bytes is default.load_bytes):
         raise UsageError(
-            f"{fqn!r} is no tensor, and {type(planner).__name__} takes such values as bytes of its own "
+            f"{fqns[0]!r} is no tensor, and {type(planner).__name__} takes such values as bytes of its own "
             "making only. keepstep keeps them as typed JSON, never as pickled bytes: use DefaultLoadPlanner "
             "(a subclass may override all but load_bytes), or leave them out of the state dict to load"
         )
     if not planner.flatten_state_dict:
-        planner.state_dict[fqn] = value
-        return
-    container: Any = planner.original_state_dict
-    *path, last = planner.mappings[fqn]
-    for key in path:
-        container = container[key]
-    container[last] = value
+        return {fqn: (planner.state_dict, fqn) for fqn in fqns}
+    live = Places(planner.original_state_dict)
+    places = {fqn: live.find(planner.mappings[fqn]) for fqn in fqns}
+    found = {fqn: place for fqn, place in places.items() if place is not None}
+    if missing := sorted(places.keys() - found.keys()):
+        raise MismatchError(
+            f"{type(planner).__name__} asks for {missing[0]!r}, and its mappings lead to no place in its "
+            f"original_state_dict: {planner.mappings[missing[0]]}. This rank's state is unchanged. Let them "
+            "lead into the state dict to load, or leave the value out"
+        )
+    return found
