@@ -213,6 +213,26 @@ def test_what_can_not_be_read_for_now_is_told_and_goes_with_a_later_one(
     assert names(bucket_store()) == [f"checkpoint_{number}" for number in range(5)]
 
 
+def test_what_can_not_be_read_brings_back_nothing_that_was_passed_over(
+    mirrored: Open, bucket_store: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = Store(mirrored().path)
+    for number in range(6):
+        alone.save(state(number))
+    obstore.put(raw(bucket_store()), "checkpoint_5/claim.json", b"{}")
+    store = mirrored(mirror_pending=2)
+    shut(alone.path / "checkpoint_0", monkeypatch)
+    assert store.mirror is not None
+    for _ in range(3):
+        store.save(state(9))
+        with pytest.raises(MirrorError):
+            store.mirror.wait()
+        assert names(bucket_store())[-1] == store.list()[-1].name
+    assert caplog.text.count("newer ones overtook it") == store.mirror.progress.skipped <= 5
+    assert caplog.text.count("checkpoint_5 was not mirrored to") <= 1
+    assert not uploads(store)
+
+
 # ---------------------------------------------------------------------------------------- the rules
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from keepstep import Accelerator
 from keepstep.errors import UsageError
+from keepstep.train.precision import Float16
 from keepstep.train.settings.config import GradientAccumulationPlugin, GradScalerKwargs
 
 
@@ -174,6 +175,21 @@ def test_saving_between_clipping_and_stepping_is_refused(tmp_path: Any) -> None:
         accelerator.save_state(tmp_path / "here")
     with pytest.raises(UsageError, match="closure"):
         one.step(lambda: None)
+
+
+def test_an_interrupt_of_a_step_is_no_reason_to_refuse_a_checkpoint(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator, model, one, _ = fp16_pair(4.0)
+    accelerator.backward(model(torch.ones(3, 4)).sum())
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Float16, "_overflowed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        one.step()
+    accelerator.save_state(tmp_path / "here")
 
 
 def test_closures_and_group_changes_reach_the_optimizer() -> None:

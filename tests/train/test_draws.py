@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 from keepstep import Accelerator
 
+TOLD = {"after resume()": ["epoch 0", "epoch 1", "epoch 1"], "at the top of an epoch": ["loader 0"] * 2}
 
-@pytest.mark.parametrize("where", ["nowhere", "before resume()", "at the top of an epoch", "of its own"])
+
+@pytest.mark.parametrize("where", ["nowhere", "before resume()", "of its own", *TOLD])
 def test_what_is_drawn_too_early_is_told(
     where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -29,6 +31,9 @@ def test_what_is_drawn_too_early_is_told(
         if where == "before resume()":
             torch.rand(1)
         tape.resume()
+        if where == "after resume()":
+            random.random()
+            np.random.rand()
         for epoch in accelerator.epochs(3):
             if where == "at the top of an epoch":
                 np.random.rand()
@@ -46,5 +51,8 @@ def test_what_is_drawn_too_early_is_told(
     for stop in (4, 3, 3, None):  # in the first epoch; in its epilogue; in the second one
         attempt(script, tmp_path, stop)
     told = [message for message in caplog.messages if "has drawn at random" in message]
-    assert len(told) == (2 if where == "at the top of an epoch" else 0)
-    assert all("(from numpy and python)" in message and "loader 0" in message for message in told)
+    expected = TOLD.get(where, [])
+    assert len(told) == len(expected)
+    for message, place in zip(told, expected, strict=True):
+        assert "(from numpy and python)" in message
+        assert f"restored, before {place} " in message

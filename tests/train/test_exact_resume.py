@@ -12,7 +12,7 @@ from tests.train import runs
 from tests.train.runs import Noisy, Tape, assert_exact, attempt, noisy_collate, outcome, plain_script
 from torch.utils.data import DataLoader, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from keepstep import Accelerator
+from keepstep import Accelerator, CheckpointPolicy
 from keepstep.train.settings.config import GradientAccumulationPlugin, GradScalerKwargs
 
 LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
@@ -177,6 +177,33 @@ def test_buffers_that_the_state_of_a_model_leaves_out(tmp_path: Path) -> None:
         return outcome(model, optimizer)
 
     assert_exact(script, tmp_path)
+
+
+@pytest.mark.parametrize("staging", ["awaited", "overlapped"])
+def test_sparse_gradients_that_no_step_has_used_yet(staging: Any, tmp_path: Path) -> None:
+    def make(project: Path) -> Accelerator:
+        policy = CheckpointPolicy(every_n_steps=1, staging=staging)
+        return Accelerator(
+            cpu=True, project_dir=project, gradient_accumulation_steps=2, checkpoint_policy=policy
+        )
+
+    def script(accelerator: Accelerator, tape: Tape) -> dict[str, Any]:
+        torch.manual_seed(5)
+        model = torch.nn.Embedding(30, 4, sparse=True)
+        optimizer = torch.optim.SparseAdam(model.parameters(), lr=1e-2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Noisy(), 4, shuffle=True))
+        tape.resume()
+        for _ in accelerator.epochs(2):
+            for _, indices in loader:
+                with accelerator.accumulate(model):
+                    optimizer.zero_grad()
+                    accelerator.backward(model(indices).pow(2).sum())
+                    optimizer.step()
+                accelerator.checkpoint()
+                tape.note(indices.tolist(), model.weight.grad.to_dense().tolist())
+        return outcome(model, optimizer)
+
+    assert_exact(script, tmp_path, make=make, stops=iter([1, 2, 9]))
 
 
 def test_two_models_two_optimizers_and_an_average(tmp_path: Path) -> None:

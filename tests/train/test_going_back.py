@@ -305,6 +305,38 @@ def test_all_loops_of_a_run_that_ends_with_a_state_of_the_first_are_over(tmp_pat
     assert process(2) == 0
 
 
+def test_a_best_state_that_is_taken_after_the_end_is_the_newest(tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    script.run(saves_at=4, leaves_at=8)
+    script.accelerator.end_training(finished=True)
+    script.accelerator.load_state(script.place(0))
+    script.accelerator.end_training(finished=True)
+    other = Script(tmp_path)
+    other.accelerator.resume()
+    assert other.accelerator.step == 4
+    other.run()
+    assert not other.done
+
+
+def test_a_run_that_freed_its_memory_in_its_loop_can_be_finished(tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    for epoch in script.accelerator.epochs(3):
+        if epoch == 0:
+            script.accelerator.free_memory()
+            script.model, script.optimizer, script.loader = script.accelerator.prepare(
+                script.model, script.optimizer.optimizer, samples("map")
+            )
+        for batch in script.loader:
+            script.step(0, batch)
+        if len(script.done) == 12:
+            break
+    script.accelerator.end_training(finished=True)
+    other = Script(tmp_path)
+    other.accelerator.resume()
+    other.run()
+    assert not other.done
+
+
 def test_going_back_needs_no_place_to_end_in(tmp_path: Path) -> None:
     script = Script(tmp_path)
     script.accelerator = Accelerator(cpu=True)

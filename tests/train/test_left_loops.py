@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def test_an_interrupt_while_the_next_batch_is_loaded_ends_no_pass(tmp_path: Path
         result, after = attempt(script, tmp_path / f"left_{left}")
         assert before + after == entries
         assert_same(result, whole)
+
+
+def test_a_batch_is_not_held_while_it_is_used(tmp_path: Path) -> None:
+    loader = Accelerator(cpu=True, project_dir=tmp_path).prepare(DataLoader(range(12), 4))
+    loader._placement = lambda batch: batch.clone()
+    for batch in loader:
+        alive = weakref.ref(batch)
+        del batch
+        assert alive() is None
 
 
 def test_a_batch_that_could_not_be_placed_was_not_given(tmp_path: Path) -> None:

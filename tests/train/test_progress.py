@@ -123,10 +123,12 @@ def test_an_epoch_that_is_trained_by_hand_is_done_once_an_evaluation_has_ended_i
         for _ in range(3):
             progress.note_training()
             assert still_to_run(restored(progress)[0], 2)[0] == epoch, "the rest is still to come"
+            caplog.clear()
         other, (again, _) = restored(progress)
         next(other.epochs(2))
         assert not other.skips(again), "with the steps, what followed them comes again"
-        assert not caplog.messages
+        assert [f"Epoch {epoch} is run again" in message for message in caplog.messages] == [True]
+        caplog.clear()
         evaluate()
         assert still_to_run(restored(progress)[0], 2) == list(range(epoch + 1, 2))
     progress.note_training()
@@ -140,7 +142,9 @@ def test_steps_after_an_evaluation_that_seemed_to_end_the_epoch_are_warned_of(
     for _ in progress.epochs(1):
         for _ in range(3):
             progress.note_training()
-            assert still_to_run(restored(progress)[0], 1) == [0]
+            other, _ = restored(progress)
+            assert other.load_state_dict(progress.state_dict()) is None
+            assert not progress.state_dict()["done"]
             with torch.no_grad():
                 progress.end(deliver(progress, held_out))
             progress.state_dict()

@@ -101,7 +101,8 @@ class Mirror:
         self._running: Upload | None = None
         self._error: Exception | None = None
         self._behind = True
-        self._catching_up = False
+        self._unread = self._catching_up = False
+        self._passed_over: set[str] = set()
         self._stopping = self._draining = self._drains_at_exit = False
         self._progress = MirrorProgress()
         self._thread: threading.Thread | None = None
@@ -161,6 +162,7 @@ class Mirror:
                     self._behind = True  # the next upload that succeeds is followed by what is lacking
                 return
             with self._lock:
+                self._behind = self._behind or self._unread  # it may be readable by now
                 self._waiting.try_again()
                 self._add(Upload(linked, manifest, directory.name))
 
@@ -168,8 +170,13 @@ class Mirror:
         for late in self._waiting.add(job):
             self._progress = replace(self._progress, skipped=self._progress.skipped + 1)
             log.warning("%s is not mirrored to %s: newer ones overtook it", late.name, self.bucket)
-            self._forget(late)
+            self._pass_over(late)
         self._changed.ring()
+
+    def _pass_over(self, job: Upload) -> None:
+        """It is not mirrored by this process: whoever catches up leaves it out."""
+        self._passed_over.add(job.manifest.id)
+        self._forget(job)
 
     def _forget(self, job: Upload) -> None:
         try:
@@ -237,7 +244,7 @@ class Mirror:
 
     def _next_job(self) -> Upload | None:
         """Wait for one; None once `stop` was called and none is left."""
-        if self._behind and not self._draining:
+        if self._catching_up and not self._draining:  # not after a failure, which it may lead to again
             self._catch_up()
         with self._lock:
             self._catching_up = False
@@ -289,7 +296,7 @@ class Mirror:
 
     def _forgive(self) -> None:
         """Forget an error once all that failed has been done after all."""
-        if not (self._behind or self._waiting.any_failed or isinstance(self._error, LASTING)):
+        if not (self._behind or self._unread or self._waiting.any_failed or isinstance(self._error, LASTING)):
             self._error = None
 
     def _catch_up(self) -> None:
@@ -303,7 +310,7 @@ class Mirror:
                     *self._link_missing(mirrored),
                 ]
                 with self._lock:
-                    self._behind = bool(unread)
+                    self._behind, self._unread = False, bool(unread)
                     for refused in unread:
                         self._note(refused)
                     self._forgive()
@@ -326,8 +333,10 @@ class Mirror:
         found = lacking(self._root, mirrored, self._retention)
         ids = {entry.manifest.id for entry in mirrored if entry.manifest}
         for entry in found.entries:
+            if entry.manifest is None or entry.manifest.id in self._passed_over:
+                continue
             linked = link_if_there(self._files, self._uploads, entry)
-            if linked is not None and entry.manifest:
+            if linked is not None:
                 self._offer_missing(linked, entry.manifest, entry.name, ids)
         if found.taken:
             log.error(
@@ -358,7 +367,7 @@ class Mirror:
             if is_damage_here(error):
                 self._damaged()
             if isinstance(error, DirectoryNotOursError):
-                self._forget(job)
+                self._pass_over(job)
             return error
         log.info("%s is mirrored to %s", job.name, self.bucket)
         self._forget(job)

@@ -13,7 +13,7 @@ HOPELESS: Final = (DamagedCheckpointError, DirectoryNotOursError)
 """What would end in the same way if this process tried it again."""
 
 LASTING: Final = (*HOPELESS, MirrorError)
-"""What no later success makes good: it stays to be told."""
+"""What no later success of this process makes good: it stays to be told."""
 
 
 def is_damage_here(error: Exception) -> bool:

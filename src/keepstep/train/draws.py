@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class Draws:
-    """Tells of draws between the restoring of a checkpoint and the next batch of the pass it was made in.
+    """Tells of draws between the restoring of a checkpoint and the epoch, or the batch, that comes after it.
 
     The run that was not interrupted has made none there, so all that is drawn later is shifted.
     """
@@ -25,17 +25,26 @@ class Draws:
         """The global generators were restored just now."""
         self._restored = rng.capture()
 
-    def check(self, loader: int) -> None:
-        """Warn if they have moved since; once, as loader number `loader` goes on."""
+    def forget(self) -> None:
+        """Where the checkpoint was made is passed: what is drawn from now on is drawn in every run."""
+        self._restored = None
+
+    def check(self, where: str) -> None:
+        """Warn if they have moved since; once.
+
+        Args:
+            where: it is noticed.
+        """
         if self._restored is None:
             return
         moved = rng.differing(self._restored, rng.capture())
-        self._restored = None
         if moved:
+            self._restored = None
             _log.warning(
-                "The script has drawn at random (from %s) after the checkpoint was restored, before loader %d"
-                " goes on. A run that is not interrupted draws nothing there, so what this one draws from "
-                "now on differs; its batches don't. Draw it before resume(), or from a generator of its own.",
+                "The script has drawn at random (from %s) after the checkpoint was restored, before %s. "
+                "A run that is not interrupted draws nothing there, so what this one draws from now on is "
+                "something else; its batches are the same. Draw it before resume(), or from a generator of "
+                "its own.",
                 " and ".join(moved),
-                loader,
+                where,
             )

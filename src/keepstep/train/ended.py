@@ -36,13 +36,21 @@ class EndedPasses:
         self._skip: Counter[int] = Counter()
         self.taken_for_done = False
 
-    def begin_epoch(self, *, repeats: bool, before: Counter[int] | None) -> None:
+    def begin_epoch(self, number: int, *, repeats: bool, before: Counter[int] | None) -> None:
         """An epoch begins.
 
         Args:
+            number: of it.
             repeats: it is the one that the restored checkpoint was made in.
             before: then, passes that had ended before the outermost one began; None if none was open.
         """
+        if repeats and self._stepped and not self._passed and before is None:
+            _log.warning(
+                "Epoch %d is run again from its start: steps had been made in it outside of any loop over a "
+                "prepared loader, and nothing says where the script stood. Prepare the loader that it trains "
+                "from, or save after an evaluation over a prepared one that ends the epoch.",
+                number,
+            )
         self._stepped, self._passed = False, self._passed and repeats
         self.is_epilogue = False
         self._skip = Counter(self._restored if before is None else before) if repeats else Counter()
@@ -106,12 +114,16 @@ class EndedPasses:
         times = self.times if inside else self._restored
         if inside and self._stepped and not self._passed:
             times = Counter()  # its steps are made again, and what was evaluated after them
-        return {"passed": self._passed, "times": {str(loader): count for loader, count in times.items()}}
+        return {
+            "stepped": self._stepped,
+            "passed": self._passed,
+            "times": {str(loader): count for loader, count in times.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take on what was saved; the epoch that begins next may repeat it."""
         self.times.clear()
         self._skip.clear()
         self.taken_for_done = False
-        self._stepped, self._passed, self.is_epilogue = False, state["passed"], False
+        self._stepped, self._passed, self.is_epilogue = state["stepped"], state["passed"], False
         self._restored = Counter({int(loader): count for loader, count in state["times"].items()})

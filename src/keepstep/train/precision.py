@@ -161,8 +161,8 @@ class Float16(BFloat16):
         # Fused optimizers are called whatever was found, and leave the step out themselves. For the others
         # the scaler reads what was found before the step; read after it, it would be waited for once more.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if not fused:
-            self.unscale(optimizer)
+        if not fused and id(optimizer) not in self._unscaled:
+            self.scaler.unscale_(optimizer)
         overflow = not fused and self._overflowed(optimizer)
         result = self.scaler.step(optimizer)
         self._unscaled.discard(id(optimizer))

@@ -46,7 +46,7 @@ class Progress:
         self._done = False
         self._inside = False
         self._finished = 0
-        self._was_finished = False
+        self._was_finished = self._finished_here = False
         self._left = False
         self._loops = Loops()
         self._restores = 0
@@ -82,7 +82,8 @@ class Progress:
         if entry is not None and entry.waiting:
             entry.waiting = False
             if entry is self._outermost():
-                self.draws.check(cursor.index)
+                self.draws.check(f"loader {cursor.index} goes on")
+                self.draws.forget()
         else:
             if entry is not None:
                 self.end(entry)
@@ -217,6 +218,10 @@ class Progress:
             if self.epoch is not None:
                 first, repeats = self.epoch + self._done, not self._done
             loops.check_reached(first, count)
+            if first < count:
+                self.draws.check(f"epoch {first} begins")
+        if not repeats:
+            self.draws.forget()
         for epoch in range(first, count):
             self._enter_epoch(loop, epoch, repeats and epoch == first)
             yield epoch
@@ -244,12 +249,12 @@ class Progress:
         """
         if self._finished or not (self._inside or self._left):
             return False
-        self._finished = self._loops.most_begun
+        self._finished, self._finished_here = max(self._loops.most_begun, self._loop + 1), True
         return True
 
     def unfinish(self) -> None:
         """Take back what `finish` has noted: it could not be saved."""
-        self._finished = 0
+        self._finished, self._finished_here = 0, False
 
     def check_end(self) -> None:
         """Raise UsageError if the script ends and has not come to the loop that it was to go on with."""
@@ -275,10 +280,10 @@ class Progress:
     def _enter_epoch(self, loop: int, epoch: int, repeats: bool) -> None:
         self._before_leaving = None
         self._loop, self.epoch, self._done, self._inside = loop, epoch, False, True
-        self._finished, self._was_finished = 0, False
+        self._finished, self._was_finished, self._finished_here = 0, False, False
         outermost = self._outermost()
         before = None if outermost is None else outermost.ended_before
-        self.ended.begin_epoch(repeats=repeats, before=before)
+        self.ended.begin_epoch(epoch, repeats=repeats, before=before)
         if not repeats:
             self._carry_open()
 
@@ -342,7 +347,7 @@ class Progress:
         """Take on what was saved; passes that are still open here are void."""
         self.epoch, self._loop, self._done = state["epoch"], state["loop"], state["done"]
         self._inside = False
-        self._was_finished = self._was_finished or self._finished > 0
+        self._was_finished = self._was_finished or (self._finished > 0 and not self._finished_here)
         self._finished = state["finished"]
         self._before_leaving = None
         self._restores += 1

@@ -110,9 +110,9 @@ class PreparedLoader(DataLoader[Any]):
             batches = self._source.batches(cursor, seed)
             self._reading = weakref.ref(batches)
             for batch in batches:
-                placed = place(batch)
+                placed = [place(batch)]  # it counts once it is there, and is not held while it is used
                 progress.advance(entry, stride)
-                yield placed
+                yield placed.pop()
                 progress.check(entry)
         except BaseException:  # of the loop's body, or of what gives the next batch
             progress.leave(entry)

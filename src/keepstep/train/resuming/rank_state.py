@@ -14,7 +14,7 @@ from keepstep.train.data.order import derive_seed
 from keepstep.train.ranks.parallel import gradient_like, part_here
 from keepstep.train.step import PreparedOptimizer
 
-__all__ = ["Buffers", "FirstBuffers", "Generators", "Gradients", "buffers_of", "numbered"]
+__all__ = ["Buffers", "FirstBuffers", "Generators", "Gradients", "buffers_of", "dense_parts", "numbered"]
 
 FirstBuffers = Mapping[torch.nn.Module, Mapping[str, "weakref.ref[torch.Tensor]"]]
 """The buffers that models had when they were prepared."""
@@ -52,7 +52,7 @@ class Gradients:
         """
         found = {
             numbered("optimizer", number): {
-                str(index): part_here(parameter.grad)
+                str(index): _packed(part_here(parameter.grad))
                 for index, parameter in enumerate(optimizer.parameters())
                 if parameter.grad is not None
             }
@@ -67,22 +67,27 @@ class Gradients:
         After a change of the number of ranks they are no one's: where they are needed, inside an accumulation
         window, the run's shared state has refused it.
         """
+        self._received = {}
         if state["ranks"] != self._size:
             return
-        saved = state["of"]
         parameters = {
             numbered("optimizer", number): optimizer.parameters()
             for number, optimizer in enumerate(self._optimizers)
         }
-        different = [
-            f"gradients/{key}/{index}: no parameter of shape {list(gradient.shape)} is there now"
-            for key, gradients in saved.items()
-            for index, gradient in gradients.items()
-            if not _has_shape(parameters.get(key, []), int(index), gradient.shape)
-        ]
+        different = []
+        for key, gradients in state["of"].items():
+            mine = self._received[key] = {}
+            for index, packed in gradients.items():
+                gradient = _unpacked(packed)
+                if gradient is None:
+                    different.append(f"gradients/{key}/{index}: its entries lie outside of it")
+                elif not _has_shape(parameters.get(key, []), int(index), gradient.shape):
+                    shape = list(gradient.shape)
+                    different.append(f"gradients/{key}/{index}: no parameter of shape {shape} is there now")
+                else:
+                    mine[index] = gradient
         if different:
             raise MismatchError("The saved gradients don't fit the optimizers.", different=different)
-        self._received = saved
 
     def apply(self) -> None:
         """Set every gradient as it was: None where none was pending."""
@@ -91,7 +96,44 @@ class Gradients:
             optimizer.forget_gradients(pending=saved is not None)
             for index, parameter in enumerate(optimizer.parameters()):
                 gradient = None if saved is None else saved.get(str(index))
-                parameter.grad = None if gradient is None else gradient_like(parameter, gradient)
+                parameter.grad = None if gradient is None else _placed(parameter, gradient)
+
+
+def dense_parts(gradient: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a gradient's numbers."""
+    sparse = gradient.layout is torch.sparse_coo
+    return [gradient._indices(), gradient._values()] if sparse else [gradient]
+
+
+def _packed(gradient: torch.Tensor) -> torch.Tensor | dict[str, Any]:
+    """A gradient as it is saved: of a sparse one, such as an embedding's, its entries."""
+    if gradient.layout is not torch.sparse_coo:
+        return gradient
+    indices, values = dense_parts(gradient)
+    shape, coalesced = list(gradient.shape), gradient.is_coalesced()
+    return {"indices": indices, "values": values, "shape": shape, "coalesced": coalesced}
+
+
+def _unpacked(packed: torch.Tensor | dict[str, Any]) -> torch.Tensor | None:
+    """What `_packed` was given; None if entries lie outside of the shape."""
+    if not isinstance(packed, dict):
+        return packed
+    try:
+        return torch.sparse_coo_tensor(
+            packed["indices"],
+            packed["values"],
+            packed["shape"],
+            check_invariants=True,
+            is_coalesced=packed["coalesced"],
+        )
+    except RuntimeError:
+        return None
+
+
+def _placed(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    if gradient.layout is torch.sparse_coo:
+        return gradient.to(parameter.device, copy=True)
+    return gradient_like(parameter, gradient)
 
 
 def _has_shape(parameters: list[torch.nn.Parameter], index: int, shape: torch.Size) -> bool:

@@ -37,6 +37,7 @@ from keepstep.train.resuming.rank_state import (
     Generators,
     Gradients,
     buffers_of,
+    dense_parts,
     numbered,
 )
 from keepstep.train.resuming.shared_state import SharedState
@@ -176,7 +177,7 @@ class TrainState:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         return [
             *(buffer for module in self._modules for buffer in module.buffers()),
-            *(parameter.grad for parameter in parameters if parameter.grad is not None),
+            *(part for p in parameters if p.grad is not None for part in dense_parts(p.grad)),
             *(value for group in groups for value in group.values() if isinstance(value, torch.Tensor)),
         ]
 
