@@ -177,19 +177,41 @@ def test_saving_between_clipping_and_stepping_is_refused(tmp_path: Any) -> None:
         one.step(lambda: None)
 
 
-def test_an_interrupt_of_a_step_is_no_reason_to_refuse_a_checkpoint(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("after", ["nothing", "a step", "the same step", "going back"])
+def test_training_goes_on_after_a_step_that_was_interrupted(
+    after: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accelerator, model, one, _ = fp16_pair(4.0)
-    accelerator.backward(model(torch.ones(3, 4)).sum())
+    accelerator, model, one, two = fp16_pair(4.0)
+    accelerator.save_state(tmp_path / "before")
+
+    def backward() -> None:
+        one.zero_grad()
+        two.zero_grad()
+        accelerator.backward(model(torch.ones(3, 4)).sum())
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Float16, "_overflowed", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        one.step()
+    backward()
+    with monkeypatch.context() as patched:
+        patched.setattr(Float16, "_overflowed", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            one.step()
     accelerator.save_state(tmp_path / "here")
+    if after == "nothing":
+        return
+    if after == "going back":
+        accelerator.load_state(tmp_path / "before")
+    if after != "the same step":
+        backward()
+    before = model.weight.detach().clone()
+    one.step()
+    two.step()
+    assert torch.allclose(model.weight, before - 0.3), "gradients are 3"
+    backward()
+    one.step()
+    two.step()
+    assert torch.allclose(model.weight, before - 0.6)
 
 
 def test_closures_and_group_changes_reach_the_optimizer() -> None:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from keepstep.errors import UsageError
@@ -120,13 +121,22 @@ class Float16(BFloat16):
         self.scaler = torch.amp.GradScaler(device_type, **scaler_options)
         self._unscaled: set[int] = set()
         self._stepped: set[int] = set()
+        self._interrupted: set[int] = set()
         self._skipped = False
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss to call `backward` on."""
+        self._forget_interrupted()
         if self._stepped:
             self._update()
         return self.scaler.scale(loss)
+
+    def _forget_interrupted(self) -> None:
+        """Of a step that did not come to its end the scaler knows that its gradients have their true size."""
+        for number in self._interrupted:
+            self.scaler._per_optimizer_states.pop(number, None)
+            self._unscaled.discard(number)
+        self._interrupted.clear()
 
     def _update(self) -> None:
         self.scaler.update()
@@ -161,12 +171,14 @@ class Float16(BFloat16):
         # Fused optimizers are called whatever was found, and leave the step out themselves. For the others
         # the scaler reads what was found before the step; read after it, it would be waited for once more.
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if not fused and id(optimizer) not in self._unscaled:
+        self._interrupted.add(id(optimizer))  # should anything raise
+        if not fused and self.scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             self.scaler.unscale_(optimizer)
         overflow = not fused and self._overflowed(optimizer)
         result = self.scaler.step(optimizer)
         self._unscaled.discard(id(optimizer))
         self._stepped.add(id(optimizer))
+        self._interrupted.discard(id(optimizer))
         overflow = overflow or (fused and self._overflowed(optimizer))
         self._skipped |= overflow
         return result, not overflow
@@ -192,6 +204,7 @@ class Float16(BFloat16):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        self._forget_interrupted()
         if self._stepped or self._unscaled:
             # The scaler keeps a record of each step since its last update; none of them counts any more.
             self._update()
