@@ -473,8 +473,11 @@ def open_below(directory: Path) -> list[str]:
 
 def test_threads_that_fail_leave_nothing_open(tmp_path: Path) -> None:
     source = made(tmp_path / "source", {f"{n}": bytes(20 * MIB) for n in range(3)})
-    refused = set()
-    for at in range(3, 20):
+    refused: set[str] = set()
+    again = [*range(3, 20)] * 5  # which thread comes first differs: so does what is refused
+    for number, at in enumerate(again):
+        if number >= 17 and {"create_segment", "write_at", "finish"} <= refused:
+            break
         files = FaultyFiles(at=at, error=NO_SPACE)
         with pytest.raises(StoreError):
             save(LocalWorkspace(files, tmp_path / "c"), source)
