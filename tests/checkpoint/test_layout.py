@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from keepstep.checkpoint.format.manifest import DATA_ALIGNMENT_BYTES, ITEMSIZES
 from keepstep.checkpoint.format.names import is_handed_over, problem_of_name
 from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
+from keepstep.checkpoint.saving.planner import Planner
 
 
 def info(
@@ -145,3 +146,44 @@ def test_names_of_split_groups_never_meet_those_of_others() -> None:
     tensors = [info(f"t{i}", (12,)) for i in range(2)]
     tensors.append(info("x", group="model-00001-of-00002"))
     check(plan(tensors, segment_limit_bytes=50), tensors)
+
+
+class TestPlansThatAreKept:
+    """A plan is made anew when it would come out differently, and not otherwise."""
+
+    @staticmethod
+    def at(*addresses: int, **more: object) -> list[TensorInfo]:
+        return [
+            info(f"w{n}", memory=(-1, address), begin=address, **more) for n, address in enumerate(addresses)
+        ]
+
+    def test_tensors_that_lie_elsewhere_each_time_keep_it(self) -> None:
+        planner = Planner()
+        first = planner.plan(self.at(1000, 2000))
+        assert planner.plan(self.at(1000, 3000)) is first
+        assert planner.plan(self.at(5000, 4000)) is first
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"shape": (4,)},
+            {"dtype": "int32"},
+            {"dtype": "float64", "shape": (3,)},
+            {"group": "optimizer"},
+            {"frozen": True},
+        ],
+        ids=str,
+    )
+    def test_tensors_that_are_others_do_not(self, changed: dict[str, object]) -> None:
+        planner = Planner()
+        planner.plan(self.at(1000, 2000))
+        tensors = self.at(1000, 2000, **changed)
+        check(planner.plan(tensors), tensors)
+        assert planner.plan(tensors) == plan(tensors)
+
+    def test_sharing_memory_that_begins_or_ends_is_seen(self) -> None:
+        planner = Planner()
+        apart, together = self.at(1000, 2000), self.at(1000, 1000)
+        assert not planner.plan(apart).aliases
+        assert [alias.index for alias in planner.plan(together).aliases] == [1]
+        assert not planner.plan(self.at(3000, 4000)).aliases

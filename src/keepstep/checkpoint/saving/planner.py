@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 from keepstep.checkpoint.format.manifest import FileEntry, TensorEntry
 from keepstep.checkpoint.saving.grouping import Grouping
-from keepstep.checkpoint.saving.layout import Layout, TensorInfo, plan
+from keepstep.checkpoint.saving.layout import Layout, TensorInfo, find_aliases, plan
 from keepstep.checkpoint.saving.linking import Previous, Twin, find_twins
 from keepstep.checkpoint.saving.tracking import KnownDigests
 
@@ -25,7 +26,8 @@ def resting_by_index(layout: Layout, resting: Mapping[str, str]) -> dict[int, bo
 class Planner:
     """Plans the saves of one store, one after another.
 
-    A plan is kept while the tensors stay where and what they are, which they do from step to step.
+    A plan is kept while the tensors stay what they are, which they do from step to step. Where they lie
+    matters only to those that share memory: random states, say, lie elsewhere each time.
 
     Attributes:
         known: digests of memory that has not been written to.
@@ -41,10 +43,16 @@ class Planner:
 
     def plan(self, tensors: Sequence[TensorInfo]) -> Layout:
         """The layout of these tensors."""
-        if self._layout is None or tensors != self._tensors:
+        if self._layout is None or not self._serves(self._layout, tensors):
             self._layout = plan(tensors, self._grouping.labels(tensors))
-            self._tensors = tensors
+        self._tensors = tensors
         return self._layout
+
+    def _serves(self, layout: Layout, tensors: Sequence[TensorInfo]) -> bool:
+        if tensors == self._tensors:
+            return True
+        alike = list(map(_laid_out, tensors)) == list(map(_laid_out, self._tensors))
+        return alike and tuple(find_aliases(tensors)) == layout.aliases
 
     def twins(self) -> dict[str, Twin]:
         """Committed segments that those of the last plan may be linked to, by file name."""
@@ -122,3 +130,7 @@ class Planner:
         self._previous = None
         self._tensors = ()
         self._layout = None
+
+
+_laid_out = attrgetter("address", "group", "name", "dtype", "shape", "bytes", "frozen")
+"""What the plan of a tensor that shares no memory depends on."""
