@@ -42,8 +42,10 @@ class _Measured:
         ratios = self.ratios[name]
         if not ratios:
             return ""
-        spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if len(ratios) > 1 else ""
-        return f"{statistics.median(ratios):.3f}{spread}"
+        if len(ratios) == 1:
+            return f"{ratios[0]:.3f}"
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return f"{median:.3f} ({low:.2f}-{high:.2f})"
 
     def times(self, name: str) -> str:
         segments = self.segments[name]
@@ -58,12 +60,10 @@ def run(settings: Settings) -> list[Bar]:
     """Print both tables; return the bars."""
     size, directory = settings.size.every_step, settings.directory
     plain = PlainLoop(size, directory)
-    ours: list[PlainLoop] = [
-        KeepstepLoop(size, directory, "auto"),
+    automatic = KeepstepLoop(size, directory, "auto")
+    others: list[PlainLoop] = [
         KeepstepLoop(size, directory, "awaited"),
         KeepstepLoop(size, directory, "overlapped"),
-    ]
-    peers: list[PlainLoop] = [
         DcpLoop(size, directory),
         TorchLoop(size, directory, fsync=True),
         TorchLoop(size, directory, fsync=False),
@@ -71,11 +71,11 @@ def run(settings: Settings) -> list[Bar]:
         AccelerateLoop(size, directory, fsync=False),
     ]
     try:
-        curve = list(_curve(size.points, plain, ours, peers))
+        curve = list(_curve(size.points, plain, automatic, others))
     finally:
-        for loop in (*ours, *peers):
+        for loop in (automatic, *others):
             loop.close()
-    _show(curve, [*ours, *peers], sum(p.nbytes for p in plain.model.parameters()) * 3)
+    _show(curve, [automatic, *others], sum(p.nbytes for p in plain.model.parameters()) * 3)
     return _bars(curve)
 
 
@@ -97,17 +97,17 @@ def samples_for(step_s: float, took_s: Callable[[int], float], begin_with: int) 
 
 
 def _curve(
-    points: Sequence[Point], plain: PlainLoop, ours: Sequence[PlainLoop], peers: Sequence[PlainLoop]
+    points: Sequence[Point], plain: PlainLoop, automatic: PlainLoop, others: Sequence[PlainLoop]
 ) -> Iterator[_Measured]:
     """Each point is calibrated just before it is measured: a shared machine is faster now and slower then."""
     with status("every_step: warming up"):
-        for loop in (plain, *ours, *peers):
+        for loop in (plain, automatic, *others):
             loop.run(1, 1)
     samples = 1
     for point in points:
         with status(f"every_step: how many samples take {point.step_s:g} s"):
             samples = samples_for(point.step_s, lambda count: _probe(plain, count), samples)
-        yield _at(point, samples, plain, ours, peers)
+        yield _at(point, samples, plain, automatic, others)
 
 
 def _probe(plain: PlainLoop, samples: int) -> float:
@@ -115,13 +115,13 @@ def _probe(plain: PlainLoop, samples: int) -> float:
 
 
 def _at(
-    point: Point, samples: int, plain: PlainLoop, ours: Sequence[PlainLoop], peers: Sequence[PlainLoop]
+    point: Point, samples: int, plain: PlainLoop, automatic: PlainLoop, others: Sequence[PlainLoop]
 ) -> _Measured:
     """Plain, A, plain, B, plain, ...: each way of saving between two segments of the plain loop."""
     measured = _Measured(point=point)
     before = _segment(plain, samples, point.steps)
     for number in range(point.rounds):
-        loops = [*ours, *(peers if number < point.peer_rounds else ())]
+        loops = [automatic, *(others if number < point.other_rounds else ())]
         for loop in loops if number % 2 == 0 else list(reversed(loops)):
             with status(f"every_step: {point.step_s:g} s, round {number + 1} of {point.rounds}, {loop.name}"):
                 saved = _segment(loop, samples, point.steps)
@@ -149,6 +149,7 @@ def _show(curve: Sequence[_Measured], loops: Sequence[PlainLoop], state_bytes: i
     )
     rows = [(loop.name, *(m.times(loop.name) for m in curve)) for loop in loops]
     show_table("ms a step: in the call that saves + waiting in step() for the copy", ("", *titles), rows)
+    note("(-): quartiles. What is promised, automatic saves, is measured most often.")
     note("'no': left to the page cache, which a power cut empties, and whose writing nobody is charged for.")
     note("'files': their data is fsynced by DCP, their names are not.")
 

@@ -27,14 +27,14 @@ class Point:
     Attributes:
         step_s: how long a step is meant to take without checkpoints.
         steps: timed steps of a segment of the loop.
-        rounds: segments of each way of staging; each lies between two segments without checkpoints.
-        peer_rounds: segments of each peer.
+        rounds: segments of what is promised, automatic saves; each lies between two without checkpoints.
+        other_rounds: segments of each other way of saving.
     """
 
     step_s: float
     steps: int
     rounds: int
-    peer_rounds: int
+    other_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +185,11 @@ FULL = Size(
         layers=6,
         tokens=128,
         points=(
-            Point(step_s=0.1, steps=8, rounds=3, peer_rounds=2),
-            Point(step_s=0.3, steps=4, rounds=3, peer_rounds=2),
-            Point(step_s=0.4, steps=4, rounds=9, peer_rounds=1),
-            Point(step_s=1.0, steps=2, rounds=5, peer_rounds=1),
-            Point(step_s=3.0, steps=1, rounds=2, peer_rounds=1),
+            Point(step_s=0.1, steps=8, rounds=4, other_rounds=2),
+            Point(step_s=0.3, steps=4, rounds=6, other_rounds=2),
+            Point(step_s=0.4, steps=2, rounds=24, other_rounds=3),
+            Point(step_s=1.0, steps=1, rounds=24, other_rounds=3),
+            Point(step_s=3.0, steps=1, rounds=3, other_rounds=1),
         ),
     ),
     frozen=Frozen(width=2048, layers=24, rank=256, checkpoints=20, peer_saves=3),
@@ -218,9 +218,9 @@ QUICK = Size(
         layers=6,
         tokens=128,
         points=(
-            Point(step_s=0.1, steps=4, rounds=1, peer_rounds=1),
-            Point(step_s=0.4, steps=2, rounds=2, peer_rounds=1),
-            Point(step_s=1.0, steps=1, rounds=2, peer_rounds=1),
+            Point(step_s=0.1, steps=4, rounds=1, other_rounds=1),
+            Point(step_s=0.4, steps=2, rounds=2, other_rounds=1),
+            Point(step_s=1.0, steps=1, rounds=2, other_rounds=1),
         ),
     ),
     frozen=Frozen(width=1024, layers=24, rank=128, checkpoints=20, peer_saves=2),
@@ -245,7 +245,7 @@ TINY = Size(
     starts=1,
     memory_budget_bytes=16 << 20,
     every_step=EveryStep(
-        width=32, layers=1, tokens=8, points=(Point(step_s=0.005, steps=2, rounds=1, peer_rounds=1),)
+        width=32, layers=1, tokens=8, points=(Point(step_s=0.005, steps=2, rounds=1, other_rounds=1),)
     ),
     frozen=Frozen(width=256, layers=8, rank=2, checkpoints=4, peer_saves=1),
     scale=Scale(manifests=(2, 6), tensors=(100, 1_000), ranks=(2, 6), sharded=3),

@@ -39,7 +39,7 @@ def test_save(settings: Settings) -> None:
 def test_every_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = tuple(Point(step_s=step_s, steps=2, rounds=1, peer_rounds=1) for step_s in (0.4, 1.0))
+    points = tuple(Point(step_s=step_s, steps=2, rounds=1, other_rounds=1) for step_s in (0.4, 1.0))
     size = dataclasses.replace(TINY, every_step=dataclasses.replace(TINY.every_step, points=points))
     monkeypatch.setattr(every_step, "samples_for", lambda *_: 9)  # two micro-batches
     bars = every_step.run(Settings(size=size, directory=tmp_path))
