@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.loops import AccelerateLoop, DcpLoop, KeepstepLoop, PlainLoop, Segment, TorchLoop
+from benchmarks.loops import AccelerateLoop, DcpLoop, KeepstepLoop, Loop, Segment, TorchLoop
 from benchmarks.report import Bar, at_least, note, show_table, status
 from benchmarks.settings import Point, Settings
 
@@ -59,9 +59,8 @@ class _Measured:
 def run(settings: Settings) -> list[Bar]:
     """Print both tables; return the bars."""
     size, directory = settings.size.every_step, settings.directory
-    plain = PlainLoop(size, directory)
     automatic = KeepstepLoop(size, directory, "auto")
-    others: list[PlainLoop] = [
+    others: list[Loop] = [
         KeepstepLoop(size, directory, "awaited"),
         KeepstepLoop(size, directory, "overlapped"),
         DcpLoop(size, directory),
@@ -71,11 +70,11 @@ def run(settings: Settings) -> list[Bar]:
         AccelerateLoop(size, directory, fsync=False),
     ]
     try:
-        curve = list(_curve(size.points, plain, automatic, others))
+        curve = list(_curve(size.points, automatic, others))
     finally:
         for loop in (automatic, *others):
             loop.close()
-    _show(curve, [automatic, *others], sum(p.nbytes for p in plain.model.parameters()) * 3)
+    _show(curve, [automatic, *others], sum(p.nbytes for p in automatic.model.parameters()) * 3)
     return _bars(curve)
 
 
@@ -96,36 +95,32 @@ def samples_for(step_s: float, took_s: Callable[[int], float], begin_with: int) 
     return samples
 
 
-def _curve(
-    points: Sequence[Point], plain: PlainLoop, automatic: PlainLoop, others: Sequence[PlainLoop]
-) -> Iterator[_Measured]:
+def _curve(points: Sequence[Point], automatic: Loop, others: Sequence[Loop]) -> Iterator[_Measured]:
     """Each point is calibrated just before it is measured: a shared machine is faster now and slower then."""
     with status("every_step: warming up"):
-        for loop in (plain, automatic, *others):
-            loop.run(1, 1)
+        for loop in (automatic, *others):
+            loop.run(1, 1, saving=True)
     samples = 1
     for point in points:
         with status(f"every_step: how many samples take {point.step_s:g} s"):
-            samples = samples_for(point.step_s, lambda count: _probe(plain, count), samples)
-        yield _at(point, samples, plain, automatic, others)
+            samples = samples_for(point.step_s, lambda count: _probe(automatic, count), samples)
+        yield _at(point, samples, automatic, others)
 
 
-def _probe(plain: PlainLoop, samples: int) -> float:
-    return statistics.median(plain.run(samples, 1).step_s for _ in range(_PROBES))
+def _probe(loop: Loop, samples: int) -> float:
+    return statistics.median(loop.run(samples, 1, saving=False).step_s for _ in range(_PROBES))
 
 
-def _at(
-    point: Point, samples: int, plain: PlainLoop, automatic: PlainLoop, others: Sequence[PlainLoop]
-) -> _Measured:
-    """Plain, A, plain, B, plain, ...: each way of saving between two segments of the plain loop."""
+def _at(point: Point, samples: int, automatic: Loop, others: Sequence[Loop]) -> _Measured:
+    """Each loop with saves between two segments of the very same one, memory and all, without."""
     measured = _Measured(point=point)
-    before = _segment(plain, samples, point.steps)
-    for number in range(point.rounds):
-        loops = [automatic, *(others if number < point.other_rounds else ())]
-        for loop in loops if number % 2 == 0 else list(reversed(loops)):
-            with status(f"every_step: {point.step_s:g} s, round {number + 1} of {point.rounds}, {loop.name}"):
-                saved = _segment(loop, samples, point.steps)
-                after = _segment(plain, samples, point.steps)
+    for loop in (automatic, *others):
+        before = _segment(loop, samples, point.steps, saving=False)
+        rounds = point.rounds if loop is automatic else point.other_rounds
+        for number in range(rounds):
+            with status(f"every_step: {point.step_s:g} s, {loop.name}, round {number + 1} of {rounds}"):
+                saved = _segment(loop, samples, point.steps, saving=True)
+                after = _segment(loop, samples, point.steps, saving=False)
             measured.plain_s.append(after.step_s)
             measured.ratios[loop.name].append((before.step_s + after.step_s) / 2 / saved.step_s)
             measured.segments[loop.name].append(saved)
@@ -133,13 +128,13 @@ def _at(
     return measured
 
 
-def _segment(loop: PlainLoop, samples: int, steps: int) -> Segment:
+def _segment(loop: Loop, samples: int, steps: int, *, saving: bool) -> Segment:
     gc.collect()
     os.sync()  # nobody pays for what another left unwritten
-    return loop.run(samples, steps)
+    return loop.run(samples, steps, saving=saving)
 
 
-def _show(curve: Sequence[_Measured], loops: Sequence[PlainLoop], state_bytes: int) -> None:
+def _show(curve: Sequence[_Measured], loops: Sequence[Loop], state_bytes: int) -> None:
     titles = [measured.title for measured in curve]
     rows = [(loop.name, loop.durable, *(m.ratio(loop.name) for m in curve)) for loop in loops]
     show_table(

@@ -22,7 +22,7 @@ from benchmarks.settings import EveryStep
 from keepstep.train.accelerator import Accelerator
 from keepstep.train.settings.config import CheckpointPolicy
 
-__all__ = ["AccelerateLoop", "DcpLoop", "KeepstepLoop", "PlainLoop", "Segment", "TorchLoop"]
+__all__ = ["AccelerateLoop", "DcpLoop", "KeepstepLoop", "Loop", "Segment", "TorchLoop"]
 
 _VOCABULARY = 256
 _MICRO_BATCH = 8
@@ -65,8 +65,12 @@ class _Gpt(nn.Module):
         return logits
 
 
-class PlainLoop:
-    """The loop without checkpoints; ways of saving derive from it.
+def _nothing() -> None:
+    """What is done after a step without a save."""
+
+
+class Loop:
+    """A training loop; ways of saving derive from it.
 
     Args:
         size: of the model.
@@ -77,9 +81,8 @@ class PlainLoop:
         durable: whether a checkpoint outlives a power cut.
     """
 
-    name = "no checkpoints"
-    durable = "-"
-    saves = False
+    name: str
+    durable: str
 
     def __init__(self, size: EveryStep, directory: Path) -> None:
         torch.manual_seed(0)
@@ -89,23 +92,28 @@ class PlainLoop:
         self._data = torch.randint(0, _VOCABULARY, (_MICRO_BATCH, size.tokens))
         self.prepare()
 
-    def run(self, samples: int, steps: int) -> Segment:
-        """Time some steps, each followed by a save; when they begin, one is on its way as in a long run."""
-        self._step(
-            samples
-        )  # off the clock, of the plain loop too: what was done since the last one left traces
-        if self.saves:
-            self.save()
+    def run(self, samples: int, steps: int, *, saving: bool) -> Segment:
+        """Time some steps, each followed by a save; when they begin, one is on its way as in a long run.
+
+        Args:
+            samples: of a step.
+            steps: how many are timed, after one off the clock: what ran before left its traces in the caches.
+            saving: False for the same loop without checkpoints.
+        """
+        save = self.save if saving else _nothing
+        self._step(samples)
+        save()
         blocked_s, waited_s = 0.0, self.waited_s()
         began = time.perf_counter()
         for _ in range(steps):
             self._step(samples)
             blocked_s -= time.perf_counter()
-            self.save()
+            save()
             blocked_s += time.perf_counter()
         took_s = time.perf_counter() - began
         waited_s = self.waited_s() - waited_s
-        self.finish()
+        if saving:
+            self.finish()
         return Segment(step_s=took_s / steps, blocked_s=blocked_s / steps, waited_s=waited_s / steps)
 
     def _step(self, samples: int) -> None:
@@ -138,11 +146,10 @@ class PlainLoop:
         return 0.0
 
 
-class KeepstepLoop(PlainLoop):
+class KeepstepLoop(Loop):
     """keepstep's Accelerator, a checkpoint at every step, two kept."""
 
     durable = "yes"
-    saves = True
 
     def __init__(
         self, size: EveryStep, directory: Path, staging: Literal["auto", "awaited", "overlapped"]
@@ -167,7 +174,7 @@ class KeepstepLoop(PlainLoop):
             raise AssertionError("no checkpoint was due after a step; the loop measures one at every step")
 
     def finish(self) -> None:
-        self._accelerator.end_training()
+        self._accelerator.wait_for_checkpoint()
         counts = self._accelerator.checkpoint_counts
         if counts.skipped or counts.redone or counts.failed:
             raise AssertionError(f"{self.name} did not save once at every step: {counts}")
@@ -176,10 +183,8 @@ class KeepstepLoop(PlainLoop):
         return self._accelerator._saver._state.gate.waited_s
 
 
-class AccelerateLoop(PlainLoop):
+class AccelerateLoop(Loop):
     """Accelerate's `save_state` with automatic names, two kept."""
-
-    saves = True
 
     def __init__(self, size: EveryStep, directory: Path, *, fsync: bool) -> None:
         self.name = "accelerate save_state" + (" + fsync" if fsync else "")
@@ -203,10 +208,8 @@ class AccelerateLoop(PlainLoop):
             fsync_all(Path(path))
 
 
-class TorchLoop(PlainLoop):
+class TorchLoop(Loop):
     """`torch.save` of two state dicts into a new file that then takes its name, two kept."""
-
-    saves = True
 
     def __init__(self, size: EveryStep, directory: Path, *, fsync: bool) -> None:
         self.name = "torch.save" + (" + fsync" if fsync else "")
@@ -225,12 +228,11 @@ class TorchLoop(PlainLoop):
         self._number += 1
 
 
-class DcpLoop(PlainLoop):
+class DcpLoop(Loop):
     """DCP's `async_save`, its files fsynced as it does by itself, two kept; a second save waits."""
 
     name = "dcp async_save"
     durable = "files"
-    saves = True
 
     def prepare(self) -> None:
         self._number = 0
