@@ -167,10 +167,10 @@ class TestPlansThatAreKept:
         "changed",
         [
             {"shape": (4,)},
+            {"shape": (3, 1)},
             {"dtype": "int32"},
             {"dtype": "float64", "shape": (3,)},
             {"group": "optimizer"},
-            {"frozen": True},
         ],
         ids=str,
     )
@@ -187,3 +187,10 @@ class TestPlansThatAreKept:
         assert not planner.plan(apart).aliases
         assert [alias.index for alias in planner.plan(together).aliases] == [1]
         assert not planner.plan(self.at(3000, 4000)).aliases
+
+    def test_a_large_part_that_is_frozen_from_now_on_has_a_file_of_its_own(self) -> None:
+        large = (1 << 20,)
+        trained = [info("head", memory=(-1, 1000)), info("base", large, memory=(-1, 9000))]
+        planner = Planner()
+        assert len(planner.plan(trained).segments) == 1
+        assert len(planner.plan([trained[0], trained[1]._replace(frozen=True)]).segments) == 2
